@@ -1,0 +1,57 @@
+"""Pure-functional LoRA for any JAX or Flax model.
+
+jaxlora traces a function of parameters once and knows from the program how every weight is used.
+It splits the parameters into a frozen base and small trainable factors, runs
+``x W + scaling * (x a) b`` wherever a weight is consumed, restricts the optimizer to the factors
+and merges them back into plain weights.
+
+>>> import jax, jax.numpy as jnp, jaxlora
+>>> def model(params, x):
+...     return jnp.tanh(x @ params["up"]) @ params["down"]
+>>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
+>>> x = jnp.ones((2, 4))
+>>> config = jaxlora.LoRAConfig(rank=2, alpha=4)
+>>> params = jaxlora.init(jax.random.key(0), model, params, x, config=config)
+>>> y = jax.jit(jaxlora.lora(model))(params, x)
+>>> plain = jaxlora.merge(params)
+"""
+
+from jaxlora.adapt import dropout, init
+from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
+from jaxlora.config import LoRAConfig
+from jaxlora.optim import freeze
+from jaxlora.sites import Report, Site, Sites, explain, find_sites
+from jaxlora.summary import Summary, summary
+from jaxlora.tracing import MaterializationWarning, Use, lora
+from jaxlora.trees import bind, mask, merge, split, unmerge
+from jaxlora.weight import Adapter, LoRAWeight, Roles
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "LoRAConfig",
+    "LoRAWeight",
+    "MaterializationWarning",
+    "Report",
+    "Roles",
+    "Site",
+    "Sites",
+    "Summary",
+    "Use",
+    "bind",
+    "dropout",
+    "explain",
+    "find_sites",
+    "freeze",
+    "init",
+    "load_adapters",
+    "lora",
+    "mask",
+    "merge",
+    "save_adapters",
+    "save_merged",
+    "split",
+    "summary",
+    "unmerge",
+]

@@ -1,0 +1,128 @@
+"""Make adapters for a program, and the per-step choice of dropout on them."""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora import initializers, paths
+from jaxlora.config import LoRAConfig, select
+from jaxlora.sites import Site, find_sites
+from jaxlora.weight import LoRAWeight
+
+
+def init(
+    key: jax.Array,
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    config: LoRAConfig,
+    **kwargs: Any,
+) -> Any:
+    """Return the parameters with a fresh `LoRAWeight` at each target; the output does not change.
+
+    ``b`` is zero and ``a`` is drawn from the key of its path, so the same key gives the same
+    adapters and one more target changes no other.
+
+    Args:
+        key: random key.
+        fn: the function that uses the parameters, as ``model.apply``; it is traced, not run.
+        params: its first argument, arrays or `jax.ShapeDtypeStruct`.
+        *args: its other arguments, or their shapes.
+        config: what to adapt and how.
+        **kwargs: its keyword arguments, but for one named ``config``.
+
+    Returns:
+        The same tree with ``LoRAWeight(base, a, b)`` at the targets: ``a`` of shape
+        ``(*stack, *in, rank)``, ``b`` of shape ``(*stack, rank, *out)``, in ``config.dtype``.
+
+    Raises:
+        ValueError: params is adapted already or empty, has two leaves of one path, or the targets
+            do not fit the program (see `LoRAConfig`).
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["up"] @ params["down"], jnp.ones((2, 4))
+    >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
+    >>> config = jaxlora.LoRAConfig(rank=2, alpha=4, targets=("up",))
+    >>> jaxlora.init(jax.random.key(0), model, params, x, config=config)["up"]
+    LoRAWeight(base=(4, 8), a=(4, 2), b=(2, 8), alpha=4)
+    """
+    leaves, treedef = paths.flatten(params)
+    for path, leaf in leaves.items():
+        if isinstance(leaf, LoRAWeight):
+            raise ValueError(f"the leaf {path!r} is adapted already: init needs a plain tree")
+    sites = find_sites(fn, params, *args, **kwargs)
+    for path in select(config, sites):
+        leaves[path] = _fresh(key, sites[path], leaves[path], config)
+    return treedef.unflatten(leaves.values())
+
+
+def _path_key(key: jax.Array, path: str) -> jax.Array:
+    """Return the key of a path, which no other path changes."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def _fresh(key: jax.Array, site: Site, base: Any, config: LoRAConfig) -> LoRAWeight:
+    stack, in_, _ = site.roles.sizes(site.shape)
+    a_shape, b_shape = site.roles.factor_shapes(site.shape, config.rank)
+    initializer = config.initializer
+    if isinstance(initializer, str):
+        initializer = initializers.NAMED[initializer]
+    shape = (math.prod(in_), config.rank)
+
+    def draw(key):
+        a = initializer(key, shape, config.dtype)
+        if a.shape != shape or a.dtype != config.dtype:
+            raise ValueError(
+                f"the initializer must return {config.dtype} of shape {shape} for {site.path!r}: "
+                f"got {a.dtype} of shape {a.shape}"
+            )
+        return a
+
+    keys = jax.random.split(_path_key(key, site.path), math.prod(stack))
+    a = jax.vmap(draw)(keys).reshape(a_shape)
+    return LoRAWeight(base, a, jnp.zeros(b_shape, config.dtype), site.roles, float(config.alpha))
+
+
+def dropout(params: Any, key: jax.Array, rate: float) -> Any:
+    """Return the parameters with dropout on the input of every low-rank product.
+
+    An element of the input is zero with probability ``rate``, and others are divided by
+    ``1 - rate``; the base's own product is not touched. It holds for the calls made with the
+    result, so use a new key for each step. Lookups have no input to drop. Each step of a scan
+    draws anew, also for a weight that all steps share; a `while_loop` does not.
+
+    Args:
+        params: a tree with `LoRAWeight` nodes.
+        key: random key of this step.
+        rate: share dropped, in [0, 1).
+
+    Returns:
+        The same tree, to pass to a function from `jaxlora.lora`.
+
+    Raises:
+        ValueError: rate is not in [0, 1), or no leaf is adapted.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
+    >>> params = jaxlora.dropout(params, jax.random.key(1), 0.1)
+    >>> jaxlora.lora(model)(params, x).shape
+    (2, 3)
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate must be in [0, 1): got {rate}")
+    leaves, treedef = paths.flatten(params)
+    if not any(isinstance(leaf, LoRAWeight) for leaf in leaves.values()):
+        raise ValueError("params has no adapted weight: make some with jaxlora.init")
+    for path, leaf in leaves.items():
+        if isinstance(leaf, LoRAWeight):
+            stack, _, _ = leaf.roles.sizes(leaf.shape)
+            keys = jax.random.split(_path_key(key, path), stack)
+            leaves[path] = dataclasses.replace(leaf, dropout_keys=keys, dropout_rate=float(rate))
+    return treedef.unflatten(leaves.values())

@@ -1,0 +1,228 @@
+"""Save and load with Orbax: the factors alone, or merged weights as plain Orbax reads them.
+
+A save is written beside its destination and then takes its place by renaming, so a save that is
+interrupted at any point leaves the earlier one: at its path, or beside it, where the next load
+or save finds it. Adapters carry what is needed to refuse another base and damaged files.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from jaxlora import fingerprints, paths
+from jaxlora.trees import Adapters, merge
+from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Roles
+
+FORMAT = "jaxlora.adapters"
+FORMAT_VERSION = 1
+_ORBAX_MARK = "_CHECKPOINT_METADATA"
+PathLike = str | os.PathLike[str]
+
+
+def save_adapters(path: PathLike, adapters: Adapters) -> None:
+    """Write the factors, and what is needed to know them again, to a directory.
+
+    Rank, alpha, roles, shape, dtype and content hash of the base weight are written for each
+    adapter, and the version of this library. An earlier save of adapters there is replaced only
+    when the new one is whole.
+
+    Args:
+        path: a local directory; it may hold an earlier checkpoint, and nothing else.
+        adapters: factors by path, from `jaxlora.split` outside of `jax.jit` (inside, the values of
+            the base are unknown, and so only its shape and dtype can be checked at loading).
+
+    Raises:
+        ValueError: adapters is empty.
+        TypeError: a value is no `Adapter`.
+        FileExistsError: the path holds something that is no checkpoint.
+    """
+    if not adapters:
+        raise ValueError("adapters is empty: there is nothing to save")
+    for name, adapter in adapters.items():
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"adapters[{name!r}] must be an Adapter: got {type(adapter).__name__}")
+    factors = _factors(adapters)
+    about = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "jaxlora": metadata.version("jaxlora"),
+        "targets": list(adapters),
+        "adapters": [_describe(name, adapter) for name, adapter in adapters.items()],
+        "checksums": fingerprints.checksums(factors),
+    }
+    _write(path, factors, about)
+
+
+def load_adapters(path: PathLike, *, base: Any) -> Adapters:
+    """Read the factors from a directory, for a base that they fit.
+
+    Args:
+        path: a directory written by `save_adapters`.
+        base: the tree of plain parameters, as from `jaxlora.split`, that they were made for.
+
+    Returns:
+        Adapters by path, bit-equal to those saved.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: it holds no adapters, or damaged ones, or adapters for another base.
+    """
+    path = _found(path)
+    about = _about(path)
+    leaves, _ = paths.flatten(base)
+    adapters = {entry["path"]: _abstract(entry) for entry in about["adapters"]}
+    if problems := _differences(adapters, leaves):
+        shown = "\n  ".join(problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5))
+        raise ValueError(f"the adapters at {path} are for another base:\n  {shown}")
+    factors = _read(path, _factors(adapters))
+    sums = fingerprints.checksums(factors)
+    if bad := [name for name in sums if sums[name] != about["checksums"][name]]:
+        raise ValueError(f"the adapters at {path} are damaged: {bad} are not as they were saved")
+    return {
+        name: dataclasses.replace(adapter, **factors[name]) for name, adapter in adapters.items()
+    }
+
+
+def save_merged(path: PathLike, params: Any) -> None:
+    """Merge a tree and write plain weights to a directory that plain Orbax restores.
+
+    ``orbax.checkpoint.StandardCheckpointer().restore(path)`` reads it. An earlier checkpoint there
+    is replaced only when the new one is whole.
+
+    Args:
+        path: a local directory; it may hold an earlier checkpoint, and nothing else.
+        params: a tree with `LoRAWeight` nodes.
+
+    Raises:
+        ValueError: no leaf is adapted, or a merged weight is not finite.
+        FileExistsError: the path holds something that is no checkpoint.
+    """
+    _write(
+        path, merge(params), {"format": "jaxlora.merged", "jaxlora": metadata.version("jaxlora")}
+    )
+
+
+def _factors(adapters: Adapters) -> dict[str, dict[str, Any]]:
+    return {name: {"a": adapter.a, "b": adapter.b} for name, adapter in adapters.items()}
+
+
+def _describe(name: str, adapter: Adapter) -> dict[str, Any]:
+    """Return all that is static of an adapter, for JSON."""
+    return {
+        "path": name,
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "roles": dataclasses.asdict(adapter.roles),
+        "base": dataclasses.asdict(adapter.base),
+        "dtypes": [str(adapter.a.dtype), str(adapter.b.dtype)],
+    }
+
+
+def _abstract(entry: dict[str, Any]) -> Adapter:
+    """Return the adapter that `_describe` described, with shapes in the place of arrays."""
+    roles = Roles(**{name: tuple(axes) for name, axes in entry["roles"].items()})
+    base = Fingerprint(**entry["base"] | {"shape": tuple(entry["base"]["shape"])})
+    shapes = roles.factor_shapes(base.shape, entry["rank"])
+    placed = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    a, b = (
+        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=placed)
+        for shape, dtype in zip(shapes, entry["dtypes"], strict=True)
+    )
+    return Adapter(a, b, roles, entry["alpha"], base)
+
+
+def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
+    """Return a line for each weight of the base that is not the one an adapter was made for."""
+    present = {name: leaves[name] for name in adapters if name in leaves}
+    plain = {n: leaf.base if isinstance(leaf, LoRAWeight) else leaf for n, leaf in present.items()}
+    prints = fingerprints.take(plain)
+    lines = []
+    for name, adapter in adapters.items():
+        wanted, got = adapter.base, prints.get(name)
+        if got is None:
+            lines.append(f"{name!r} is missing; {paths.nearest(name, leaves)}")
+        elif (wanted.shape, wanted.dtype) != (got.shape, got.dtype):
+            lines.append(
+                f"{name!r} must be {wanted.dtype}{list(wanted.shape)}: "
+                f"got {got.dtype}{list(got.shape)}"
+            )
+        elif wanted != got:
+            lines.append(f"{name!r} holds other values (hash {got.digest}, not {wanted.digest})")
+    return lines
+
+
+def _write(path: PathLike, tree: Any, about: dict[str, Any]) -> None:
+    """Write a checkpoint beside its destination, then put it in its place."""
+    path = Path(path).absolute()
+    new, old = _beside(path, "new"), _beside(path, "old")
+    _recover(path)
+    if path.exists() and not (_is_checkpoint(path) or (path.is_dir() and not any(path.iterdir()))):
+        raise FileExistsError(f"{path} holds something that is no checkpoint: choose another path")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(new, args=ocp.args.StandardSave(tree), custom_metadata=about)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def _recover(path: Path) -> None:
+    """Put the earlier save back where a save was interrupted between its two renames."""
+    old = _beside(path, "old")
+    if not path.exists() and _is_checkpoint(old):
+        old.rename(path)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / _ORBAX_MARK).is_file()
+
+
+def _found(path: PathLike) -> Path:
+    path = Path(path).absolute()
+    _recover(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no adapters at {path}: there is no such directory")
+    if not _is_checkpoint(path):
+        raise ValueError(f"no adapters at {path}: it is no Orbax checkpoint, or not a whole one")
+    return path
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """Return what a save wrote of itself, or raise if it is none of ours."""
+    try:
+        about = json.loads((path / _ORBAX_MARK).read_text())["custom_metadata"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"the checkpoint at {path} is damaged: {_ORBAX_MARK} is no JSON"
+        ) from error
+    if (about or {}).get("format") != FORMAT:
+        raise ValueError(f"no adapters at {path}: it is a checkpoint of something else")
+    if about["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"the adapters at {path} have format {about['format_version']}, written by jaxlora "
+            f"{about['jaxlora']}: this version reads up to format {FORMAT_VERSION}"
+        )
+    return about
+
+
+def _read(path: Path, target: Any) -> Any:
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path, args=ocp.args.StandardRestore(target))
+    except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
+        raise ValueError(f"the adapters at {path} are damaged: {error}") from error

@@ -1,0 +1,68 @@
+"""Fingerprints of base weights, from a sample of their elements, and checksums of factors.
+
+Reading all of a large model to recognise it would cost more than loading it. Of each weight up
+to 256 evenly spaced elements are hashed, bit for bit; another training run, another seed or a
+merged adapter changes them.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.core import Tracer
+
+from jaxlora.weight import Fingerprint
+
+_SAMPLES = 256
+
+
+def take(leaves: Mapping[str, Any]) -> dict[str, Fingerprint]:
+    """Return the fingerprint of each array; without digest where its values are unknown.
+
+    Args:
+        leaves: arrays, tracers or `jax.ShapeDtypeStruct` by path.
+
+    Returns:
+        Fingerprints by path.
+    """
+    known = {path: leaf for path, leaf in leaves.items() if _has_values(leaf)}
+    with jax.ensure_compile_time_eval():  # also where a known base meets a traced factor
+        samples = jax.device_get({path: _sample(leaf) for path, leaf in known.items()})
+    return {
+        path: Fingerprint(
+            tuple(leaf.shape),
+            str(leaf.dtype),
+            hashlib.sha256(samples[path].tobytes()).hexdigest()[:16] if path in known else None,
+        )
+        for path, leaf in leaves.items()
+    }
+
+
+def _has_values(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer)
+
+
+@jax.jit
+def _sample(leaf: Any) -> jax.Array:
+    """Return evenly spaced elements, ``(min(size, 256),)``."""
+    count = min(leaf.size, _SAMPLES)
+    indices = np.linspace(0, leaf.size - 1, count).astype(np.int64)
+    positions = np.unravel_index(indices, leaf.shape)
+    return jnp.asarray(leaf)[positions]
+
+
+def checksums(factors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Return a checksum over every bit of each factor, in the same structure."""
+    return jax.tree.map(int, jax.device_get(jax.tree.map(_checksum, dict(factors))))
+
+
+@jax.jit
+def _checksum(array: Any) -> jax.Array:
+    """Return the sum of the bits of each element times an odd number of its own, mod 2**32."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32).reshape(-1)
+    return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)

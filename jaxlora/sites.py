@@ -1,0 +1,291 @@
+"""What the program tells of its weights: where adapters can go, and what becomes of them.
+
+`find_sites` walks the program once with a probe in the place of each leaf; `explain` walks it
+with the adapted weights themselves. Both are abstract: nothing is computed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora import paths, table, tracing
+from jaxlora.tracing import lowrank
+from jaxlora.weight import LoRAWeight, Roles
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One adaptable weight.
+
+    Attributes:
+        path: path of the leaf.
+        shape: its shape.
+        dtype: its dtype.
+        roles: the role of each axis.
+        uses: the operations that consume it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    roles: Roles
+    uses: tuple[tracing.Use, ...]
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Axes along which the weight is a stack of weights."""
+        return self.roles.stack
+
+    @property
+    def in_(self) -> tuple[int, ...]:
+        """Axes that the program contracts or looks up along."""
+        return self.roles.in_
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """Axes left in the result."""
+        return self.roles.out
+
+    @property
+    def max_rank(self) -> int:
+        """The smaller side; a rank above it adds nothing."""
+        return self.roles.max_rank(self.shape)
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether rows of it are looked up and it is never contracted."""
+        return all(use.kind != tracing.CONTRACTED for use in self.uses)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sites:
+    """A table of what can be adapted, in the order of the tree; iterate it or index it by path.
+
+    Attributes:
+        sites: the sites by path.
+        skipped: for each other leaf, why it is no site.
+        shapes: shape of every leaf.
+    """
+
+    sites: dict[str, Site]
+    skipped: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites.values())
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.sites
+
+    def __getitem__(self, path: str) -> Site:
+        if path not in self.sites:
+            near = paths.nearest(path, self.sites)
+            raise KeyError(f"no site {path!r}: {self.skipped.get(path, 'no such leaf')}; {near}")
+        return self.sites[path]
+
+    def __str__(self):
+        rows = []
+        for path, shape in self.shapes.items():
+            if path in self.sites:
+                site = self.sites[path]
+                used = ", ".join(sorted({f"{use.operation}" for use in site.uses}))
+                cells = (str(site.stack), str(site.in_), str(site.out), used)
+            else:
+                cells = ("", "", "", f"no site: {self.skipped[path]}")
+            rows.append((path, str(shape), *cells))
+        return table.render_folded(("path", "shape", "stack", "in", "out", "used by"), rows)
+
+    __repr__ = __str__
+
+
+def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
+    """Find every weight that can be adapted, by tracing the program that uses it.
+
+    Args:
+        fn: any function; its first argument is ``params``.
+        params: its parameters, arrays or `jax.ShapeDtypeStruct`.
+        *args: its other arguments, arrays or shapes.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        The sites, and for every other leaf why it is none.
+
+    Raises:
+        ValueError: the tree is empty, or two leaves have the same path.
+
+    >>> import jax.numpy as jnp, jaxlora
+    >>> def model(params, x):
+    ...     return x @ params["w"] + params["bias"]
+    >>> params = {"w": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+    >>> print(jaxlora.find_sites(model, params, jnp.ones((2, 4))))
+    path  shape   stack  in    out   used by
+    ----  ------  -----  ----  ----  --------------------
+    bias  (3,)                       no site: reaches add
+    w     (4, 3)  ()     (0,)  (1,)  dot_general
+    """
+    leaves, _ = paths.flatten(params)
+    if not leaves:
+        raise ValueError("params is an empty tree: it must hold the weights of the program")
+    leaves = {path: _weight(leaf) for path, leaf in leaves.items()}
+    unfit = {path: why for path, leaf in leaves.items() if (why := _unfit(leaf))}
+    walk = tracing.Walk(record=True)
+    program = tracing.trace(fn, (_plain(params), *args), kwargs)
+    fit = [path for path, leaf in leaves.items() if tracing.is_array(leaf)]
+
+    def run(*arrays):
+        values = list(arrays)
+        for i, path in enumerate(fit):
+            if path not in unfit:
+                values[i] = lowrank.probe(path, values[i])
+        outs = walk.run(program.jaxpr, *values)
+        return [out.base if isinstance(out, lowrank.LowRank) else out for out in outs]
+
+    jax.eval_shape(run, *program.inputs)
+    uses: dict[str, list[tracing.Use]] = {path: [] for path in leaves}
+    for use in (walk.uses or {}).values():
+        uses[use.path].append(use)
+    sites, skipped = {}, dict(unfit)
+    for path, leaf in leaves.items():
+        if path in unfit:
+            continue
+        supported = tuple(use for use in uses[path] if use.kind != tracing.MATERIALIZED)
+        roles = _roles(supported, leaf.ndim)
+        if roles is None:
+            skipped[path] = _why(uses[path])
+        else:
+            sites[path] = Site(path, tuple(leaf.shape), leaf.dtype, roles, supported)
+    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves.items()}
+    return Sites(sites, skipped, shapes)
+
+
+def _weight(leaf: Any) -> Any:
+    return leaf.base if isinstance(leaf, LoRAWeight) else leaf
+
+
+def _plain(params: Any) -> Any:
+    return jax.tree.map(_weight, params, is_leaf=paths.is_node)
+
+
+def _unfit(leaf: Any) -> str | None:
+    """Return why a leaf cannot be adapted whatever the program does with it."""
+    if not tracing.is_array(leaf):
+        return f"it is no array but {type(leaf).__name__}"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"its dtype is {leaf.dtype}, not floating"
+    if 0 in leaf.shape:
+        return "it has an axis of size 0"
+    return None
+
+
+_FIRST = (tracing.LOOKED_UP, tracing.CONTRACTED, tracing.CUT_OUT)
+
+
+def _roles(uses: tuple[tracing.Use, ...], ndim: int) -> Roles | None:
+    """Return the roles of the use that decides: a lookup before a product before a slice.
+
+    A lookup whose rows are themselves contracted as weights is a stack that is indexed.
+    """
+    for kind in _FIRST:
+        for use in uses:
+            if use.kind == kind and (found := _roles_of(use, ndim)):
+                return found
+    return None
+
+
+def _roles_of(use: tracing.Use, ndim: int) -> Roles | None:
+    every = frozenset(range(ndim))
+    in_ = use.in_ & every
+    out = (use.out & every) - in_
+    stack = (use.stack & every) - in_ - out
+    rest = every - stack - in_ - out  # axes of size 1, which no operation shows
+    if in_ and not out:
+        out = rest
+    else:
+        in_ |= rest
+    if not in_ or not (out or use.kind == tracing.CONTRACTED):
+        return None
+    return Roles(*(tuple(sorted(axes)) for axes in (stack, in_, out)))
+
+
+def _why(uses: list[tracing.Use]) -> str:
+    if not uses:
+        return "the program does not use it"
+    return "reaches " + ", ".join(sorted({use.operation for use in uses}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What becomes of each adapted weight of a program.
+
+    Attributes:
+        uses: the operations that consume it, by path.
+    """
+
+    uses: dict[str, tuple[tracing.Use, ...]]
+
+    @property
+    def materialized(self) -> dict[str, tuple[tracing.Use, ...]]:
+        """The uses at which a weight is made dense, by path."""
+        found = {
+            path: tuple(use for use in uses if use.kind == tracing.MATERIALIZED)
+            for path, uses in self.uses.items()
+        }
+        return {path: uses for path, uses in found.items() if uses}
+
+    def __str__(self):
+        rows = []
+        for path, uses in self.uses.items():
+            low = [f"{u.operation} ({u.kind})" for u in uses if u.kind != tracing.MATERIALIZED]
+            dense = [
+                f"{u.operation} at {u.source}: {u.reason}" for u in self.materialized.get(path, ())
+            ]
+            low = list(dict.fromkeys(low)) or ["" if dense else "not used"]
+            rows.append((path, ", ".join(low), "; ".join(dense)))
+        return table.render_folded(("path", "low-rank at", "materialized at"), rows)
+
+    __repr__ = __str__
+
+
+def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Report:
+    """Tell for each adapted weight where the program takes it low-rank, and where not and why.
+
+    Args:
+        fn: any function; its first argument is ``params``.
+        params: its parameters with adapted weights; arrays or shapes.
+        *args: its other arguments.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        The uses of every adapted weight.
+
+    Raises:
+        ValueError: no leaf of params is adapted.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> def model(params, x):
+    ...     return x @ params["w"] + jnp.sum(params["w"] ** 2)
+    >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+    >>> adapted = jaxlora.init(
+    ...     jax.random.key(0), model, params, x, config=jaxlora.LoRAConfig(rank=1)
+    ... )
+    >>> [use.operation for use in jaxlora.explain(model, adapted, x).materialized["w"]]
+    ['integer_pow']
+    """
+    leaves, _ = paths.flatten(params)
+    adapted = [path for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)]
+    if not adapted:
+        raise ValueError("params has no adapted weight: make some with jaxlora.init")
+    walk = tracing.Walk(record=True)
+    program = tracing.trace(fn, (params, *args), kwargs)
+    jax.eval_shape(functools.partial(walk.run, program.jaxpr), *program.inputs)
+    uses: dict[str, list[tracing.Use]] = {path: [] for path in adapted}
+    for use in (walk.uses or {}).values():
+        uses.setdefault(use.path, []).append(use)
+    return Report({path: tuple(found) for path, found in uses.items()})

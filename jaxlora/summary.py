@@ -1,0 +1,134 @@
+"""How much is trained: parameters and bytes, per target and in all."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxlora import paths, table
+from jaxlora.weight import LoRAWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One leaf.
+
+    Attributes:
+        path: its path.
+        shape: its shape.
+        rank: rank of its factors, 0 where it is not adapted.
+        trainable: parameters in its factors.
+        total: parameters in it and its factors.
+        trainable_bytes: bytes of its factors.
+        total_bytes: bytes of it and its factors.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rank: int
+    trainable: int
+    total: int
+    trainable_bytes: int
+    total_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """A table of what is trained and what is not; ``str`` folds repeated blocks.
+
+    Attributes:
+        rows: one for each leaf, in the order of the tree.
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def trainable(self) -> int:
+        """Parameters in factors."""
+        return sum(row.trainable for row in self.rows)
+
+    @property
+    def total(self) -> int:
+        """Parameters in all, factors included."""
+        return sum(row.total for row in self.rows)
+
+    @property
+    def trainable_bytes(self) -> int:
+        """Bytes of the factors."""
+        return sum(row.trainable_bytes for row in self.rows)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes in all, factors included."""
+        return sum(row.total_bytes for row in self.rows)
+
+    def __str__(self):
+        cells = [
+            (
+                row.path,
+                str(row.shape),
+                str(row.rank or "frozen"),
+                f"{row.trainable:,}",
+                f"{row.total:,}",
+                f"{row.total_bytes:,}",
+            )
+            for row in self.rows
+        ]
+        body = table.render_folded(("path", "shape", "rank", "trainable", "total", "bytes"), cells)
+        share = self.trainable / self.total
+        return (
+            f"{body}\n\ntrainable {self.trainable:,} of {self.total:,} parameters ({share:.2%}), "
+            f"{self.trainable_bytes:,} of {self.total_bytes:,} bytes"
+        )
+
+    __repr__ = __str__
+
+
+def summary(params: Any) -> Summary:
+    """Count what is trained in a tree, and list what is left out.
+
+    Args:
+        params: a tree with `LoRAWeight` nodes; arrays or shapes.
+
+    Returns:
+        One row for each leaf, and the totals.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
+    >>> print(jaxlora.summary(params))
+    path  shape   rank  trainable  total  bytes
+    ----  ------  ----  ---------  -----  -----
+    w     (4, 3)  1     7          19     76
+    <BLANKLINE>
+    trainable 7 of 19 parameters (36.84%), 28 of 76 bytes
+    """
+    leaves, _ = paths.flatten(params)
+    return Summary(tuple(_row(path, leaf) for path, leaf in leaves.items()))
+
+
+def _row(path: str, leaf: Any) -> Row:
+    adapted = isinstance(leaf, LoRAWeight)
+    base = leaf.base if adapted else leaf
+    factors = (leaf.a, leaf.b) if adapted else ()
+    trainable = sum(_size(x) for x in factors)
+    trainable_bytes = sum(_bytes(x) for x in factors)
+    return Row(
+        path,
+        tuple(getattr(base, "shape", ())),
+        leaf.rank if adapted else 0,
+        trainable,
+        trainable + _size(base),
+        trainable_bytes,
+        trainable_bytes + _bytes(base),
+    )
+
+
+def _size(x: Any) -> int:
+    return math.prod(getattr(x, "shape", ()))
+
+
+def _bytes(x: Any) -> int:
+    return _size(x) * jnp.dtype(x.dtype).itemsize if hasattr(x, "dtype") else 0

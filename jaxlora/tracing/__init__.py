@@ -1,0 +1,32 @@
+"""The transform: trace a program, follow the weights through it, evaluate it with low-rank ones.
+
+Only this folder knows jaxprs. Importing it registers the rules.
+"""
+
+from jaxlora.tracing import contraction, control, structural
+from jaxlora.tracing.interpreter import (
+    CONTRACTED,
+    CUT_OUT,
+    LOOKED_UP,
+    MATERIALIZED,
+    MaterializationWarning,
+    Use,
+    Walk,
+)
+from jaxlora.tracing.transform import is_array, lora, trace
+
+__all__ = [
+    "CONTRACTED",
+    "CUT_OUT",
+    "LOOKED_UP",
+    "MATERIALIZED",
+    "MaterializationWarning",
+    "Use",
+    "Walk",
+    "contraction",
+    "control",
+    "is_array",
+    "lora",
+    "structural",
+    "trace",
+]

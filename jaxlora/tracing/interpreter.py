@@ -1,0 +1,169 @@
+"""Evaluate a program with low-rank weights among its values.
+
+The program is a jaxpr. An equation without a low-rank weight among its inputs runs as it is. One
+with goes to the rule of its primitive; a rule is a function registered here by primitive name,
+``rule(walk, eqn, *values) -> list of outputs``. Where there is no rule, or the rule does not
+cover the case, the weight is made dense: correct, and never silent.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxlora.tracing import axes, compat
+from jaxlora.tracing.lowrank import LowRank
+from jaxlora.weight import merge_dtype
+
+Rule = Callable[..., list[Any]]
+_RULES: dict[str, Rule] = {}
+
+CONTRACTED, LOOKED_UP, CUT_OUT = "contracted", "looked up", "cut out"
+MATERIALIZED = "materialized"
+
+
+class MaterializationWarning(UserWarning):
+    """An adapted weight was made dense, because an operation has no low-rank rule."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One operation that consumes a weight.
+
+    Attributes:
+        path: path of the weight.
+        operation: name of the primitive.
+        source: line of the user's program, ``file:line``.
+        kind: "contracted", "looked up" (by index), "cut out" (a slice of rows) or "materialized".
+        stack: axes of the weight that are a stack here.
+        in_: axes contracted or looked up along.
+        out: axes left in the result.
+        reason: why the weight was materialized.
+    """
+
+    path: str
+    operation: str
+    source: str
+    kind: str
+    stack: frozenset = frozenset()
+    in_: frozenset = frozenset()
+    out: frozenset = frozenset()
+    reason: str = ""
+
+
+def rule(*primitives: str) -> Callable[[Rule], Rule]:
+    """Register the rule of the primitives of these names."""
+
+    def register(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(primitives, function))
+        return function
+
+    return register
+
+
+class Walk:
+    """One way to evaluate programs: what to do where there is no rule, and what to write down.
+
+    Attributes:
+        strict: raise where a weight would be materialized.
+        uses: the uses met so far, or None where they are not wanted.
+    """
+
+    def __init__(self, *, strict: bool = False, record: bool = False):
+        self.strict = strict
+        self.uses: dict[Any, Use] | None = {} if record else None
+        self.compiled = functools.lru_cache(maxsize=256)(self._compiled)
+
+    def run(self, jaxpr: Any, *args: Any) -> list[Any]:
+        """Evaluate a jaxpr on arrays and low-rank weights."""
+        program = compat.opened(jaxpr)
+        env = dict(zip(program.constvars, compat.consts(jaxpr), strict=True))
+        env.update(zip(program.invars, args, strict=True))
+        last = _last_uses(program)
+
+        def read(atom):
+            return atom.val if isinstance(atom, compat.Literal) else env[atom]
+
+        for i, eqn in enumerate(program.eqns):
+            values = [read(atom) for atom in eqn.invars]
+            with compat.scope(eqn):
+                env.update(zip(eqn.outvars, self._step(eqn, values), strict=True))
+            for var in last.get(i, ()):
+                env.pop(var, None)
+        return [read(atom) for atom in program.outvars]
+
+    def _step(self, eqn: Any, values: list[Any]) -> list[Any]:
+        if not any(isinstance(value, LowRank) for value in values):
+            return compat.bind(eqn, values)
+        found = _RULES.get(eqn.primitive.name)
+        if found is None:
+            return self.without_rule(eqn, values, "it has no low-rank rule")
+        return found(self, eqn, *values)
+
+    def without_rule(self, eqn: Any, values: Sequence[Any], reason: str) -> list[Any]:
+        """Run an equation with every low-rank weight among its inputs made dense."""
+        return compat.bind(eqn, [self.densify(eqn, value, reason) for value in values])
+
+    def densify(self, eqn: Any, value: Any, reason: str) -> Any:
+        """Return an array for a value; say so if that is a weight and not rows of it."""
+        if not isinstance(value, LowRank):
+            return value
+        if value.is_rows():
+            self.record(eqn, value, LOOKED_UP if value.indexed else CUT_OUT)
+        else:
+            self.record(eqn, value, MATERIALIZED, reason)
+            self._complain(eqn, value, reason)
+        if value.is_probe:
+            return value.base
+        dtype = value.base.dtype if value.is_rows() else merge_dtype(value.base.dtype)
+        with jax.named_scope("lora"):
+            return value.dense(dtype)
+
+    def record(
+        self, eqn: Any, weight: LowRank, kind: str, reason: str = "", **axes_of: Any
+    ) -> None:
+        """Write down a use of a weight; a lookup tells its axes from what was picked."""
+        if self.uses is None:
+            return
+        where = compat.where(eqn)
+        if kind in (LOOKED_UP, CUT_OUT):
+            picked, where = weight.indexed | weight.sliced, weight.picked_at
+            axes_of = {"in_": picked, "out": axes.labels(weight.dims) - picked, "stack": set()}
+        axes_of = {name: frozenset(found) for name, found in axes_of.items()}
+        if "stack" in axes_of:
+            axes_of["stack"] |= weight.scanned
+        use = Use(weight.origin.path, *where, kind, reason=reason, **axes_of)
+        self.uses.setdefault((weight.origin.path, id(eqn), kind), use)
+
+    def _complain(self, eqn: Any, weight: LowRank, reason: str) -> None:
+        if weight.is_probe or self.uses is not None:
+            return
+        operation, source = compat.where(eqn)
+        what = f"the weight {weight.origin.path!r} reaches {operation!r} at {source}, and {reason}"
+        if self.strict:
+            raise ValueError(f"{what}: strict=True needs a low-rank rule at every use")
+        warnings.warn(f"{what}: it is materialized there", MaterializationWarning, stacklevel=2)
+
+    def _compiled(self, jaxpr: Any, name: str) -> Callable[..., Any]:
+        def evaluate(*values):
+            return self.run(jaxpr, *values)
+
+        evaluate.__name__ = evaluate.__qualname__ = name
+        return jax.jit(evaluate)
+
+
+def _last_uses(program: Any) -> dict[int, list[Any]]:
+    """Return the variables that no later equation reads, by index of equation."""
+    kept = {atom for atom in program.outvars if not isinstance(atom, compat.Literal)}
+    last = {}
+    for i, eqn in enumerate(program.eqns):
+        for atom in (*eqn.invars, *eqn.outvars):
+            if not isinstance(atom, compat.Literal) and atom not in kept:
+                last[atom] = i
+    by_index: dict[int, list[Any]] = {}
+    for var, i in last.items():
+        by_index.setdefault(i, []).append(var)
+    return by_index

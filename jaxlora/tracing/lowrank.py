@@ -1,0 +1,254 @@
+"""The value that flows through a program in the place of an adapted weight.
+
+A `LowRank` is a weight as the program has shaped it so far: the base, shaped by the program's
+own operations, the factors, shaped along, and for each dimension the pieces it is made of. Each
+factor has one axis for each piece of a role that it carries, in the order of the pieces, and
+``a`` and ``b`` have the rank as their last axis. So an operation on one dimension of the weight
+is an operation on one axis of the factors that carry it.
+
+Without factors it is a *probe*, whose labels are axis numbers: the same walk of the same
+program with probes finds the sites.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.tracing import axes
+from jaxlora.tracing.product import contract
+from jaxlora.weight import LoRAWeight, Roles, scaling
+
+_meta = {"static": True}
+
+
+class Role(enum.StrEnum):
+    """What an axis is to the operation that consumes the weight."""
+
+    STACK = "stack"
+    IN = "in"
+    OUT = "out"
+
+
+CARRIES = {
+    "a": frozenset({Role.STACK, Role.IN}),
+    "b": frozenset({Role.STACK, Role.OUT}),
+    "keys": frozenset({Role.STACK}),
+}
+RANK = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a traced weight came from; nothing here changes on its way.
+
+    Attributes:
+        path: path of the leaf.
+        roles: roles of its axes, None for a probe.
+        shape: its shape.
+        alpha: numerator of the scaling.
+        dropout_rate: share of the low-rank path's input that is dropped.
+    """
+
+    path: str
+    roles: Roles | None
+    shape: tuple[int, ...]
+    alpha: float = 1.0
+    dropout_rate: float = 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """An adapted weight on its way through a program, or a probe in its place.
+
+    Attributes:
+        base: the weight as the program has it here, ``axes.shape(dims)``.
+        a: ``(*stack and in pieces, rank)``, None in a probe.
+        b: ``(*stack and out pieces, rank)``, None in a probe.
+        keys: dropout keys, ``(*stack pieces,)``, or None.
+        dims: the pieces of each dimension.
+        origin: where it came from.
+        indexed: labels of axes along which entries were picked out.
+        sliced: labels of axes along which a part was cut out.
+        scanned: labels of axes that a loop runs over; only a probe needs to know.
+        picked_at: operation and source line of the last picking or cutting.
+    """
+
+    base: Any
+    a: Any
+    b: Any
+    keys: Any
+    dims: axes.Dims = dataclasses.field(metadata=_meta)
+    origin: Origin = dataclasses.field(metadata=_meta)
+    indexed: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
+    sliced: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
+    scanned: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
+    picked_at: tuple[str, str] = dataclasses.field(default=("", ""), metadata=_meta)
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether this only looks for sites."""
+        return self.origin.roles is None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.base.size
+
+    def is_rows(self) -> bool:
+        """Whether these are rows looked up in a weight, and so no weight any more."""
+        if self.is_probe:
+            picked = self.indexed | self.sliced
+            return bool(picked) and bool(axes.labels(self.dims) - picked)
+        return bool(self.indexed - {Role.STACK}) or Role.IN in self.sliced
+
+    def reshaped(self, base: Any, dims: axes.Dims) -> "LowRank":
+        """Return this with the same pieces in the same order, split and joined as in dims."""
+
+        def shape(factor, carries):
+            sizes = [size for label, size in axes.pieces(dims) if label in carries]
+            return factor.reshape(*sizes, *factor.shape[self._count(carries) :])
+
+        return self._map(shape, base=base, dims=dims)
+
+    def entry(self) -> "LowRank":
+        """Return the books of one entry along the first dimension; its arrays are the loop's."""
+        label = {label for label, _ in self.dims[0]}
+        fields: dict[str, Any] = {"scanned": self.scanned | label} if self.is_probe else {}
+        return self.replace(dims=self.dims[1:], **fields or {"indexed": self.indexed | label})
+
+    def transposed(self, base: Any, permutation: Sequence[int]) -> "LowRank":
+        """Return this with its dimensions in another order."""
+
+        def transpose(factor, carries):
+            order = axes.order(self.dims, permutation, carries.__contains__)
+            return factor.transpose(*order, *range(len(order), factor.ndim))
+
+        return self._map(transpose, base=base, dims=tuple(self.dims[d] for d in permutation))
+
+    def along(self, base: Any, dim: int, apply: Callable[[Any, int], Any]) -> "LowRank":
+        """Return this with ``apply(array, axis)`` done to the one piece of a dimension.
+
+        Args:
+            base: the new base, which tells the dimension's new size.
+            dim: a dimension of one piece.
+            apply: the operation on one axis of an array.
+
+        Returns:
+            The weight with the new base and each factor that carries the piece changed.
+        """
+        ((label, _),) = self.dims[dim]
+        size = base.shape[dim]
+        new = ((label, size),) if size != 1 else ()
+
+        def change(factor, carries):
+            if label not in carries:
+                return factor
+            axis = sum(piece[0] in carries for piece in axes.pieces(self.dims[:dim]))
+            factor = apply(factor, axis)
+            return factor if new else factor.squeeze(axis)
+
+        return self._map(change, base=base, dims=(*self.dims[:dim], new, *self.dims[dim + 1 :]))
+
+    def replace(self, **changes: Any) -> "LowRank":
+        """Return this with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def piece_labels(self, dims: Sequence[Sequence[Any]], factor: str) -> list[Any]:
+        """Return the names, given for each piece of each dimension, that a factor carries."""
+        named = zip(axes.pieces(self.dims), (name for dim in dims for name in dim), strict=True)
+        return [name for (label, _), name in named if label in CARRIES[factor]]
+
+    def factors(self, dtype: Any) -> tuple[Any, Any]:
+        """Return ``a`` and ``scaling * b``, scaled as they are stored and then cast."""
+        scale = scaling(self.origin.alpha, self.a.shape[-1])
+        return self.a.astype(dtype), (self.b * scale).astype(dtype)
+
+    def dense(self, dtype: Any) -> Any:
+        """Return the weight as one array of the base's dtype, computed in another."""
+        names, count = [], 0
+        for dim in self.dims:
+            names.append(list(range(count, count + len(dim))))
+            count += len(dim)
+        a, b = self.factors(dtype)
+        a_names = [*self.piece_labels(names, "a"), RANK]
+        b_names = [*self.piece_labels(names, "b"), RANK]
+        product = contract(a, a_names, b, b_names, list(range(count)))
+        total = self.base.astype(dtype) + product.reshape(self.base.shape)
+        return total.astype(self.base.dtype)
+
+    def _count(self, carries: frozenset) -> int:
+        return sum(label in carries for label, _ in axes.pieces(self.dims))
+
+    def _map(self, change: Callable[[Any, frozenset], Any], **fields: Any) -> "LowRank":
+        """Return this with ``change(factor, carries)`` for each factor, and fields replaced."""
+        for name, carries in CARRIES.items():
+            if (factor := getattr(self, name)) is not None:
+                fields[name] = change(factor, carries)
+        return self.replace(**fields)
+
+
+def enter(path: str, weight: LoRAWeight) -> LowRank:
+    """Return the traced value of an adapted weight; its base gets no gradient."""
+    roles, shape = weight.roles, tuple(weight.base.shape)
+    stack, in_side, out_side = roles.stack, (*roles.stack, *roles.in_), (*roles.stack, *roles.out)
+    keys = weight.dropout_keys
+    return LowRank(
+        base=jax.lax.stop_gradient(weight.base),
+        a=_to_axis_order(weight.a, in_side, shape),
+        b=_to_axis_order(jnp.moveaxis(weight.b, len(stack), -1), out_side, shape),
+        keys=None if keys is None else _to_axis_order(keys, stack, shape),
+        dims=axes.from_shape(shape, roles.labels(Role.STACK, Role.IN, Role.OUT)),
+        origin=Origin(path, roles, shape, weight.alpha, weight.dropout_rate),
+    )
+
+
+def probe(path: str, leaf: Any) -> LowRank:
+    """Return the traced value that finds out how a leaf is used."""
+    dims = axes.from_shape(leaf.shape, range(leaf.ndim))
+    return LowRank(leaf, None, None, None, dims, Origin(path, None, tuple(leaf.shape)))
+
+
+def leave(weight: LowRank) -> LoRAWeight | None:
+    """Return the node for a weight that leaves the program, or None where a node cannot say it."""
+    if weight.is_rows() or any(len(dim) > 1 for dim in weight.dims):
+        return None
+    shape, origin = weight.base.shape, weight.origin
+    known = [Role.OUT] * len(shape)
+    if origin.roles is not None and shape == origin.shape:
+        known = origin.roles.labels(*Role)
+    labels = [dim[0][0] if dim else label for dim, label in zip(weight.dims, known, strict=True)]
+    roles = Roles(*(tuple(i for i, label in enumerate(labels) if label == role) for role in Role))
+    b = _to_role_order(weight.b, (*roles.stack, *roles.out), shape)
+    keys = weight.keys
+    return LoRAWeight(
+        base=weight.base,
+        a=_to_role_order(weight.a, (*roles.stack, *roles.in_), shape),
+        b=jnp.moveaxis(b, -1, len(roles.stack)),
+        roles=roles,
+        alpha=origin.alpha,
+        dropout_keys=None if keys is None else _to_role_order(keys, roles.stack, shape),
+        dropout_rate=origin.dropout_rate,
+    )
+
+
+def _to_axis_order(factor: Any, axes_of: Sequence[int], shape: Sequence[int]) -> Any:
+    """Sort the leading axes of a factor by the weight's axes, and drop those of size 1."""
+    order = sorted(range(len(axes_of)), key=axes_of.__getitem__)
+    factor = factor.transpose(*order, *range(len(order), factor.ndim))
+    sizes = [shape[i] for i in sorted(axes_of) if shape[i] != 1]
+    return factor.reshape(*sizes, *factor.shape[len(order) :])
+
+
+def _to_role_order(factor: Any, axes_of: Sequence[int], shape: Sequence[int]) -> Any:
+    """Undo `_to_axis_order`."""
+    in_order = sorted(axes_of)
+    dropped = sum(shape[i] == 1 for i in in_order)
+    sizes = [shape[i] for i in in_order]
+    factor = factor.reshape(*sizes, *factor.shape[len(in_order) - dropped :])
+    order = [in_order.index(i) for i in axes_of]
+    return factor.transpose(*order, *range(len(order), factor.ndim))

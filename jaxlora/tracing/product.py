@@ -1,0 +1,107 @@
+"""A product of two arrays by the names of their axes, as one product of matrices.
+
+The factors of an adapter are skinny, and what their product costs is moving the activations.
+XLA on CPU transposes and recomputes whole 3-D activations for the backward of a skinny product;
+with all tokens flattened into one axis it does not. So every product here is flattened to
+``(batch, m, k) x (batch, k, n)``, whatever the axes of the program.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Name = Hashable
+
+
+def contract(
+    x: Any,
+    x_names: Sequence[Name],
+    y: Any,
+    y_names: Sequence[Name],
+    out_names: Sequence[Name],
+    precision: Any = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Return the sum over every name that both arrays have and the output does not.
+
+    Args:
+        x: array with one axis for each of x_names.
+        x_names: names of its axes, all different.
+        y: array with one axis for each of y_names.
+        y_names: names of its axes, all different.
+        out_names: names of the axes of the result; every name that only one array has is among
+            them.
+        precision: as in `jax.lax.dot_general`.
+        dtype: dtype of the result and, where the platform has it, of the sum.
+
+    Returns:
+        Array with one axis for each of out_names.
+
+    >>> import jax.numpy as jnp
+    >>> x, a = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
+    >>> contract(x, "bti", a, "ir", "rbt").shape
+    (5, 2, 3)
+    """
+    sizes = dict(zip((*x_names, *y_names), (*x.shape, *y.shape), strict=True))
+    batch = [n for n in x_names if n in y_names and n in out_names]
+    summed = [n for n in x_names if n in y_names and n not in out_names]
+    x_free = [n for n in x_names if n not in y_names]
+    y_free = [n for n in y_names if n not in x_names]
+
+    def flat(array, names, *groups):
+        order = [names.index(n) for group in groups for n in group]
+        shape = [math.prod(sizes[n] for n in group) for group in groups]
+        return array.transpose(order).reshape(shape if batch else shape[1:])
+
+    lead = 1 if batch else 0
+    numbers = (((lead + 1,), (lead,)), ((0,), (0,)) if batch else ((), ()))
+    product = jax.lax.dot_general(
+        flat(x, list(x_names), batch, x_free, summed),
+        flat(y, list(y_names), batch, summed, y_free),
+        numbers,
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+    names = [*batch, *x_free, *y_free]
+    product = product.reshape([sizes[n] for n in names])
+    return jnp.transpose(product, [names.index(n) for n in out_names])
+
+
+def chain(
+    x: Any,
+    x_names: Sequence[Name],
+    first: tuple[Any, Sequence[Name]],
+    second: tuple[Any, Sequence[Name]],
+    out_names: Sequence[Name],
+    precision: Any = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Return x times two factors, the one that shares more with x first.
+
+    Args:
+        x: the input.
+        x_names: names of its axes.
+        first: a factor and the names of its axes.
+        second: the other factor.
+        out_names: names of the axes of the result.
+        precision: as in `jax.lax.dot_general`.
+        dtype: dtype of both products.
+
+    Returns:
+        Array with one axis for each of out_names; no array of the size of ``first @ second`` is
+        made on the way.
+    """
+
+    def shared(factor):
+        array, names = factor
+        return math.prod(s for n, s in zip(names, array.shape, strict=True) if n in x_names)
+
+    if shared(second) > shared(first):
+        first, second = second, first
+    wanted = {*second[1], *out_names}
+    h_names = [n for n in dict.fromkeys((*x_names, *first[1])) if n in wanted]
+    h = contract(x, x_names, *first, h_names, precision, dtype)
+    return contract(h.astype(x.dtype), h_names, *second, out_names, precision, dtype)

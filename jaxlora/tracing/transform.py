@@ -1,0 +1,127 @@
+"""From a function of trees to a program of arrays, and back.
+
+Only arrays are traced. Every other leaf of the arguments (flags, strings, Python numbers) is
+handed to the function as it is, and so is every other leaf of what it returns.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxlora import paths
+from jaxlora.tracing import lowrank
+from jaxlora.tracing.interpreter import Walk
+from jaxlora.weight import LoRAWeight
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def is_array(leaf: Any) -> bool:
+    """Tell whether a leaf is traced: an array or the shape and dtype of one."""
+    if isinstance(leaf, np.ndarray):
+        return leaf.dtype.kind not in "OSU"
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function traced for some arguments.
+
+    Attributes:
+        jaxpr: the program, from the arrays among the arguments to those among the results.
+        inputs: the arrays, and the low-rank weights where an argument has an adapted weight.
+        rebuild: makes the result of the function from the outputs of the program.
+    """
+
+    jaxpr: Any
+    inputs: list[Any]
+    rebuild: Callable[[list[Any]], Any]
+
+
+def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Program:
+    """Trace a function once, with the base in the place of each adapted weight."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=_is_weight)
+    inputs, traced = [], []
+    for position, (key_path, leaf) in enumerate(leaves):
+        if isinstance(leaf, LoRAWeight):
+            leaf = lowrank.enter(paths.path_of(key_path[2:]), leaf)
+        if is_array(leaf) or isinstance(leaf, lowrank.LowRank):
+            inputs.append(leaf)
+            traced.append(position)
+    result: dict[str, Any] = {}
+
+    def flat(*arrays):
+        values = [leaf for _, leaf in leaves]
+        for position, array in zip(traced, arrays, strict=True):
+            values[position] = array
+        args, kwargs = jax.tree.unflatten(treedef, values)
+        outs, result["treedef"] = jax.tree.flatten(fn(*args, **kwargs))
+        result["outs"] = [None if is_array(out) else out for out in outs]
+        return [out for out in outs if is_array(out)]
+
+    arrays = [leaf.base if isinstance(leaf, lowrank.LowRank) else leaf for leaf in inputs]
+    jaxpr = jax.make_jaxpr(flat)(*arrays)
+
+    def rebuild(outs):
+        outs = iter(outs)
+        filled = [next(outs) if out is None else out for out in result["outs"]]
+        return jax.tree.unflatten(result["treedef"], filled)
+
+    return Program(jaxpr, inputs, rebuild)
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, LoRAWeight)
+
+
+def lora(fn: F, *, strict: bool = False) -> F:
+    """Make a function accept adapted weights wherever it takes arrays.
+
+    Where the function consumes a weight ``W``, the result computes ``x W + scaling * (x a) b``
+    without forming the sum, on the same axes and in the same dtype. Bases get no gradient. The
+    function is traced on every call, so call it under `jax.jit`. ``jit``, ``grad``, ``vmap``,
+    ``jvp`` and ``remat`` compose inside and outside.
+
+    Args:
+        fn: any function of pytrees, as ``model.apply`` or a loss.
+        strict: raise where a weight would have to be made dense.
+
+    Returns:
+        A function of the same signature. Without a `LoRAWeight` among its arguments it is fn.
+
+    Raises:
+        ValueError: with strict, at a call in which a weight reaches an operation without a
+            low-rank rule. Without strict this is a `MaterializationWarning`.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> def model(params, x):
+    ...     return jnp.tanh(x @ params["w"])
+    >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=2)
+    >>> adapted = jaxlora.init(jax.random.key(0), model, params, x, config=config)
+    >>> bool((jaxlora.lora(model)(adapted, x) == model(params, x)).all())
+    True
+    """
+    walk = Walk(strict=strict)
+
+    @functools.wraps(fn)
+    def fn_lora(*args, **kwargs):
+        if not any(map(_is_weight, jax.tree.leaves((args, kwargs), is_leaf=_is_weight))):
+            return fn(*args, **kwargs)
+        program = trace(fn, args, kwargs)
+        outs = walk.run(program.jaxpr, *program.inputs)
+        return program.rebuild([_left(walk, out) for out in outs])
+
+    return fn_lora  # pyright: ignore[reportReturnType]
+
+
+def _left(walk: Walk, out: Any) -> Any:
+    """Return an output as the caller gets it: an array, or the node of a weight passed through."""
+    if not isinstance(out, lowrank.LowRank):
+        return out
+    node = lowrank.leave(out)
+    return walk.densify(None, out, "it leaves the function") if node is None else node

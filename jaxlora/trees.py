@@ -1,0 +1,215 @@
+"""Trees with adapted weights: part them, put them together, fold the product in or out.
+
+A tree of parameters and the same tree with `LoRAWeight` nodes in it differ only at those nodes,
+so every function here is one pass over the leaves by path.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.core import Tracer
+
+from jaxlora import fingerprints, paths
+from jaxlora.weight import Adapter, LoRAWeight, merge_dtype
+
+Adapters = dict[str, Adapter]
+
+
+def split(params: Any) -> tuple[Any, Adapters]:
+    """Part a tree into its frozen base and its trainable factors.
+
+    Args:
+        params: a tree with `LoRAWeight` nodes.
+
+    Returns:
+        The tree with each node's base in its place, and the factors by path. `bind` undoes it,
+        but for dropout, which is chosen for each step.
+
+    Raises:
+        ValueError: no leaf is adapted, or two leaves have the same path.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
+    >>> base, adapters = jaxlora.split(params)
+    >>> base["w"].shape, adapters
+    ((4, 3), {'w': Adapter(a=(4, 1), b=(1, 3), alpha=16)})
+    """
+    leaves, treedef = paths.flatten(params)
+    nodes = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)}
+    if not nodes:
+        raise ValueError("params has no adapted weight: make some with jaxlora.init")
+    prints = fingerprints.take({path: node.base for path, node in nodes.items()})
+    adapters = {
+        path: Adapter(node.a, node.b, node.roles, node.alpha, prints[path])
+        for path, node in nodes.items()
+    }
+    return treedef.unflatten(nodes[p].base if p in nodes else leaves[p] for p in leaves), adapters
+
+
+def bind(base: Any, adapters: Adapters) -> Any:
+    """Put a frozen base and factors together; the opposite of `split`.
+
+    Args:
+        base: a plain tree.
+        adapters: factors by path.
+
+    Returns:
+        The tree with a `LoRAWeight` at each path of adapters.
+
+    Raises:
+        ValueError: a path is not in base, is adapted already, or has another shape.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
+    >>> jaxlora.bind(*jaxlora.split(params))
+    {'w': LoRAWeight(base=(4, 3), a=(4, 1), b=(1, 3), alpha=16)}
+    """
+    leaves, treedef = paths.flatten(base)
+    return treedef.unflatten((leaves | _nodes(leaves, adapters)).values())
+
+
+def mask(params: Any) -> Any:
+    """Return a tree of bools, true at the factors, for `optax.masked`.
+
+    Args:
+        params: a tree with `LoRAWeight` nodes, or adapters from `split`.
+
+    Returns:
+        The same tree with a bool for each array.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
+    >>> jax.tree.leaves(jaxlora.mask(params))
+    [False, True, True]
+    """
+
+    def of(leaf):
+        if not paths.is_node(leaf):
+            return False
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[0].name in ("a", "b"), leaf)
+
+    return jax.tree.map(of, params, is_leaf=paths.is_node)
+
+
+def merge(params: Any, *, with_error: bool = False) -> Any:
+    """Fold the product of the factors into the weights.
+
+    ``W = round(base + scaling * a b)``, summed in float32 (float64 for a float64 base) and
+    rounded once to the dtype of the base. One weight at a time is in memory twice.
+
+    Args:
+        params: a tree with `LoRAWeight` nodes.
+        with_error: also return the rounding error made.
+
+    Returns:
+        A plain tree with the structure, shapes and dtypes of the base. With ``with_error`` a
+        pair of it and a dict from path to the largest absolute rounding error, a float32 scalar.
+
+    Raises:
+        ValueError: no leaf is adapted, or a merged weight is not finite. Under `jax.jit` values
+            are unknown, and finiteness is not checked.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
+    >>> jax.tree.map(jnp.shape, jaxlora.merge(params))
+    {'w': (4, 3)}
+    """
+    leaves, treedef = paths.flatten(params)
+    if not any(isinstance(leaf, LoRAWeight) for leaf in leaves.values()):
+        raise ValueError("params has no adapted weight: there is nothing to merge")
+    errors = {}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, LoRAWeight):
+            leaves[path], errors[path] = _fold(path, leaf, 1)
+    plain = treedef.unflatten(leaves.values())
+    return (plain, errors) if with_error else plain
+
+
+def unmerge(plain: Any, adapters: Adapters) -> Any:
+    """Take the product of the factors out of merged weights again.
+
+    Args:
+        plain: a tree from `merge`.
+        adapters: the factors that were merged, by path.
+
+    Returns:
+        The base, within the rounding of its dtype.
+
+    Raises:
+        ValueError: a path is not in plain or has another shape, or a result is not finite.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
+    >>> _, adapters = jaxlora.split(params)
+    >>> jaxlora.unmerge(jaxlora.merge(params), adapters)["w"].shape
+    (4, 3)
+    """
+    leaves, treedef = paths.flatten(plain)
+    for path, node in _nodes(leaves, adapters).items():
+        leaves[path], _ = _fold(path, node, -1)
+    return treedef.unflatten(leaves.values())
+
+
+def _nodes(leaves: dict[str, Any], adapters: Adapters) -> dict[str, LoRAWeight]:
+    """Return the node of each adapter over the leaf that it is for, or raise if it is for none."""
+    if not adapters:
+        raise ValueError("adapters is empty: it must hold the factors of at least one weight")
+    nodes = {}
+    for path, adapter in adapters.items():
+        if path not in leaves:
+            raise ValueError(f"the base has no leaf {path!r}; {paths.nearest(path, leaves)}")
+        leaf = leaves[path]
+        if isinstance(leaf, LoRAWeight):
+            raise ValueError(f"the leaf {path!r} is adapted already: a plain tree is needed")
+        check_fits(path, leaf, adapter)
+        nodes[path] = LoRAWeight(leaf, adapter.a, adapter.b, adapter.roles, adapter.alpha)
+    return nodes
+
+
+def check_fits(path: str, leaf: Any, adapter: Adapter) -> None:
+    """Raise if an adapter is not for a leaf of this shape."""
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"adapters[{path!r}] must be an Adapter: got {type(adapter).__name__}")
+    if not hasattr(leaf, "shape") or tuple(leaf.shape) != adapter.base.shape:
+        found = getattr(leaf, "shape", type(leaf).__name__)
+        raise ValueError(
+            f"the adapter of {path!r} is for a weight of shape {adapter.base.shape}: got {found}"
+        )
+    wanted = adapter.roles.factor_shapes(leaf.shape, adapter.rank)
+    if (tuple(adapter.a.shape), tuple(adapter.b.shape)) != wanted:
+        raise ValueError(
+            f"the factors of {path!r} must have the shapes a={wanted[0]}, b={wanted[1]}: "
+            f"got a={adapter.a.shape}, b={adapter.b.shape}"
+        )
+
+
+def _fold(path: str, node: LoRAWeight, sign: int) -> tuple[Any, Any]:
+    """Return ``base + sign * delta`` and its rounding error; raise if it is not finite."""
+    folded, error, finite = _folded(node, sign)
+    if not isinstance(finite, Tracer) and not finite:
+        what = "merged" if sign > 0 else "unmerged"
+        found = [name for name in ("base", "a", "b") if not jnp.isfinite(getattr(node, name)).all()]
+        where = f"{' and '.join(found)} hold NaN or inf" if found else f"it overflows {node.dtype}"
+        raise ValueError(f"the {what} weight {path!r} is not finite: {where}")
+    return folded, error
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _folded(node: LoRAWeight, sign: int) -> tuple[Any, Any, Any]:
+    exact = node.base.astype(merge_dtype(node.base.dtype)) + sign * node.delta()
+    folded = exact.astype(node.base.dtype)
+    error = jnp.max(jnp.abs(exact - folded.astype(exact.dtype)))
+    return folded, error, jnp.isfinite(folded).all()

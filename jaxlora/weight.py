@@ -1,0 +1,194 @@
+"""The node that stands for an adapted weight, and what can be said of it without a program.
+
+An adapted weight is its frozen ``base`` and two factors. With the axes of the base parted
+into *stack*, *in* and *out* axes (`Roles`), the weight in effect is::
+
+    W[s, i, o] = base[s, i, o] + scaling * sum_r a[s, i, r] * b[s, r, o]
+
+which is LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1) for a matrix, and the same for a
+kernel of any shape. Which axes have which role is read off the program (`jaxlora.find_sites`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_meta = {"static": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """The role of each axis of a weight; each axis is named once, in rising order.
+
+    Attributes:
+        stack: axes along which the weight is a stack of weights (layers, experts), each with
+            factors of its own.
+        in_: axes that the program contracts with an input, or looks rows up along.
+        out: the other axes, which appear in the output.
+    """
+
+    stack: tuple[int, ...]
+    in_: tuple[int, ...]
+    out: tuple[int, ...]
+
+    def __post_init__(self):
+        groups = (self.stack, self.in_, self.out)
+        named = [axis for group in groups for axis in group]
+        if sorted(named) != list(range(len(named))):
+            raise ValueError(f"roles must name every axis once: got {self}")
+        if any(list(group) != sorted(group) for group in groups):
+            raise ValueError(f"axes of one role must be in rising order: got {self}")
+
+    def labels(self, stack: Any, in_: Any, out: Any) -> list[Any]:
+        """Return for each axis the label of its role."""
+        label = dict.fromkeys(self.stack, stack) | dict.fromkeys(self.in_, in_)
+        label |= dict.fromkeys(self.out, out)
+        return [label[axis] for axis in range(len(label))]
+
+    def sizes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Return the sizes of the (stack, in, out) axes of a weight of this shape."""
+        return tuple(tuple(shape[i] for i in axes) for axes in (self.stack, self.in_, self.out))
+
+    def factor_shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple, tuple]:
+        """Return the shapes of ``a`` (*stack, *in, rank) and ``b`` (*stack, rank, *out)."""
+        stack, in_, out = self.sizes(shape)
+        return (*stack, *in_, rank), (*stack, rank, *out)
+
+    def max_rank(self, shape: Sequence[int]) -> int:
+        """Return the smaller side, prod(in) or prod(out): a rank above it adds nothing."""
+        _, in_, out = self.sizes(shape)
+        return min(math.prod(in_), math.prod(out))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fingerprint:
+    """What is remembered of a base weight, to refuse another one later.
+
+    Two fingerprints are equal where nothing known of them differs: the digest of a weight that
+    was seen under a transformation, where its values are unknown, is None and equals any.
+
+    Attributes:
+        shape: shape of the base weight.
+        dtype: name of its dtype.
+        digest: hash of evenly spaced elements of it, or None where its values are unknown.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    digest: str | None = None
+
+    def __eq__(self, other):
+        if not isinstance(other, Fingerprint):
+            return NotImplemented
+        digests_agree = None in (self.digest, other.digest) or self.digest == other.digest
+        return digests_agree and (self.shape, self.dtype) == (other.shape, other.dtype)
+
+    def __hash__(self):
+        return hash((self.shape, self.dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The trainable factors of one weight; nothing frozen is a leaf of it.
+
+    Attributes:
+        a: factor on the input side, ``(*stack, *in, rank)``.
+        b: factor on the output side, ``(*stack, rank, *out)``.
+        roles: roles of the axes of the weight.
+        alpha: numerator of the scaling.
+        base: fingerprint of the weight that the factors were made for.
+    """
+
+    a: Any
+    b: Any
+    roles: Roles = dataclasses.field(metadata=_meta)
+    alpha: float = dataclasses.field(metadata=_meta)
+    base: Fingerprint = dataclasses.field(metadata=_meta)
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of ``a``."""
+        return self.a.shape[-1]
+
+    def __repr__(self):
+        a, b = (getattr(x, "shape", x) for x in (self.a, self.b))
+        return f"Adapter(a={a}, b={b}, alpha={self.alpha:g})"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoRAWeight:
+    """An adapted weight, in the place of the leaf it adapts.
+
+    It is a pytree node; `jaxlora.lora` makes functions accept it where they take an array.
+
+    Attributes:
+        base: the frozen weight, of any shape and floating dtype.
+        a: factor on the input side, ``(*stack, *in, rank)``.
+        b: factor on the output side, ``(*stack, rank, *out)``.
+        roles: roles of the axes of ``base``.
+        alpha: numerator of the scaling.
+        dropout_keys: None, or one random key for each stack entry, ``(*stack,)``.
+        dropout_rate: share of the low-rank path's input that is dropped.
+    """
+
+    base: Any
+    a: Any
+    b: Any
+    roles: Roles = dataclasses.field(metadata=_meta)
+    alpha: float = dataclasses.field(metadata=_meta)
+    dropout_keys: Any = None
+    dropout_rate: float = dataclasses.field(default=0.0, metadata=_meta)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.base.shape
+
+    @property
+    def dtype(self):
+        """Dtype of the weight."""
+        return self.base.dtype
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of ``a``."""
+        return self.a.shape[-1]
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the low-rank product, alpha / rank."""
+        return scaling(self.alpha, self.rank)
+
+    def delta(self) -> jax.Array:
+        """Return the dense ``scaling * a b`` in the shape of the base, in float32 or wider."""
+        roles, dtype = self.roles, merge_dtype(self.base.dtype)
+        ndim, rank = self.base.ndim, self.base.ndim  # the name of the rank axis is the next free
+        product = jnp.einsum(
+            self.a.astype(dtype),
+            [*roles.stack, *roles.in_, rank],
+            self.b.astype(dtype),
+            [*roles.stack, rank, *roles.out],
+            list(range(ndim)),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return product * self.scaling
+
+    def __repr__(self):
+        base, a, b = (getattr(x, "shape", x) for x in (self.base, self.a, self.b))
+        return f"LoRAWeight(base={base}, a={a}, b={b}, alpha={self.alpha:g})"
+
+
+def scaling(alpha: float, rank: int) -> float:
+    """Return alpha / rank, the factor of the low-rank product."""
+    return alpha / rank
+
+
+def merge_dtype(dtype) -> jnp.dtype:
+    """Return the dtype to add a low-rank product to a weight in: float32, or wider for wider."""
+    return jnp.promote_types(dtype, jnp.float32)
