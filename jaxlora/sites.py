@@ -144,8 +144,7 @@ def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
         for i, path in enumerate(fit):
             if path not in unfit:
                 values[i] = lowrank.probe(path, values[i])
-        outs = walk.run(program.jaxpr, *values)
-        return [out.base if isinstance(out, lowrank.LowRank) else out for out in outs]
+        return [walk.finish(out) for out in walk.run(program.jaxpr, *values)]
 
     jax.eval_shape(run, *program.inputs)
     uses: dict[str, list[tracing.Use]] = {path: [] for path in leaves}
@@ -284,7 +283,8 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> R
         raise ValueError("params has no adapted weight: make some with jaxlora.init")
     walk = tracing.Walk(record=True)
     program = tracing.trace(fn, (params, *args), kwargs)
-    jax.eval_shape(functools.partial(walk.run, program.jaxpr), *program.inputs)
+    outs = functools.partial(walk.run, program.jaxpr)
+    jax.eval_shape(lambda *inputs: [walk.finish(out) for out in outs(*inputs)], *program.inputs)
     uses: dict[str, list[tracing.Use]] = {path: [] for path in adapted}
     for use in (walk.uses or {}).values():
         uses.setdefault(use.path, []).append(use)

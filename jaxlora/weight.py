@@ -191,4 +191,4 @@ def scaling(alpha: float, rank: int) -> float:
 
 def merge_dtype(dtype) -> jnp.dtype:
     """Return the dtype to add a low-rank product to a weight in: float32, or wider for wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

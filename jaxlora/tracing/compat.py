@@ -8,7 +8,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 from jax.extend import core, source_info_util
 
 JIT = ("jit", "pjit")
@@ -55,11 +54,5 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Return the number of constants and of carried values of a scan."""
     if "num_carry" in params:
         return params["num_consts"], params["num_carry"]
-    num_consts, num_carry, _ = (
-        len(jax.tree.leaves(part, is_leaf=_is_none)) for part in params["ft_in"]
-    )
+    num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
     return num_consts, num_carry
-
-
-def _is_none(leaf: Any) -> bool:
-    return leaf is None

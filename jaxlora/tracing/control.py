@@ -5,7 +5,6 @@ public functions of JAX rebuild them, so that differentiation, batching and comp
 JAX's own.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +62,6 @@ def custom_jvp_call(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     def jvp(primals, tangents):
         (values,), (dots,) = primals, tangents
         moves = [i for i, v in enumerate(values) if jnp.issubdtype(_base(v).dtype, jnp.inexact)]
-        moving = [_tangent(values[i], dots[i]) for i in moves]
 
         def derivative(values, moving):
             dots = [np.zeros(value.shape, dtypes.float0) for value in values]
@@ -71,9 +69,17 @@ def custom_jvp_call(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
                 dots[i] = dot
             return jax.jvp(lambda *v: compat.bind(eqn, v), values, dots)
 
-        arrays = [_base(value) for value in values], [_base(value) for value in moving]
-        outs = dense(walk.run(jax.make_jaxpr(derivative)(*arrays), *values, *moving))
-        return outs[: len(outs) // 2], outs[len(outs) // 2 :]
+        arrays = [_base(v) for v in values]
+        program = jax.make_jaxpr(derivative)(arrays, [arrays[i] for i in moves])
+        outs, *parts = (
+            walk.run(program, *values, *moving)
+            for moving in _tangents([(values[i], dots[i]) for i in moves])
+        )
+        outs = dense(outs)
+        primal, tangent = outs[: len(outs) // 2], outs[len(outs) // 2 :]
+        for part in parts:
+            tangent = jax.tree.map(jnp.add, tangent, dense(part)[len(tangent) :])
+        return primal, tangent
 
     return function(list(values))
 
@@ -82,14 +88,25 @@ def _base(value: Any) -> Any:
     return value.base if isinstance(value, LowRank) else jnp.asarray(value)
 
 
-def _tangent(value: Any, dot: Any) -> Any:
-    """Return the tangent of a value; that of a low-rank weight has the product ``da b + a db``."""
-    if not isinstance(value, LowRank) or value.is_probe:
-        return dot
-    a = jnp.concatenate([dot.a, value.a], axis=-1)
-    b = jnp.concatenate([value.b, dot.b], axis=-1)
-    origin = dataclasses.replace(value.origin, alpha=2 * value.origin.alpha)  # the rank is twice
-    return dot.replace(a=a, b=b, keys=None, origin=origin)
+def _tangents(pairs: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
+    """Return tangents whose sum is that of the values, each linear in what moves.
+
+    The tangent of ``a b`` is ``da b + a db``: two weights of the same rank, for a derivative that
+    has to stay linear.
+    """
+    first = [
+        dot.replace(b=value.b, keys=None) if isinstance(value, LowRank) else dot
+        for value, dot in pairs
+    ]
+    if not any(isinstance(value, LowRank) for value, _ in pairs):
+        return [first]
+    second = [
+        dot.replace(base=jnp.zeros_like(value.base), a=value.a, keys=None)
+        if isinstance(value, LowRank)
+        else jnp.zeros_like(dot)
+        for value, dot in pairs
+    ]
+    return [first, second]
 
 
 @rule("scan")

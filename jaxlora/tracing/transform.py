@@ -121,6 +121,7 @@ def lora(fn: F, *, strict: bool = False) -> F:
 
 def _left(walk: Walk, out: Any) -> Any:
     """Return an output as the caller gets it: an array, or the node of a weight passed through."""
+    out = walk.finish(out)
     if not isinstance(out, lowrank.LowRank):
         return out
     node = lowrank.leave(out)

@@ -1,0 +1,198 @@
+"""The laws that every program keeps, each tried on every case of `cases`."""
+
+import functools
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpy.testing import assert_array_equal
+
+import jaxlora
+
+CASES = [pytest.param(make, id=name) for name, make in cases.CASES.items()]
+COUNTED = [pytest.param(make, id=name) for name, make in cases.CASES.items() if make().tokens]
+each_case = pytest.mark.parametrize("make", CASES)
+eager_and_jit = pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
+
+
+def arrays(tree):
+    """Return the floating arrays of a tree, with every adapted weight merged."""
+    tree = jax.tree.map(
+        lambda leaf: jaxlora.merge(leaf) if isinstance(leaf, jaxlora.LoRAWeight) else leaf,
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, jaxlora.LoRAWeight),
+    )
+    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
+    return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def assert_close(got, wanted, epsilon, ulps):
+    """Check that two trees agree within some rounding units of their largest element."""
+    got, wanted = arrays(got), arrays(wanted)
+    assert len(got) == len(wanted) > 0
+    for x, y in zip(got, wanted, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, rtol=0, atol=ulps * epsilon * (np.abs(y).max() + 1e-30))
+
+
+def loss(fn, *args):
+    """Return a scalar on which every floating output has an influence of its own."""
+
+    def weighted(x):
+        weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+        return jnp.sum(x.astype(jnp.float32) * weights)
+
+    return sum(map(weighted, arrays(fn(*args))), jnp.float32(0))
+
+
+@each_case
+@eager_and_jit
+def test_fresh_adapters_leave_the_output_equal(make, compile, key):
+    case = make()
+    got = compile(jaxlora.lora(case.fn, strict=True))(case.init(key), *case.args)
+    wanted = compile(case.fn)(case.params, *case.args)
+    if compile is jax.jit or case.compiled:
+        assert_close(got, wanted, case.epsilon, ulps=4)
+    else:
+        for x, y in zip(arrays(got), arrays(wanted), strict=True):
+            assert_array_equal(x, y)
+
+
+@each_case
+@eager_and_jit
+def test_low_rank_output_equals_merged(make, compile, key):
+    case = make()
+    params = case.trained(key)
+    got = compile(jaxlora.lora(case.fn, strict=True))(params, *case.args)
+    wanted = case.fn(jaxlora.merge(params), *case.args)
+    assert_close(got, wanted, case.epsilon, ulps=32)
+
+
+@each_case
+@eager_and_jit
+def test_low_rank_gradients_equal_merged(make, compile, key):
+    case = make()
+    base, adapters = jaxlora.split(case.trained(key))
+
+    def low_rank(adapters, args):
+        return loss(jaxlora.lora(case.fn, strict=True), jaxlora.bind(base, adapters), *args)
+
+    def merged(adapters, args):
+        return loss(case.fn, jaxlora.merge(jaxlora.bind(base, adapters)), *args)
+
+    grad = functools.partial(jax.grad, argnums=(0, 1), allow_int=True)
+    got = compile(grad(low_rank))(adapters, case.args)
+    wanted = grad(merged)(adapters, case.args)
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    assert_close(got, wanted, case.epsilon, ulps=128)
+
+
+@each_case
+def test_merge_then_unmerge_gives_the_base_back(make, key):
+    case = make()
+    base, adapters = jaxlora.split(case.trained(key))
+    merged = jaxlora.merge(jaxlora.bind(base, adapters))
+    assert jax.tree.structure(merged) == jax.tree.structure(case.params)
+    assert_close(merged, merged, 0, 0)
+    assert_close(jaxlora.unmerge(merged, adapters), base, case.epsilon, ulps=8)
+    moved = [not jnp.array_equal(x, y) for x, y in zip(arrays(merged), arrays(base), strict=True)]
+    assert sum(moved) == len(adapters)
+
+
+@each_case
+def test_base_gets_no_gradient_and_no_optimizer_state(make, key):
+    case = make()
+    params = case.trained(key)
+    fn = jaxlora.lora(case.fn)
+    grads = jax.grad(lambda params: loss(fn, params, *case.args))(params)
+    tx = jaxlora.freeze(optax.adamw(1e-2, weight_decay=0.1))
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32
+        updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    base_before, factors_before = jaxlora.split(params)
+    base_after, factors_after = jaxlora.split(optax.apply_updates(params, updates))
+    for x, y in zip(jax.tree.leaves(base_after), jax.tree.leaves(base_before), strict=True):
+        assert_array_equal(x, y)
+    for node in jaxlora.paths.flatten(grads)[0].values():
+        assert not isinstance(node, jaxlora.LoRAWeight) or not node.base.any()
+    for x, y in zip(jax.tree.leaves(factors_after), jax.tree.leaves(factors_before), strict=True):
+        assert not jnp.array_equal(x, y)
+    factors = sum(x.size for x in jax.tree.leaves(factors_before))
+    assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == 2 * factors
+
+
+@each_case
+def test_same_key_gives_the_same_adapters(make, key):
+    case = make()
+    _, one = jaxlora.split(case.init(key))
+    _, two = jaxlora.split(case.init(key))
+    _, other = jaxlora.split(case.init(jax.random.key(1)))
+    for path in one:
+        assert_array_equal(one[path].a, two[path].a)
+        assert not jnp.array_equal(one[path].a, other[path].a)
+        assert not one[path].b.any()
+        roles, shape = one[path].roles, one[path].base.shape
+        assert (one[path].a.shape, one[path].b.shape) == roles.factor_shapes(shape, case.rank)
+
+
+@each_case
+def test_one_target_more_changes_no_other(make, key):
+    case = make()
+    _, all_adapters = jaxlora.split(case.init(key))
+    for path in all_adapters:
+        config = jaxlora.LoRAConfig(rank=case.rank, alpha=3.0, targets=(path,))
+        params = jaxlora.init(key, case.fn, case.params, *case.args, config=config)
+        _, (adapters) = jaxlora.split(params)
+        assert list(adapters) == [path]
+        assert_array_equal(adapters[path].a, all_adapters[path].a)
+
+
+@pytest.mark.parametrize("make", COUNTED)
+def test_no_more_operations_than_the_factors_need(make, key):
+    case = make()
+    params = case.init(key)
+
+    def flops(fn, *args):
+        return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+    extra = outputs = 0
+    for path, node in jaxlora.paths.flatten(params)[0].items():
+        if path in case.tokens:
+            _, in_, out = (np.prod(sizes) for sizes in node.roles.sizes(node.shape))
+            extra += 2 * case.tokens[path] * case.rank * (in_ + out)
+            outputs += case.tokens[path] * out + node.b.size  # the sum, and scaling b
+    base = flops(case.fn, case.params, *case.args)
+    low_rank = flops(jaxlora.lora(case.fn), params, *case.args)
+    assert low_rank == pytest.approx(base + extra + outputs, rel=0.01)
+
+
+@each_case
+def test_adapters_of_equal_shape_compile_once(make, key):
+    case = make()
+    fn = jax.jit(jaxlora.lora(case.fn))
+    first = jax.tree.leaves(fn(case.init(key), *case.args))
+    second = jax.tree.leaves(fn(case.trained(jax.random.key(5)), *case.args))
+    assert fn._cache_size() == 1
+    assert any(not np.array_equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@each_case
+def test_saved_adapters_load_bit_equal(make, key, tmp_path):
+    case = make()
+    base, adapters = jaxlora.split(case.trained(key))
+    jaxlora.save_adapters(tmp_path / "adapters", adapters)
+    loaded = jaxlora.load_adapters(tmp_path / "adapters", base=base)
+    assert list(loaded) == list(adapters)
+    jax.tree.map(assert_array_equal, loaded, adapters)
+    assert jax.tree.structure(loaded) == jax.tree.structure(adapters)
+
+
+@each_case
+def test_explain_finds_every_use_low_rank(make, key):
+    case = make()
+    report = jaxlora.explain(case.fn, case.init(key), *case.args)
+    assert not report.materialized
+    assert all(report.uses.values())
