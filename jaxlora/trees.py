@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.core import Tracer
 
 from jaxlora import fingerprints, paths
 from jaxlora.weight import Adapter, LoRAWeight, merge_dtype

@@ -1,7 +1,8 @@
 """The list of programs that every law is tried on. A new case is one function here.
 
-A case is made by a function that returns a `Case`; its name is the function's. ``tokens`` is for
-each target the number of rows that its factors are applied to, for the law on operations.
+A case is a function marked with `case` that returns a `Case`; its name is the function's.
+``tokens`` is for each target the number of rows that its factors are applied to, for the law on
+operations.
 """
 
 import dataclasses
@@ -35,8 +36,8 @@ class Case:
     fn: Callable[..., Any]
     params: Any
     args: tuple[Any, ...]
-    targets: Any = jaxlora.config.ALL_LINEAR
-    tokens: dict[str, int] | None = None
+    targets: Any = "all-linear"
+    tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     compiled: bool = False
     rank: int = 2
 
@@ -59,6 +60,15 @@ class Case:
         shapes = jax.tree.leaves((self.params, jax.eval_shape(self.fn, self.params, *self.args)))
         kinds = [x.dtype for x in shapes if jnp.issubdtype(x.dtype, jnp.floating)]
         return max(float(jnp.finfo(kind).eps) for kind in kinds)
+
+
+CASES: dict[str, Callable[[], Case]] = {}
+
+
+def case(make: Callable[[], Case]) -> Callable[[], Case]:
+    """Put a case on the list."""
+    CASES[make.__name__] = make
+    return make
 
 
 def trained(key, adapters):
@@ -105,46 +115,57 @@ def einsum(spec, *shape, x, on_left=False, **case):
 # products
 
 
+@case
 def matmul():
     return einsum("bti,io->bto", 8, 6, x=(2, 5, 8), tokens={"w": 10})
 
 
+@case
 def matmul_of_one_row():
     return einsum("i,io->o", 8, 6, x=(8,), tokens={"w": 1})
 
 
+@case
 def weight_on_the_left():
     return einsum("io,it->ot", 8, 6, x=(8, 5), on_left=True, tokens={"w": 5})
 
 
+@case
 def several_contracted_axes():
     return einsum("tnh,nhd->td", 2, 4, 6, x=(5, 2, 4), tokens={"w": 5})
 
 
+@case
 def several_free_axes():
     return einsum("td,dnh->nth", 8, 2, 4, x=(5, 8), tokens={"w": 5})
 
 
+@case
 def contracted_axes_in_another_order():
     return einsum("ahbn,dnch->acbd", 6, 2, 3, 4, x=(3, 4, 5, 2), tokens={"w": 15})
 
 
+@case
 def stack_in_batch():
     return einsum("etd,edo->eto", 3, 8, 6, x=(3, 5, 8), tokens={"w": 15})
 
 
+@case
 def stack_in_batch_not_first():
     return einsum("etd,deo->teo", 8, 3, 6, x=(3, 5, 8), tokens={"w": 15})
 
 
+@case
 def all_experts_for_every_token():
     return einsum("td,edo->teo", 3, 8, 6, x=(5, 8))
 
 
+@case
 def weight_of_size_one():
     return einsum("td,dxo->txo", 8, 1, 6, x=(5, 8), tokens={"w": 5})
 
 
+@case
 def reshaped_and_transposed():
     def fn(params, x):
         w = params["w"].reshape(6, 2, 4).transpose(1, 2, 0)[None]
@@ -153,6 +174,7 @@ def reshaped_and_transposed():
     return Case(fn, {"w": normal(0, 6, 8)}, (normal(1, 5, 2, 4),), tokens={"w": 5})
 
 
+@case
 def fused_projections():
     def fn(params, x):
         q, k, v = jnp.split(params["qkv"], 3, axis=1)
@@ -161,6 +183,7 @@ def fused_projections():
     return Case(fn, {"qkv": normal(0, 8, 18)}, (normal(1, 5, 8),))
 
 
+@case
 def used_twice():
     def fn(params, x):
         return jnp.tanh(x @ params["w"]) @ params["w"].T
@@ -168,6 +191,7 @@ def used_twice():
     return Case(fn, {"w": normal(0, 8, 6)}, (normal(1, 5, 8),), tokens={"w": 10})
 
 
+@case
 def half_precision_inside():
     def fn(params, x):
         return x.astype(jnp.bfloat16) @ params["w"].astype(jnp.bfloat16)
@@ -175,12 +199,14 @@ def half_precision_inside():
     return Case(fn, {"w": normal(0, 8, 6)}, (normal(1, 5, 8),))
 
 
+@case
 def half_precision_base():
     w = normal(0, 8, 6, dtype=jnp.bfloat16)
     x = normal(1, 5, 8, dtype=jnp.bfloat16)
     return Case(lambda params, x: x @ params["w"], {"w": w}, (x,))
 
 
+@case
 def float16_base():
     w, x = normal(0, 8, 6, dtype=jnp.float16), normal(1, 5, 8, dtype=jnp.float16)
     return Case(lambda params, x: x @ params["w"], {"w": w}, (x,))
@@ -189,34 +215,41 @@ def float16_base():
 # layers of Linen
 
 
+@case
 def linen_dense():
     return linen(nn.Dense(6), normal(1, 5, 8), tokens={"params/kernel": 5})
 
 
+@case
 def linen_dense_in_half_precision():
     return linen(nn.Dense(6, dtype=jnp.bfloat16), normal(1, 5, 8))
 
 
+@case
 def linen_dense_general():
     model = nn.DenseGeneral((3, 2), axis=(-2, -1))
     return linen(model, normal(1, 5, 2, 4), tokens={"params/kernel": 5})
 
 
+@case
 def linen_dense_general_with_batch_axis():
     model = nn.DenseGeneral(6, axis=-1, batch_dims=(0,))
     return linen(model, normal(1, 3, 5, 8), tokens={"params/kernel": 15})
 
 
+@case
 def linen_einsum():
     return linen(nn.Einsum((8, 2, 3), "bd,dnh->bnh"), normal(1, 5, 8), tokens={"params/kernel": 5})
 
 
+@case
 def linen_attention():
     model = nn.MultiHeadDotProductAttention(num_heads=2)
     tokens = {f"params/{name}/kernel": 10 for name in ("query", "key", "value", "out")}
     return linen(model, normal(1, 2, 5, 8), tokens=tokens)
 
 
+@case
 def linen_embedding():
     return linen(nn.Embed(11, 8), jnp.arange(6).reshape(2, 3), targets=("embedding",))
 
@@ -228,23 +261,28 @@ class _Tied(nn.Module):
         return embed.attend(jnp.tanh(nn.Dense(8, name="dense")(embed(tokens))))
 
 
+@case
 def linen_tied_embedding():
     return linen(_Tied(), jnp.arange(6).reshape(2, 3), targets=("embed", "dense"))
 
 
+@case
 def linen_convolution():
     return linen(nn.Conv(5, (3, 3)), normal(1, 2, 8, 7, 3))
 
 
+@case
 def linen_convolution_strided_and_dilated():
     model = nn.Conv(5, (3,), strides=2, kernel_dilation=2, padding="VALID")
     return linen(model, normal(1, 2, 17, 4), tokens={"params/kernel": 2 * 7})
 
 
+@case
 def linen_convolution_grouped():
     return linen(nn.Conv(6, (3,), feature_group_count=2), normal(1, 2, 9, 4))
 
 
+@case
 def linen_convolution_depthwise():
     return linen(nn.Conv(4, (3,), feature_group_count=4), normal(1, 2, 9, 4))
 
@@ -282,23 +320,28 @@ class _Stack(nn.Module):
         return loop(block(name="block"), x, None)[0]
 
 
+@case
 def linen_layers():
     tokens = {f"params/block_{i}/{name}/kernel": 10 for i in range(3) for name in ("up", "down")}
     return linen(_Stack(scan=False), normal(1, 2, 5, 8), tokens=tokens)
 
 
+@case
 def linen_layers_with_remat():
     return linen(_Stack(scan=False, remat=True), normal(1, 2, 5, 8), compiled=True)
 
 
+@case
 def linen_layers_scanned():
     return linen(_Stack(), normal(1, 2, 5, 8), compiled=True)
 
 
+@case
 def linen_layers_scanned_unrolled():
     return linen(_Stack(unroll=3), normal(1, 2, 5, 8), compiled=True)
 
 
+@case
 def linen_layers_scanned_with_remat():
     return linen(_Stack(remat=True), normal(1, 2, 5, 8), compiled=True)
 
@@ -321,11 +364,13 @@ class _Transformer(nnx.Module):
         return self.head(x + self.down(nnx.gelu(self.up(x))))
 
 
+@case
 def nnx_transformer():
     targets = ("embed", "query", "out", "up", "down", "head")
     return of_nnx(_Transformer(nnx.Rngs(0)), jnp.arange(6).reshape(2, 3), targets=targets)
 
 
+@case
 def nnx_convolution():
     return of_nnx(nnx.Conv(3, 5, (3, 3), rngs=nnx.Rngs(0)), normal(1, 2, 6, 7, 3))
 
@@ -348,6 +393,7 @@ class _NnxStack(nnx.Module):
         return run(self.layers, x)
 
 
+@case
 def nnx_layers_scanned_with_remat():
     return of_nnx(_NnxStack(nnx.Rngs(0)), normal(1, 5, 8), compiled=True)
 
@@ -363,22 +409,26 @@ def _mlp(params, x):
     return jnp.tanh(x @ params["up"]) @ params["down"]
 
 
+@case
 def inside_jit():
     return Case(jax.jit(_mlp), _mlp_params(), (normal(1, 5, 8),), compiled=True)
 
 
+@case
 def inside_remat_with_policy():
     policy = jax.checkpoint_policies.dots_saveable
     fn = jax.checkpoint(_mlp, policy=policy)
     return Case(fn, _mlp_params(), (normal(1, 5, 8),), compiled=True)
 
 
+@case
 def inside_vmap():
     fn = jax.vmap(_mlp, in_axes=(None, 0))
     tokens = {"up": 5, "down": 5}
     return Case(fn, _mlp_params(), (normal(1, 5, 8),), tokens=tokens)
 
 
+@case
 def stacked_layers():
     def fn(params, x):
         return jax.lax.scan(lambda x, layer: (x + _mlp(layer, x), None), x, params)[0]
@@ -387,6 +437,7 @@ def stacked_layers():
     return Case(fn, params, (normal(1, 5, 8),), compiled=True)
 
 
+@case
 def weight_shared_by_all_steps():
     def fn(params, x):
         return jax.lax.scan(lambda x, _: (x + _mlp(params, x), None), x, length=3)[0]
@@ -394,6 +445,7 @@ def weight_shared_by_all_steps():
     return Case(fn, _mlp_params(), (normal(1, 5, 8),), compiled=True)
 
 
+@case
 def weights_out_of_a_scan():
     def fn(params, x):
         def step(x, layer):
@@ -406,6 +458,7 @@ def weights_out_of_a_scan():
     return Case(fn, params, (normal(1, 5, 8),), compiled=True)
 
 
+@case
 def layers_indexed():
     def fn(params, x):
         for i in range(3):
@@ -416,6 +469,7 @@ def layers_indexed():
     return Case(fn, params, (normal(1, 5, 8),))
 
 
+@case
 def layer_indexed_by_an_input():
     def fn(params, x, i):
         return _mlp(jax.tree.map(lambda w: w[i], params), x)
@@ -424,6 +478,7 @@ def layer_indexed_by_an_input():
     return Case(fn, params, (normal(1, 5, 8), jnp.int32(1)))
 
 
+@case
 def expert_for_each_token():
     def fn(params, x, expert):
         return jnp.einsum("td,tdo->to", x, params["w"][expert])
@@ -431,6 +486,7 @@ def expert_for_each_token():
     return Case(fn, {"w": normal(0, 3, 8, 6)}, (normal(1, 5, 8), jnp.array([0, 2, 1, 1, 0])))
 
 
+@case
 def rows_of_positions():
     def fn(params, x):
         return x @ params["w"] + params["position"][:5]
@@ -439,6 +495,7 @@ def rows_of_positions():
     return Case(fn, params, (normal(1, 5, 8),), targets=("position", "w"))
 
 
+@case
 def branches():
     def fn(params, x):
         return jax.lax.cond(
@@ -459,6 +516,7 @@ def _scaled_product_jvp(primals, tangents):
     return _scaled_product(x, w), 2.0 * (dx @ w + x @ dw)
 
 
+@case
 def inside_custom_jvp():
     def fn(params, x):
         return _scaled_product(jnp.tanh(_scaled_product(x, params["up"])), params["down"])
@@ -466,18 +524,9 @@ def inside_custom_jvp():
     return Case(fn, _mlp_params(), (normal(1, 5, 8),))
 
 
+@case
 def weights_returned():
     def fn(params, x):
         return {"y": x @ params["w"], "w": params["w"], "turned": params["w"].T, "step": 3}
 
     return Case(fn, {"w": normal(0, 8, 6)}, (normal(1, 5, 8),))
-
-
-CASES: dict[str, Callable[[], Case]] = {
-    name: make
-    for name, make in list(globals().items())
-    if callable(make)
-    and getattr(make, "__module__", None) == __name__
-    and not name.startswith("_")
-    and name not in ("Case", "trained", "normal", "linen", "of_nnx", "einsum")
-}

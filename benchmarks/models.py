@@ -1,0 +1,59 @@
+"""The model that is measured: a transformer in Flax Linen as users write it, with 3-D inputs."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward network, normalized before.
+
+    Attributes:
+        heads: attention heads.
+        hidden: width of the feed-forward network.
+    """
+
+    heads: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return ``(batch, time, width)`` for the same."""
+        width = x.shape[-1]
+        h = nn.LayerNorm(name="attention_norm")(x)
+        q, k, v = (
+            nn.Dense(width, name=name)(h).reshape(*h.shape[:-1], self.heads, -1) for name in "qkv"
+        )
+        h = nn.dot_product_attention(q, k, v).reshape(x.shape)
+        x = x + nn.Dense(width, name="o")(h)
+        h = nn.Dense(self.hidden, name="up")(nn.LayerNorm(name="norm")(x))
+        return x + nn.Dense(width, name="down")(nn.gelu(h))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks.
+
+    Attributes:
+        layers: number of blocks.
+        heads: attention heads.
+        hidden: width of the feed-forward networks.
+    """
+
+    layers: int
+    heads: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return ``(batch, time, width)`` for the same."""
+        for i in range(self.layers):
+            x = Block(self.heads, self.hidden, name=f"block_{i}")(x)
+        return nn.LayerNorm(name="norm")(x)
+
+
+TARGETS = ("q", "k", "v", "o", "up", "down")
+
+
+def loss(x: jax.Array, target: jax.Array) -> jax.Array:
+    """Return the mean squared error in float32."""
+    return jnp.mean((x.astype(jnp.float32) - target.astype(jnp.float32)) ** 2)

@@ -1,0 +1,191 @@
+"""Measure the LoRA training step against the frozen model, full fine-tuning and ``W + A@B``.
+
+All in one process and interleaved: in every round each variant runs once, in an order that
+changes, and what is reported is the median over rounds of the ratio to the floor in the same
+round. The variants:
+
+- floor: forward and backward to the activations, base frozen, no adapters; one vector that is
+  added to the input is trained, so that the backward passes through every layer.
+- full: every parameter is trained.
+- per call: ``W + scaling * A@B`` is built on every call.
+- lora: `jaxlora.lora`.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import optax
+
+import jaxlora
+from jaxlora import table
+
+
+def variants(options: argparse.Namespace) -> dict[str, tuple[Callable[..., Any], Any, Any]]:
+    """Return for each variant its loss ``(trained, frozen, x, y)``, and what it trains and not."""
+    model = models.Transformer(options.layers, options.heads, options.hidden)
+    x, _ = data(options)
+    params = model.init(jax.random.key(0), x)
+    config = jaxlora.LoRAConfig(rank=options.rank, alpha=16, targets=models.TARGETS)
+    adapted = jaxlora.init(jax.random.key(1), model.apply, params, x, config=config)
+    base, adapters = jaxlora.split(adapted)
+    # as after some training: with b = 0 half of the backward would be zero
+    keys = iter(jax.random.split(jax.random.key(2), 2 * len(adapters)))
+    adapters = jax.tree.map(lambda f: 0.01 * jax.random.normal(next(keys), f.shape), adapters)
+
+    def floor(vector, params, x, y):
+        return models.loss(model.apply(params, x + vector), y)
+
+    def full(params, frozen, x, y):
+        return models.loss(model.apply(params, x), y)
+
+    def per_call(adapters, base, x, y):
+        def build(leaf):
+            if not isinstance(leaf, jaxlora.LoRAWeight):
+                return leaf
+            return leaf.base + leaf.scaling * (leaf.a @ leaf.b)
+
+        params = jax.tree.map(
+            build,
+            jaxlora.bind(base, adapters),
+            is_leaf=lambda leaf: isinstance(leaf, jaxlora.LoRAWeight),
+        )
+        return models.loss(model.apply(params, x), y)
+
+    apply = jaxlora.lora(model.apply, strict=True)
+
+    def lora(adapters, base, x, y):
+        return models.loss(apply(jaxlora.bind(base, adapters), x), y)
+
+    return {
+        "floor": (floor, jnp.zeros(options.width), params),
+        "full": (full, params, ()),
+        "per call": (per_call, adapters, base),
+        "lora": (lora, adapters, base),
+    }
+
+
+def data(options: argparse.Namespace) -> tuple[jax.Array, jax.Array]:
+    """Return inputs and targets ``(batch, time, width)``."""
+    shape = (options.batch, options.time, options.width)
+    return tuple(jax.random.normal(jax.random.key(seed), shape) for seed in (3, 4))
+
+
+class Step:
+    """One compiled training step with its state, and what compiling told."""
+
+    def __init__(self, loss: Callable[..., Any], trained: Any, frozen: Any, x: Any, y: Any):
+        tx = optax.adamw(1e-6)
+
+        def step(trained, state, frozen, x, y):
+            value, grads = jax.value_and_grad(loss)(trained, frozen, x, y)
+            updates, state = tx.update(grads, state, trained)
+            return optax.apply_updates(trained, updates), state, value
+
+        self.state = (trained, tx.init(trained))
+        self.rest = (frozen, x, y)
+        start = time.perf_counter()
+        traced = jax.jit(step, donate_argnums=(0, 1)).trace(*self.state, *self.rest)
+        lowered = traced.lower()
+        self.trace_s = time.perf_counter() - start
+        start = time.perf_counter()
+        self.compiled = lowered.compile()
+        self.compile_s = time.perf_counter() - start
+        memory = self.compiled.memory_analysis()
+        self.figures = {
+            "trace_s": self.trace_s,
+            "compile_s": self.compile_s,
+            "gflops": self.compiled.cost_analysis()["flops"] / 1e9,
+            "temp_mb": memory.temp_size_in_bytes / 1e6,
+            "argument_mb": memory.argument_size_in_bytes / 1e6,
+        }
+
+    def run(self) -> float:
+        """Run once and return the seconds it took."""
+        start = time.perf_counter()
+        *self.state, value = self.compiled(*self.state, *self.rest)
+        jax.block_until_ready((self.state, value))
+        if not np.isfinite(value):
+            raise FloatingPointError(f"the loss is {value}")
+        return time.perf_counter() - start
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Compile all variants, run them interleaved, and return the figures of each."""
+    x, y = data(options)
+    copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731  (a step donates its state)
+    steps = {
+        name: Step(loss, copy(trained), frozen, x, y)
+        for name, (loss, trained, frozen) in variants(options).items()
+    }
+    programs = {step.compiled.as_text() for step in steps.values()}
+    if len(programs) != len(steps):
+        raise RuntimeError("two variants compiled to one program: nothing would be compared")
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for i in range(options.warmup + options.rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            seconds = steps[name].run()
+            if i >= options.warmup:
+                times[name].append(seconds)
+
+    def ratio(name, to):
+        return statistics.median(a / b for a, b in zip(times[name], times[to], strict=True))
+
+    return {
+        name: {
+            "step_ms": 1e3 * statistics.median(times[name]),
+            "over_floor": ratio(name, "floor"),
+            "over_full": ratio(name, "full"),
+            **steps[name].figures,
+        }
+        for name in steps
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in {
+        "layers": 6,
+        "width": 384,
+        "hidden": 1536,
+        "heads": 6,
+        "batch": 8,
+        "time": 128,
+        "rank": 8,
+        "rounds": 11,
+        "warmup": 2,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--out", type=Path, help="write JSON here")
+    options = parser.parse_args()
+
+    results = measure(options)
+    columns = list(next(iter(results.values())))
+    rows = [[name, *(f"{row[c]:.2f}" for c in columns)] for name, row in results.items()]
+    print(table.render(["variant", *columns], rows))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        about = {
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+            "device": jax.devices()[0].device_kind,
+            "options": {k: v for k, v in vars(options).items() if k != "out"},
+        }
+        options.out.write_text(json.dumps({**about, "variants": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

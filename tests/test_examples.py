@@ -1,0 +1,137 @@
+"""The README's code and every script, run as a user runs them."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxlora
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+import bert  # noqa: E402
+import fetch  # noqa: E402
+
+needs_weights = pytest.mark.skipif(
+    not all((fetch.CACHE / name).is_file() for name in fetch.SHA256),
+    reason="the weights and sentences are not in the cache: run examples/sentiment.py once",
+)
+
+
+def run(*command):
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def numbers(text):
+    return np.array([float(number) for number in re.findall(r"\d+\.\d+", text)])
+
+
+def test_readme_prints_what_it_says():
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (wanted,) = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)
+    got = run("-c", code)
+    pattern = r"\d+\.\d+"
+    assert re.sub(pattern, "#", got) == re.sub(pattern, "#", wanted)
+    np.testing.assert_allclose(numbers(got), numbers(wanted), atol=2e-4)
+
+
+def test_readme_is_short_and_names_every_function():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) < 150
+    functions = [name for name in jaxlora.__all__ if name.islower()]
+    assert [name for name in functions if f"`{name}(" not in readme] == []
+
+
+def test_digits_keeps_the_base_and_mends_the_worst_digit():
+    out = run("examples/digits.py")
+    before, after = (float(x) for x in re.findall(r"([\d.]+)% on (?:its worst|\d)", out))
+    assert after > before + 5
+    assert "base bit-identical: True" in out
+    (old,) = re.findall(r"pretrained: ([\d.]+)%", out)
+    assert f"without the adapters: {old}%" in out
+
+
+def test_both_ways_to_train_agree():
+    out = run("examples/two_ways.py")
+    before, one, two, gap = numbers(out)[:4]
+    assert one < before / 2
+    assert one == two
+    assert gap < 10
+
+
+def test_benchmark_measures_every_variant(tmp_path):
+    small = ["--layers=1", "--width=16", "--hidden=32", "--heads=2", "--batch=2", "--time=8"]
+    file = tmp_path / "step.json"
+    run("benchmarks/train_step.py", *small, "--rank=2", "--rounds=2", "--out", file)
+    variants = json.loads(file.read_text())["variants"]
+    assert set(variants) == {"floor", "full", "per call", "lora"}
+    assert variants["floor"]["over_floor"] == 1
+    assert variants["floor"]["gflops"] < variants["lora"]["gflops"]
+
+
+@needs_weights
+def test_encoder_gives_the_published_similarities():
+    import jax.numpy as jnp
+    from safetensors.numpy import load_file
+    from tokenizers import Tokenizer
+
+    weights, tokenizer = fetch.minilm()
+    encode = Tokenizer.from_file(str(tokenizer)).encode_batch(
+        [
+            "The weather is lovely today.",
+            "It's so sunny outside!",
+            "He drove to the stadium.",
+        ]
+    )
+    tokens = jnp.array([e.ids for e in encode], jnp.int32)
+    mask = jnp.array([e.attention_mask for e in encode], bool)
+    params = {"params": bert.encoder_params(load_file(weights))}
+    vectors = np.asarray(bert.SentenceEncoder().apply(params, tokens, mask))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    similarities = (vectors @ vectors.T)[np.triu_indices(3, 1)]
+    # the quick-start example of sentence-transformers
+    np.testing.assert_allclose(similarities, [0.6660, 0.1046, 0.1411], atol=1e-4)
+
+
+@needs_weights
+def test_sentiment_trains_saves_and_restores(tmp_path):
+    out = run("examples/sentiment.py", "--sentences=300", "--steps=4", "--out", tmp_path)
+    assert "same prediction for 100.00%" in out
+    assert "trainable 73,728 of 22,639,489 parameters (0.33%)" in out
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_weights
+def test_sentiment_interrupted_leaves_its_last_checkpoint(tmp_path):
+    command = [sys.executable, "examples/sentiment.py", "--sentences=100", "--save-every=2"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "head.npz").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the last checkpoint is in" in out
+    import sentiment
+
+    base, _ = sentiment.load_pretrained()
+    adapters = jaxlora.load_adapters(tmp_path / "adapters", base=base)
+    assert len(adapters) == 12
+    assert all(np.asarray(adapter.b).any() for adapter in adapters.values())
