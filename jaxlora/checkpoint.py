@@ -3,6 +3,8 @@
 A save is written beside its destination and then takes its place by renaming, so a save that is
 interrupted at any point leaves the earlier one: at its path, or beside it, where the next load
 or save finds it. Adapters carry what is needed to refuse another base and damaged files.
+
+Orbax is imported where it is used, because that takes half as long as importing JAX.
 """
 
 import dataclasses
@@ -15,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from jaxlora import fingerprints, paths
 from jaxlora.trees import Adapters, merge
@@ -169,6 +170,8 @@ def _write(path: PathLike, tree: Any, about: dict[str, Any]) -> None:
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
+    import orbax.checkpoint as ocp
+
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(new, args=ocp.args.StandardSave(tree), custom_metadata=about)
     if path.exists():
@@ -221,6 +224,8 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, target: Any) -> Any:
+    import orbax.checkpoint as ocp
+
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.StandardRestore(target))

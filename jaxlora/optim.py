@@ -1,11 +1,18 @@
-"""Restrict an optimizer to the factors."""
+"""Restrict an optimizer to the factors.
 
-from typing import Any
+Optax is imported where it is used, so that importing this library takes little more than JAX.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import jax
-import optax
 
 from jaxlora.trees import mask
+
+if TYPE_CHECKING:
+    import optax
 
 
 def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -32,6 +39,8 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     >>> float(abs(updates["w"].base).max()), float(updates["w"].b.min())
     (0.0, -1.0)
     """
+    import optax
+
     factors_only = optax.chain(
         optax.masked(tx, mask), optax.masked(optax.set_to_zero(), _not_factors)
     )

@@ -94,6 +94,9 @@ def summary(params: Any) -> Summary:
     Returns:
         One row for each leaf, and the totals.
 
+    Raises:
+        ValueError: the tree is empty.
+
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
     >>> config = jaxlora.LoRAConfig(rank=1)
@@ -106,6 +109,8 @@ def summary(params: Any) -> Summary:
     trainable 7 of 19 parameters (36.84%), 28 of 76 bytes
     """
     leaves, _ = paths.flatten(params)
+    if not leaves:
+        raise ValueError("params is an empty tree: there is nothing to count")
     return Summary(tuple(_row(path, leaf) for path, leaf in leaves.items()))
 
 

@@ -82,6 +82,8 @@ def test_weight_with_an_axis_of_size_zero_is_refused():
 def test_empty_tree_is_refused():
     with pytest.raises(ValueError, match="params is an empty tree"):
         init({}, lambda params, x: x)
+    with pytest.raises(ValueError, match="params is an empty tree"):
+        jaxlora.summary({})
 
 
 def test_two_leaves_of_one_path_are_refused():

@@ -180,8 +180,7 @@ def test_truncated_description_is_refused(saved):
 
 INTERRUPTED = """
 import os, pathlib, sys
-import jax.numpy as jnp, jaxlora
-from jaxlora import checkpoint
+import jax.numpy as jnp, jaxlora, orbax.checkpoint
 
 path, stage = pathlib.Path(sys.argv[1]), sys.argv[2]
 params = {"w": jnp.ones((4, 4))}
@@ -192,7 +191,7 @@ base, adapters = jaxlora.split(params)
 jaxlora.save_adapters(path, adapters)
 
 if stage == "writing":
-    checkpoint.ocp.Checkpointer.save = lambda *args, **kwargs: os._exit(9)
+    orbax.checkpoint.Checkpointer.save = lambda *args, **kwargs: os._exit(9)
 else:
     rename, calls = pathlib.Path.rename, []
     def dying(self, target):

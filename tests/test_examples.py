@@ -8,15 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import bert
+import fetch
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
 
 import jaxlora
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-import bert  # noqa: E402
-import fetch  # noqa: E402
 
 needs_weights = pytest.mark.skipif(
     not all((fetch.CACHE / name).is_file() for name in fetch.SHA256),
@@ -82,10 +84,6 @@ def test_benchmark_measures_every_variant(tmp_path):
 
 @needs_weights
 def test_encoder_gives_the_published_similarities():
-    import jax.numpy as jnp
-    from safetensors.numpy import load_file
-    from tokenizers import Tokenizer
-
     weights, tokenizer = fetch.minilm()
     encode = Tokenizer.from_file(str(tokenizer)).encode_batch(
         [
@@ -129,9 +127,7 @@ def test_sentiment_interrupted_leaves_its_last_checkpoint(tmp_path):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the last checkpoint is in" in out
-    import sentiment
-
-    base, _ = sentiment.load_pretrained()
+    base = {"params": {"encoder": bert.encoder_params(load_file(fetch.minilm()[0]))}}
     adapters = jaxlora.load_adapters(tmp_path / "adapters", base=base)
     assert len(adapters) == 12
     assert all(np.asarray(adapter.b).any() for adapter in adapters.values())

@@ -1,6 +1,8 @@
 """The walk itself: what it keeps of a program, and that it is never silent."""
 
 import functools
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -254,3 +256,47 @@ def test_axes_follow_any_reshape_and_transpose(data):
             along = np.moveaxis(np.stack(where), d + 1, 0)
             moves = {i for i in range(len(sizes)) if (along[1:, i] != along[:-1, i]).any()}
             assert moves <= axes.labels([dim])
+
+
+def test_sites_and_adapters_need_only_shapes(key):
+    case = linen_attention()
+    shapes = jax.eval_shape(lambda: (case.params, case.args))
+    params, args = shapes
+    sites = jaxlora.find_sites(case.fn, params, *args)
+    assert [site.path for site in sites] == list(jaxlora.split(case.init(key))[1])
+    abstract = jax.eval_shape(
+        lambda params, *args: jaxlora.init(key, case.fn, params, *args, config=case.config),
+        params,
+        *args,
+    )
+    assert jax.tree.structure(abstract) == jax.tree.structure(case.init(key))
+    assert jaxlora.summary(abstract).trainable == jaxlora.summary(case.init(key)).trainable
+
+
+def test_init_under_jit_gives_the_same_adapters(key):
+    case = linen_attention()
+    inside = jax.jit(
+        lambda params, *args: jaxlora.init(key, case.fn, params, *args, config=case.config)
+    )(case.params, *case.args)
+    jax.tree.map(assert_array_equal, inside, case.init(key))
+    whole = jax.jit(lambda params: jaxlora.bind(*jaxlora.split(params)))(inside)
+    jax.tree.map(assert_array_equal, whole, inside)
+
+
+def test_weights_may_be_numpy_arrays(key):
+    case = linen_attention()
+    params = jax.tree.map(np.asarray, case.trained(key))
+    assert_allclose(
+        jaxlora.lora(case.fn)(params, *case.args),
+        case.fn(jaxlora.merge(params), *case.args),
+        atol=1e-5,
+    )
+
+
+def test_import_loads_neither_orbax_nor_optax_and_starts_no_backend():
+    code = (
+        "import sys, jaxlora; from jax._src import xla_bridge; "
+        "assert not {'orbax', 'optax', 'flax'} & set(sys.modules); "
+        "assert not xla_bridge._backends"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -46,7 +46,7 @@ def remat(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
 def custom_jvp_call(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     """Keep the function's own derivative, evaluated with low-rank weights as well.
 
-    The tangent of a low-rank weight is one of twice the rank: ``da b + a db``.
+    The tangent of a low-rank weight is the sum of two, ``da b`` and ``a db``.
     """
 
     def dense(outs):
