@@ -96,7 +96,7 @@ def test_encoder_gives_the_published_similarities():
     mask = jnp.array([e.attention_mask for e in encode], bool)
     params = {"params": bert.encoder_params(load_file(weights))}
     vectors = np.asarray(bert.SentenceEncoder().apply(params, tokens, mask))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     similarities = (vectors @ vectors.T)[np.triu_indices(3, 1)]
     # the quick-start example of sentence-transformers
     np.testing.assert_allclose(similarities, [0.6660, 0.1046, 0.1411], atol=1e-4)
