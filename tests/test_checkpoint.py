@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
-from cases import linen_attention, linen_layers_scanned, nnx_transformer
+from cases.layers_linen import linen_attention, linen_layers_scanned
+from cases.layers_nnx import nnx_transformer
 from numpy.testing import assert_array_equal
 
 import jaxlora

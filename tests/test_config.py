@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import linen_layers, linen_tied_embedding, normal
+from cases import normal
+from cases.layers_linen import linen_layers, linen_tied_embedding
 
 import jaxlora
 from jaxlora.config import matches, select

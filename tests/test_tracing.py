@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, linen_attention, linen_layers_scanned, matmul, normal
+from cases import Case, normal
+from cases.layers_linen import linen_attention, linen_layers_scanned
+from cases.products import matmul
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads

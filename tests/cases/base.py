@@ -1,0 +1,79 @@
+"""What a case is, and the list of them."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxlora
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program, its parameters and inputs, and what to adapt.
+
+    Attributes:
+        fn: the program, of the parameters and the inputs.
+        params: its parameters.
+        args: its other inputs.
+        targets: as in `jaxlora.LoRAConfig`.
+        tokens: rows that the factors of each target are applied to.
+        compiled: whether an eager call compiles part of it, so that roundings may differ.
+        rank: rank of the adapters.
+    """
+
+    fn: Callable[..., Any]
+    params: Any
+    args: tuple[Any, ...]
+    targets: Any = "all-linear"
+    tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    compiled: bool = False
+    rank: int = 2
+
+    @property
+    def config(self) -> jaxlora.LoRAConfig:
+        return jaxlora.LoRAConfig(rank=self.rank, alpha=3.0, targets=self.targets)
+
+    def init(self, key: Any) -> Any:
+        """Return fresh adapted parameters."""
+        return jaxlora.init(key, self.fn, self.params, *self.args, config=self.config)
+
+    def trained(self, key: Any) -> Any:
+        """Return adapted parameters whose factors are of the size of the weights, as if trained."""
+        base, adapters = jaxlora.split(self.init(key))
+        return jaxlora.bind(base, trained(key, adapters))
+
+    @property
+    def epsilon(self) -> float:
+        """Rounding unit of the coarsest dtype of the parameters and the result."""
+        shapes = jax.tree.leaves((self.params, jax.eval_shape(self.fn, self.params, *self.args)))
+        kinds = [x.dtype for x in shapes if jnp.issubdtype(x.dtype, jnp.floating)]
+        return max(float(jnp.finfo(kind).eps) for kind in kinds)
+
+
+CASES: dict[str, Callable[[], Case]] = {}
+
+
+def case(make: Callable[[], Case]) -> Callable[[], Case]:
+    """Put a case on the list."""
+    CASES[make.__name__] = make
+    return make
+
+
+def trained(key, adapters):
+    """Return factors drawn so that the product is about as large as a weight."""
+    leaves, treedef = jax.tree.flatten(adapters)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [
+        jax.random.normal(k, x.shape, x.dtype) * 0.3 for k, x in zip(keys, leaves, strict=True)
+    ]
+    return treedef.unflatten(drawn)
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    x = np.random.default_rng(seed).normal(size=shape) / math.sqrt(shape[0] if shape else 1)
+    return jnp.asarray(x, dtype)
