@@ -19,6 +19,7 @@ def init(
     key: jax.Array,
     fn: Callable[..., Any],
     params: Any,
+    /,
     *args: Any,
     config: LoRAConfig,
     **kwargs: Any,
@@ -121,6 +122,8 @@ def dropout(params: Any, key: jax.Array, rate: float) -> Any:
     leaves, treedef = paths.flatten(params)
     if not any(isinstance(leaf, LoRAWeight) for leaf in leaves.values()):
         raise ValueError("params has no adapted weight: make some with jaxlora.init")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # a key of the old kind, uint32
+        key = jax.random.wrap_key_data(key)
     for path, leaf in leaves.items():
         if isinstance(leaf, LoRAWeight):
             stack, _, _ = leaf.roles.sizes(leaf.shape)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import fingerprints, paths
-from jaxlora.trees import Adapters, merge
+from jaxlora.trees import Adapters, bind, merge, split
 from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Roles
 
 FORMAT = "jaxlora.adapters"
@@ -28,7 +28,7 @@ _ORBAX_MARK = "_CHECKPOINT_METADATA"
 PathLike = str | os.PathLike[str]
 
 
-def save_adapters(path: PathLike, adapters: Adapters) -> None:
+def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> None:
     """Write the factors, and what is needed to know them again, to a directory.
 
     Rank, alpha, roles, shape, dtype and content hash of the base weight are written for each
@@ -39,9 +39,11 @@ def save_adapters(path: PathLike, adapters: Adapters) -> None:
         path: a local directory; it may hold an earlier checkpoint, and nothing else.
         adapters: factors by path, from `jaxlora.split` outside of `jax.jit` (inside, the values of
             the base are unknown, and so only its shape and dtype can be checked at loading).
+        base: the tree of plain parameters that the adapters are for; what it holds is written in
+            the place of what `jaxlora.split` saw.
 
     Raises:
-        ValueError: adapters is empty.
+        ValueError: adapters is empty, or does not fit the base.
         TypeError: a value is no `Adapter`.
         FileExistsError: the path holds something that is no checkpoint.
     """
@@ -50,6 +52,8 @@ def save_adapters(path: PathLike, adapters: Adapters) -> None:
     for name, adapter in adapters.items():
         if not isinstance(adapter, Adapter):
             raise TypeError(f"adapters[{name!r}] must be an Adapter: got {type(adapter).__name__}")
+    if base is not None:
+        adapters = split(bind(base, adapters))[1]
     factors = _factors(adapters)
     about = {
         "format": FORMAT,

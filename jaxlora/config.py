@@ -7,6 +7,7 @@ mistake in the target, not a wish to adapt nothing.
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -53,8 +54,10 @@ class LoRAConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int):
+        if isinstance(self.rank, bool) or not isinstance(self.rank, numbers.Integral):
             raise TypeError(f"rank must be an int: got {self.rank!r}")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, numbers.Real):
+            raise TypeError(f"alpha must be a number: got {self.alpha!r}")
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1: got {self.rank}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
@@ -68,6 +71,7 @@ class LoRAConfig:
                 f"initializer must be a function or one of {sorted(initializers.NAMED)}: "
                 f"got {self.initializer!r}"
             )
+        object.__setattr__(self, "rank", int(self.rank))
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f"dtype of the factors must be floating: got {self.dtype}")
 
@@ -87,6 +91,8 @@ def _checked(targets: Targets, field: str) -> Targets:
                 f"{field} is no regular expression: {error}: got {targets!r}"
             ) from error
         return targets
+    if not isinstance(targets, Iterable):
+        raise TypeError(f"{field} must be strings: got {targets!r}")
     targets = tuple(targets)
     for name in targets:
         if not isinstance(name, str):

@@ -51,7 +51,10 @@ def _sample(leaf: Any) -> jax.Array:
     count = min(leaf.size, _SAMPLES)
     indices = np.linspace(0, leaf.size - 1, count).astype(np.int64)
     positions = np.unravel_index(indices, leaf.shape)
-    return jnp.asarray(leaf)[positions]
+    if not isinstance(leaf, jax.Array) or not jax.typeof(leaf).sharding.mesh.explicit_axes:
+        return jnp.asarray(leaf)[positions]
+    replicated = jax.NamedSharding(jax.typeof(leaf).sharding.mesh, jax.P())
+    return leaf.at[positions].get(out_sharding=replicated)
 
 
 def checksums(factors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:

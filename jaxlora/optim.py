@@ -22,7 +22,7 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     norm or a weight decay concerns the factors alone.
 
     Args:
-        tx: any optax transform.
+        tx: an optax transform that needs gradients and parameters alone, not the loss.
 
     Returns:
         A transform for trees with `LoRAWeight` nodes, or for adapters from `jaxlora.split`.

@@ -6,7 +6,7 @@ that an NNX state, a boxed and a plain tree of one model have one set of paths.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -31,13 +31,29 @@ def _part(key: Any) -> str:
     return str(key)
 
 
-def _is_box(key: Any) -> bool:
-    return isinstance(key, GetAttrKey) and key.name == "value"
+def names(key_paths: Sequence[Sequence[Any]], skip: int = 0) -> list[str]:
+    """Return the path of each leaf of a tree from its keys in the sense of `jax.tree_util`.
 
+    Args:
+        key_paths: the keys of every leaf.
+        skip: leave out so many keys at the root.
 
-def path_of(key_path: Iterable[Any]) -> str:
-    """Return the path of a leaf from its keys in the sense of `jax.tree_util`."""
-    return "/".join(_part(key) for key in key_path if not _is_box(key))
+    Returns:
+        Paths in the same order; the attribute ``value`` of a node that has no other is left out.
+    """
+    children: dict[tuple, set[Any]] = {}
+    for keys in key_paths:
+        for i, key in enumerate(keys):
+            children.setdefault(tuple(keys[:i]), set()).add(key)
+
+    def is_box(keys, i):
+        is_value = isinstance(keys[i], GetAttrKey) and keys[i].name == "value"
+        return is_value and len(children[tuple(keys[:i])]) == 1
+
+    return [
+        "/".join(_part(keys[i]) for i in range(skip, len(keys)) if not is_box(keys, i))
+        for keys in key_paths
+    ]
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
@@ -54,8 +70,7 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     """
     leaves: dict[str, Any] = {}
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
-    for key_path, leaf in flat:
-        path = path_of(key_path)
+    for path, (_, leaf) in zip(names([keys for keys, _ in flat]), flat, strict=True):
         if path in leaves:
             raise ValueError(
                 f"two leaves have the path {path!r}: every leaf needs a path of its own"

@@ -5,7 +5,6 @@ with the adapted weights themselves. Both are abstract: nothing is computed.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -105,7 +104,7 @@ class Sites:
     __repr__ = __str__
 
 
-def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
+def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Sites:
     """Find every weight that can be adapted, by tracing the program that uses it.
 
     Args:
@@ -183,11 +182,11 @@ def _unfit(leaf: Any) -> str | None:
     return None
 
 
-_FIRST = (tracing.LOOKED_UP, tracing.CONTRACTED, tracing.CUT_OUT)
+_FIRST = (tracing.LOOKED_UP, tracing.CONTRACTED)
 
 
 def _roles(uses: tuple[tracing.Use, ...], ndim: int) -> Roles | None:
-    """Return the roles of the use that decides: a lookup before a product before a slice.
+    """Return the roles of the use that decides: a lookup before a product.
 
     A lookup whose rows are themselves contracted as weights is a stack that is indexed.
     """
@@ -252,7 +251,7 @@ class Report:
     __repr__ = __str__
 
 
-def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Report:
+def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Report:
     """Tell for each adapted weight where the program takes it low-rank, and where not and why.
 
     Args:
@@ -283,8 +282,11 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> R
         raise ValueError("params has no adapted weight: make some with jaxlora.init")
     walk = tracing.Walk(record=True)
     program = tracing.trace(fn, (params, *args), kwargs)
-    outs = functools.partial(walk.run, program.jaxpr)
-    jax.eval_shape(lambda *inputs: [walk.finish(out) for out in outs(*inputs)], *program.inputs)
+
+    def run(*inputs):
+        return [walk.finish(out) for out in walk.run(program.jaxpr, *program.enter(inputs))]
+
+    jax.eval_shape(run, *program.inputs)
     uses: dict[str, list[tracing.Use]] = {path: [] for path in adapted}
     for use in (walk.uses or {}).values():
         uses.setdefault(use.path, []).append(use)

@@ -4,10 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-import jax.numpy as jnp
-
 from jaxlora import paths, table
-from jaxlora.weight import LoRAWeight
+from jaxlora.weight import Adapter, LoRAWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Summary:
             for row in self.rows
         ]
         body = table.render_folded(("path", "shape", "rank", "trainable", "total", "bytes"), cells)
-        share = self.trainable / self.total
+        share = self.trainable / max(self.total, 1)
         return (
             f"{body}\n\ntrainable {self.trainable:,} of {self.total:,} parameters ({share:.2%}), "
             f"{self.trainable_bytes:,} of {self.total_bytes:,} bytes"
@@ -89,7 +87,7 @@ def summary(params: Any) -> Summary:
     """Count what is trained in a tree, and list what is left out.
 
     Args:
-        params: a tree with `LoRAWeight` nodes; arrays or shapes.
+        params: a tree with `LoRAWeight` nodes, or adapters alone; arrays or shapes.
 
     Returns:
         One row for each leaf, and the totals.
@@ -115,14 +113,14 @@ def summary(params: Any) -> Summary:
 
 
 def _row(path: str, leaf: Any) -> Row:
-    adapted = isinstance(leaf, LoRAWeight)
-    base = leaf.base if adapted else leaf
+    adapted = isinstance(leaf, LoRAWeight | Adapter)
+    base = leaf.base if isinstance(leaf, LoRAWeight) else None if adapted else leaf
     factors = (leaf.a, leaf.b) if adapted else ()
     trainable = sum(_size(x) for x in factors)
     trainable_bytes = sum(_bytes(x) for x in factors)
     return Row(
         path,
-        tuple(getattr(base, "shape", ())),
+        tuple(getattr(leaf.base if adapted else leaf, "shape", ())),
         leaf.rank if adapted else 0,
         trainable,
         trainable + _size(base),
@@ -132,8 +130,8 @@ def _row(path: str, leaf: Any) -> Row:
 
 
 def _size(x: Any) -> int:
-    return math.prod(getattr(x, "shape", ()))
+    return math.prod(x.shape) if hasattr(x, "shape") else 0
 
 
 def _bytes(x: Any) -> int:
-    return _size(x) * jnp.dtype(x.dtype).itemsize if hasattr(x, "dtype") else 0
+    return _size(x) * x.dtype.itemsize if hasattr(x, "dtype") else 0

@@ -30,7 +30,10 @@ def fold(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, int, tuple[str, ...
 
 
 def _span(numbers: list[str]) -> str:
-    return numbers[0] if len(numbers) == 1 else f"{{{numbers[0]}..{numbers[-1]}}}"
+    if len(numbers) == 1:
+        return numbers[0]
+    is_run = int(numbers[-1]) - int(numbers[0]) == len(numbers) - 1
+    return f"{{{numbers[0]}..{numbers[-1]}}}" if is_run else f"{{{','.join(numbers)}}}"
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

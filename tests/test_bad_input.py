@@ -55,7 +55,9 @@ def test_bad_choice_is_refused(config, message):
         init(**config)
 
 
-@pytest.mark.parametrize("config", [{"rank": 2.0}, {"rank": True}, {"targets": (1,)}])
+@pytest.mark.parametrize(
+    "config", [{"rank": 2.0}, {"rank": True}, {"alpha": "8"}, {"targets": (1,)}, {"exclude": None}]
+)
 def test_choice_of_a_wrong_type_is_refused(config):
     with pytest.raises(TypeError, match="must be"):
         init(**config)

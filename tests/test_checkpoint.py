@@ -91,10 +91,14 @@ def test_adapters_split_under_jit_load_by_shape(trained, tmp_path):
     _, adapters = jax.jit(jaxlora.split)(trained)
     jaxlora.save_adapters(tmp_path / "adapters", adapters)
     base, _ = jaxlora.split(trained)
-    jaxlora.load_adapters(tmp_path / "adapters", base=jax.tree.map(lambda x: x + 1, base))
+    other = jax.tree.map(lambda x: x + 1, base)
+    jaxlora.load_adapters(tmp_path / "adapters", base=other)
     abstract = jax.eval_shape(lambda: base)
     loaded = jaxlora.load_adapters(tmp_path / "adapters", base=abstract)
     jax.tree.map(assert_array_equal, loaded, adapters)
+    jaxlora.save_adapters(tmp_path / "adapters", adapters, base=base)
+    with pytest.raises(ValueError, match="holds other values"):
+        jaxlora.load_adapters(tmp_path / "adapters", base=other)
 
 
 def test_later_save_replaces_an_earlier_one(saved):

@@ -1,8 +1,10 @@
 """The walk itself: what it keeps of a program, and that it is never silent."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -302,3 +304,105 @@ def test_import_loads_neither_orbax_nor_optax_and_starts_no_backend():
         "assert not xla_bridge._backends"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_index_out_of_range_is_clamped_as_without_adapters(key):
+    def fn(params, x, i):
+        return x @ params["w"][i]
+
+    params = adapted(fn, {"w": normal(0, 4, 8, 6)}, X, jnp.int32(0))
+    for i in (-5, -1, 0, 3, 9):
+        got = jaxlora.lora(fn, strict=True)(params, X, jnp.int32(i))
+        assert_allclose(got, fn(jaxlora.merge(params), X, jnp.int32(i)), atol=1e-5)
+
+
+def test_part_of_a_weight_that_is_not_looked_up_is_not_taken_dense_in_silence():
+    def fn(params, x):
+        return x @ jnp.tanh(params["w"][1:]) + x @ params["w"][1:]
+
+    params = adapted(fn, {"w": normal(0, 9, 6)}, X)
+    with pytest.raises(ValueError, match="the weight 'w' reaches 'tanh'"):
+        jaxlora.lora(fn, strict=True)(params, X)
+
+
+def test_bias_of_unrolled_layers_is_no_site():
+    def fn(params, x):
+        for i in range(2):
+            x = x @ params["w"][i] + params["bias"][i][None]
+        return x
+
+    params = {"w": normal(0, 2, 8, 8), "bias": normal(1, 2, 8)}
+    sites = jaxlora.find_sites(fn, params, X)
+    assert [site.path for site in sites] == ["w"]
+    assert sites["w"].roles == jaxlora.Roles((0,), (1,), (2,))
+
+
+def test_fields_named_value_have_paths_of_their_own():
+    @functools.partial(jax.tree_util.register_dataclass)
+    @dataclasses.dataclass
+    class Attention:
+        query: jax.Array
+        value: jax.Array
+
+    params = {"attention": Attention(normal(0, 8, 6), normal(1, 8, 6))}
+
+    def fn(params, x):
+        return x @ params["attention"].query + x @ params["attention"].value
+
+    sites = jaxlora.find_sites(fn, params, X)
+    assert [site.path for site in sites] == ["attention/query", "attention/value"]
+
+
+def test_boxes_add_nothing_to_a_path():
+    kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    model = nn.Dense(6, kernel_init=kernel_init)
+    variables = model.init(jax.random.key(0), X)
+    sites = jaxlora.find_sites(model.apply, variables, X)
+    assert [site.path for site in sites] == ["params/kernel"]
+    params = adapted(model.apply, variables, X)
+    got: Any = jaxlora.lora(model.apply)(params, X)
+    wanted: Any = model.apply(jaxlora.merge(params), X)
+    assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_functions_may_have_keywords_of_any_name(key):
+    def fn(params, x, *, key, fn, params2=None):
+        return x @ params["w"] + key.sum() + fn
+
+    config = jaxlora.LoRAConfig(rank=2)
+    params = {"w": normal(0, 8, 6)}
+    params = jaxlora.init(key, fn, params, X, config=config, key=jnp.ones(2), fn=1.0)
+    assert jaxlora.explain(fn, params, X, key=jnp.ones(2), fn=1.0).uses["w"]
+
+
+def test_explain_and_summary_need_only_shapes(key):
+    case = linen_attention()
+    params, args = jax.eval_shape(lambda: (case.init(key), case.args))
+    assert str(jaxlora.explain(case.fn, params, *args)) == str(
+        jaxlora.explain(case.fn, case.init(key), *case.args)
+    )
+    whole = jaxlora.summary(params)
+    factors = jaxlora.summary(jaxlora.split(case.init(key))[1])
+    assert factors.total == factors.trainable == whole.trainable
+    assert str(jaxlora.summary({**params, "key": jax.random.key(0)})).count("\n") > 5
+
+
+def test_dropout_takes_keys_of_both_kinds(key):
+    params = adapted(lambda params, x: x @ params["w"], {"w": normal(0, 8, 6)}, X)
+    old = jaxlora.dropout(params, jax.random.PRNGKey(3), 0.5)
+    new = jaxlora.dropout(params, jax.random.key(3), 0.5)
+    fn = jaxlora.lora(lambda params, x: x @ params["w"])
+    assert_array_equal(fn(old, X), fn(new, X))
+
+
+def test_every_use_of_a_jitted_helper_is_explained():
+    helper = jax.jit(lambda x, w: x @ w)
+    params = adapted(lambda params, x: helper(helper(x, params["w"]), params["w"].T), *_square())
+    report = jaxlora.explain(
+        lambda params, x: helper(helper(x, params["w"]), params["w"].T), params, X
+    )
+    assert len(report.uses["w"]) == 2
+
+
+def _square():
+    return {"w": normal(0, 8, 8)}, X

@@ -6,7 +6,6 @@ Only this folder knows jaxprs. Importing it registers the rules.
 from jaxlora.tracing import contraction, control, structural
 from jaxlora.tracing.interpreter import (
     CONTRACTED,
-    CUT_OUT,
     LOOKED_UP,
     MATERIALIZED,
     MaterializationWarning,
@@ -17,7 +16,6 @@ from jaxlora.tracing.transform import is_array, lora, trace
 
 __all__ = [
     "CONTRACTED",
-    "CUT_OUT",
     "LOOKED_UP",
     "MATERIALIZED",
     "MaterializationWarning",

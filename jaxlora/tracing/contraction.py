@@ -47,7 +47,8 @@ def _weight_or_array(
     picked = value.indexed & (in_ | out)
     if (picked and value.is_rows()) or (value.is_probe and value.indexed and not (in_ and out)):
         return walk.densify(eqn, value, "")
-    if isinstance(other, LowRank) and other.size >= value.size and not other.is_rows():
+    is_lesser = isinstance(other, LowRank) and not other.is_rows() and other.size >= value.size
+    if is_lesser or (isinstance(other, LowRank) and value.is_rows()):
         return walk.densify(eqn, value, "both operands are adapted weights")
     stack |= value.indexed - in_ - out
     walk.record(eqn, value, CONTRACTED, in_=in_, out=out, stack=stack)
@@ -79,7 +80,7 @@ def _add_product(
     out_names = _flat([[names[d] for d in batch], *sides])
 
     with jax.named_scope("lora"):
-        x = _dropped(x, weight).reshape(_flat([x_sizes]))
+        x = _dropped(_floating(x, weight), weight).reshape(_flat([x_sizes]))
         a, b = weight.factors(weight.base.dtype)
         product = chain(
             x,
@@ -95,6 +96,11 @@ def _add_product(
 
 def _flat(groups: Sequence[Sequence[Sequence[Any]]]) -> list[Any]:
     return [name for group in groups for names in group for name in names]
+
+
+def _floating(x: Any, weight: LowRank) -> Any:
+    """Return the input of a product in a floating dtype, that of the weight if it has none."""
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(weight.base.dtype)
 
 
 def _dropped(x: Any, weight: LowRank) -> Any:
@@ -136,7 +142,7 @@ def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
         window = [kernel.base.shape[d] for d in range(kernel.base.ndim) if d != out_dim]
         a = jnp.concatenate([a.reshape(*window, -1)] * groups, axis=-1)
         h = lax.conv_general_dilated(
-            _dropped(x, kernel),
+            _dropped(_floating(x, kernel), kernel),
             jnp.moveaxis(a, -1, out_dim),
             window_strides=params["window_strides"],
             padding=params["padding"],

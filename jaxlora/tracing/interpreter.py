@@ -21,8 +21,7 @@ from jaxlora.weight import merge_dtype
 Rule = Callable[..., list[Any]]
 _RULES: dict[str, Rule] = {}
 
-CONTRACTED, LOOKED_UP, CUT_OUT = "contracted", "looked up", "cut out"
-MATERIALIZED = "materialized"
+CONTRACTED, LOOKED_UP, MATERIALIZED = "contracted", "looked up", "materialized"
 
 
 class MaterializationWarning(UserWarning):
@@ -37,7 +36,7 @@ class Use:
         path: path of the weight.
         operation: name of the primitive.
         source: line of the user's program, ``file:line``.
-        kind: "contracted", "looked up" (by index), "cut out" (a slice of rows) or "materialized".
+        kind: "contracted", "looked up" or "materialized".
         stack: axes of the weight that are a stack here.
         in_: axes contracted or looked up along.
         out: axes left in the result.
@@ -118,7 +117,7 @@ class Walk:
         if not isinstance(value, LowRank):
             return value
         if value.is_rows():
-            self.record(eqn, value, LOOKED_UP if value.indexed else CUT_OUT)
+            self.record(eqn, value, LOOKED_UP)
         else:
             self.record(eqn, value, MATERIALIZED, reason)
             self._complain(eqn, value, reason)
@@ -135,14 +134,14 @@ class Walk:
         if self.uses is None:
             return
         where = compat.where(eqn)
-        if kind in (LOOKED_UP, CUT_OUT):
-            picked, where = weight.indexed | weight.sliced, weight.picked_at
+        if kind == LOOKED_UP:
+            picked, where = weight.indexed, weight.picked_at
             axes_of = {"in_": picked, "out": axes.labels(weight.dims) - picked, "stack": set()}
         axes_of = {name: frozenset(found) for name, found in axes_of.items()}
         if "stack" in axes_of:
             axes_of["stack"] |= weight.scanned
         use = Use(weight.origin.path, *where, kind, reason=reason, **axes_of)
-        self.uses.setdefault((weight.origin.path, id(eqn), kind), use)
+        self.uses.setdefault((id(eqn), use), use)
 
     def _complain(self, eqn: Any, weight: LowRank, reason: str) -> None:
         if weight.is_probe or self.uses is not None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxlora.tracing import axes
 from jaxlora.tracing.product import contract
-from jaxlora.weight import LoRAWeight, Roles, scaling
+from jaxlora.weight import LoRAWeight, Roles, merge_dtype, scaling
 
 _meta = {"static": True}
 
@@ -73,9 +73,9 @@ class LowRank:
         dims: the pieces of each dimension.
         origin: where it came from.
         indexed: labels of axes along which entries were picked out.
-        sliced: labels of axes along which a part was cut out.
-        scanned: labels of axes that a loop runs over; only a probe needs to know.
-        picked_at: operation and source line of the last picking or cutting.
+        scanned: labels of axes that a loop runs over, or a constant index picks from, which are
+            a stack for sure; only a probe needs to know.
+        picked_at: operation and source line of the last picking.
     """
 
     base: Any
@@ -85,7 +85,6 @@ class LowRank:
     dims: axes.Dims = dataclasses.field(metadata=_meta)
     origin: Origin = dataclasses.field(metadata=_meta)
     indexed: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
-    sliced: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
     scanned: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
     picked_at: tuple[str, str] = dataclasses.field(default=("", ""), metadata=_meta)
 
@@ -102,9 +101,8 @@ class LowRank:
     def is_rows(self) -> bool:
         """Whether these are rows looked up in a weight, and so no weight any more."""
         if self.is_probe:
-            picked = self.indexed | self.sliced
-            return bool(picked) and bool(axes.labels(self.dims) - picked)
-        return bool(self.indexed - {Role.STACK}) or Role.IN in self.sliced
+            return bool(self.indexed) and bool(axes.labels(self.dims) - self.indexed)
+        return bool(self.indexed - {Role.STACK})
 
     def reshaped(self, base: Any, dims: axes.Dims) -> "LowRank":
         """Return this with the same pieces in the same order, split and joined as in dims."""
@@ -166,7 +164,7 @@ class LowRank:
     def factors(self, dtype: Any) -> tuple[Any, Any]:
         """Return ``a`` and ``scaling * b``, scaled as they are stored and then cast."""
         scale = scaling(self.origin.alpha, self.a.shape[-1])
-        return self.a.astype(dtype), (self.b * scale).astype(dtype)
+        return self.a.astype(dtype), (self.b.astype(merge_dtype(dtype)) * scale).astype(dtype)
 
     def dense(self, dtype: Any) -> Any:
         """Return the weight as one array of the base's dtype, computed in another."""

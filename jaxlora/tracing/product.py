@@ -104,4 +104,4 @@ def chain(
     wanted = {*second[1], *out_names}
     h_names = [n for n in dict.fromkeys((*x_names, *first[1])) if n in wanted]
     h = contract(x, x_names, *first, h_names, precision, dtype)
-    return contract(h.astype(x.dtype), h_names, *second, out_names, precision, dtype)
+    return contract(h.astype(second[0].dtype), h_names, *second, out_names, precision, dtype)

@@ -105,7 +105,10 @@ def slice_(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     def part(d):
         return functools.partial(_slice_in_dim, start=starts[d], end=limits[d], stride=strides[d])
 
-    return _cut(walk, eqn, weight, eqn.outvars[0].aval.shape, part)
+    cut, picked = _cut(walk, eqn, weight, eqn.outvars[0].aval.shape, part)
+    if isinstance(cut, LowRank) and cut.is_probe:  # one entry of a stack, as a loop takes it
+        cut = cut.replace(scanned=cut.scanned | picked)
+    return [cut]
 
 
 @rule("dynamic_slice")
@@ -114,23 +117,32 @@ def dynamic_slice(walk: Walk, eqn: Any, weight: Any, *starts: Any) -> list[Any]:
     sizes = eqn.params["slice_sizes"]
 
     def part(d):
-        return lambda x, axis: lax.dynamic_slice_in_dim(x, starts[d], sizes[d], axis)
+        return lambda x, axis: lax.dynamic_slice_in_dim(
+            x, starts[d], sizes[d], axis, allow_negative_indices=False
+        )
 
-    return _cut(walk, eqn, weight, sizes, part, *starts)
+    cut, picked = _cut(walk, eqn, weight, sizes, part, *starts)
+    if not isinstance(cut, LowRank):
+        return [cut]
+    return [cut.replace(indexed=cut.indexed | picked, picked_at=compat.where(eqn))]
 
 
-def _cut(walk: Walk, eqn: Any, weight: LowRank, sizes: Any, part: Any, *operands: Any) -> list[Any]:
-    """Apply ``part(d)`` along every dimension d that gets smaller."""
+def _cut(
+    walk: Walk, eqn: Any, weight: LowRank, sizes: Any, part: Any, *operands: Any
+) -> tuple[Any, frozenset]:
+    """Apply ``part(d)`` along every dimension d that gets smaller.
+
+    Returns:
+        The part, and the labels of the axes of which it has a single entry.
+    """
     smaller = [d for d, size in enumerate(sizes) if size != weight.base.shape[d]]
     if any(len(weight.dims[d]) > 1 for d in smaller):
-        return walk.without_rule(eqn, [weight, *operands], "it cuts a dimension of several axes")
-    indexed, sliced = set(weight.indexed), set(weight.sliced)
+        reason = "it cuts a dimension of several axes"
+        return walk.without_rule(eqn, [weight, *operands], reason)[0], frozenset()
+    picked = axes.labels([weight.dims[d] for d in smaller if sizes[d] == 1])
     for d in smaller:
-        ((label, _),) = weight.dims[d]
-        (indexed if sizes[d] == 1 else sliced).add(label)
         weight = weight.along(part(d)(weight.base, d), d, part(d))
-    picked = {"indexed": frozenset(indexed), "sliced": frozenset(sliced)}
-    return [weight.replace(**picked, picked_at=compat.where(eqn))]
+    return weight, frozenset(picked)
 
 
 @rule("gather")
@@ -145,8 +157,11 @@ def gather(walk: Walk, eqn: Any, weight: Any, indices: Any) -> list[Any]:
     cut = any(size != weight.base.shape[d] for d, size in enumerate(sizes) if d not in picked)
     if cut or sorted(picked) != sorted(numbers.collapsed_slice_dims):
         return walk.without_rule(eqn, [weight, indices], "it gathers parts of rows")
-    if any(len(weight.dims[d]) > 1 for d in picked):
-        return walk.without_rule(eqn, [weight, indices], "it indexes a dimension of several axes")
+    if numbers.operand_batching_dims:
+        return walk.without_rule(eqn, [weight, indices], "it gathers in batches")
+    if any(len(weight.dims[d]) != 1 for d in picked):
+        reason = "it indexes a dimension that is not one axis longer than 1"
+        return walk.without_rule(eqn, [weight, indices], reason)
 
     base = _on_base(eqn, weight, indices)
     found = axes.labels([weight.dims[d] for d in picked])
@@ -209,9 +224,7 @@ def split(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     parts = []
     for start, end in zip([0, *ends], ends, strict=False):
         cut = functools.partial(_slice_in_dim, start=start, end=end)
-        part = weight.along(cut(weight.base, axis), axis, cut)
-        sliced = weight.sliced | axes.labels(weight.dims[axis : axis + 1])
-        parts.append(part.replace(sliced=sliced, picked_at=compat.where(eqn)))
+        parts.append(weight.along(cut(weight.base, axis), axis, cut))
     return parts
 
 

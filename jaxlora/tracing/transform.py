@@ -6,7 +6,7 @@ handed to the function as it is, and so is every other leaf of what it returns.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -33,25 +33,28 @@ class Program:
 
     Attributes:
         jaxpr: the program, from the arrays among the arguments to those among the results.
-        inputs: the arrays, and the low-rank weights where an argument has an adapted weight.
+        inputs: the arrays and the adapted weights among the arguments.
+        paths: the path of each input.
         rebuild: makes the result of the function from the outputs of the program.
     """
 
     jaxpr: Any
     inputs: list[Any]
+    paths: list[str]
     rebuild: Callable[[list[Any]], Any]
+
+    def enter(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return the inputs with a low-rank weight for each adapted one."""
+        pairs = zip(self.paths, inputs, strict=True)
+        return [lowrank.enter(path, x) if _is_weight(x) else x for path, x in pairs]
 
 
 def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Program:
     """Trace a function once, with the base in the place of each adapted weight."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=_is_weight)
-    inputs, traced = [], []
-    for position, (key_path, leaf) in enumerate(leaves):
-        if isinstance(leaf, LoRAWeight):
-            leaf = lowrank.enter(paths.path_of(key_path[2:]), leaf)
-        if is_array(leaf) or isinstance(leaf, lowrank.LowRank):
-            inputs.append(leaf)
-            traced.append(position)
+    traced = [i for i, (_, leaf) in enumerate(leaves) if is_array(leaf) or _is_weight(leaf)]
+    inputs = [leaves[i][1] for i in traced]
+    names = paths.names([leaves[i][0] for i in traced], skip=2)  # args or kwargs, and which
     result: dict[str, Any] = {}
 
     def flat(*arrays):
@@ -63,7 +66,7 @@ def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Progra
         result["outs"] = [None if is_array(out) else out for out in outs]
         return [out for out in outs if is_array(out)]
 
-    arrays = [leaf.base if isinstance(leaf, lowrank.LowRank) else leaf for leaf in inputs]
+    arrays = [leaf.base if isinstance(leaf, LoRAWeight) else leaf for leaf in inputs]
     jaxpr = jax.make_jaxpr(flat)(*arrays)
 
     def rebuild(outs):
@@ -71,7 +74,7 @@ def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Progra
         filled = [next(outs) if out is None else out for out in result["outs"]]
         return jax.tree.unflatten(result["treedef"], filled)
 
-    return Program(jaxpr, inputs, rebuild)
+    return Program(jaxpr, inputs, names, rebuild)
 
 
 def _is_weight(leaf: Any) -> bool:
@@ -113,7 +116,7 @@ def lora(fn: F, *, strict: bool = False) -> F:
         if not any(map(_is_weight, jax.tree.leaves((args, kwargs), is_leaf=_is_weight))):
             return fn(*args, **kwargs)
         program = trace(fn, args, kwargs)
-        outs = walk.run(program.jaxpr, *program.inputs)
+        outs = walk.run(program.jaxpr, *program.enter(program.inputs))
         return program.rebuild([_left(walk, out) for out in outs])
 
     return fn_lora  # pyright: ignore[reportReturnType]

@@ -93,11 +93,21 @@ def expert_for_each_token():
 
 @case
 def rows_of_positions():
-    def fn(params, x):
-        return x @ params["w"] + params["position"][:5]
+    def fn(params, x, i):
+        return x @ params["w"] + params["position"][jnp.arange(5)] + params["position"][i][None]
 
     params = {"position": normal(0, 9, 6), "w": normal(2, 8, 6)}
-    return Case(fn, params, (normal(1, 5, 8),), targets=("position", "w"))
+    return Case(fn, params, (normal(1, 5, 8), jnp.int32(7)), targets=("position", "w"))
+
+
+@case
+def one_row_times_a_smaller_weight():
+    def fn(params, i):
+        return params["table"][i] @ params["w"] + params["table"][i + 1][:4]
+
+    return Case(
+        fn, {"table": normal(0, 9, 8), "w": normal(2, 8, 4)}, (jnp.int32(3),), ("table", "w")
+    )
 
 
 @case

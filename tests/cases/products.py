@@ -93,6 +93,15 @@ def used_twice():
 
 
 @case
+def integer_input():
+    def fn(params, x):
+        return jax.lax.dot(x, params["w"], preferred_element_type=jnp.float32)
+
+    x = jnp.asarray(normal(1, 5, 8) * 10, jnp.int32)
+    return Case(fn, {"w": normal(0, 8, 6)}, (x,))
+
+
+@case
 def half_precision_inside():
     def fn(params, x):
         return x.astype(jnp.bfloat16) @ params["w"].astype(jnp.bfloat16)
