@@ -4,6 +4,7 @@ Each runs the program's own operation on the base and adds the low-rank term, co
 dtype of the operation. The weight is never formed.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,20 @@ from jaxlora.tracing.lowrank import RANK, LowRank, Role
 from jaxlora.tracing.product import chain, contract
 
 
+@dataclasses.dataclass(frozen=True)
+class _Operand:
+    """One side of a product: its value, and which of its dimensions are summed or in the batch."""
+
+    value: Any
+    summed: Sequence[int]
+    batch: Sequence[int]
+
+    @property
+    def free(self) -> list[int]:
+        """The dimensions that only this side has."""
+        return [d for d in range(self.value.base.ndim) if d not in (*self.summed, *self.batch)]
+
+
 @rule("dot_general")
 def dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     """Add ``x a b`` to a product with a weight on either side.
@@ -24,26 +39,26 @@ def dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     With ``m`` tokens the low-rank term costs 2·m·rank·(in + out) operations.
     """
     (lhs_summed, rhs_summed), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-    lhs = _weight_or_array(walk, eqn, lhs, lhs_summed, lhs_batch, rhs)
-    rhs = _weight_or_array(walk, eqn, rhs, rhs_summed, rhs_batch, lhs)
+    lhs = _weight_or_array(walk, eqn, _Operand(lhs, lhs_summed, lhs_batch), rhs)
+    rhs = _weight_or_array(walk, eqn, _Operand(rhs, rhs_summed, rhs_batch), lhs)
     base = [value.base if isinstance(value, LowRank) else value for value in (lhs, rhs)]
     (y,) = compat.bind(eqn, base)
+    left, right = _Operand(lhs, lhs_summed, lhs_batch), _Operand(rhs, rhs_summed, rhs_batch)
     if isinstance(lhs, LowRank):
-        return [_add_product(eqn, y, lhs, lhs_summed, lhs_batch, rhs, rhs_summed, rhs_batch, True)]
-    if isinstance(rhs, LowRank):
-        return [_add_product(eqn, y, rhs, rhs_summed, rhs_batch, lhs, lhs_summed, lhs_batch, False)]
+        y = _add_product(eqn, y, left, right, weight_is_left=True)
+    elif isinstance(rhs, LowRank):
+        y = _add_product(eqn, y, right, left, weight_is_left=False)
     return [y]
 
 
-def _weight_or_array(
-    walk: Walk, eqn: Any, value: Any, summed: Sequence[int], batch: Sequence[int], other: Any
-) -> Any:
+def _weight_or_array(walk: Walk, eqn: Any, operand: _Operand, other: Any) -> Any:
     """Return the weight if the product can take it as one, else an array; write down the use."""
+    value = operand.value
     if not isinstance(value, LowRank):
         return value
-    free = [d for d in range(len(value.dims)) if d not in (*summed, *batch)]
-    groups = [axes.labels([value.dims[d] for d in group]) for group in (summed, free, batch)]
-    in_, out, stack = groups[0], groups[1] - groups[0], groups[2] - groups[0] - groups[1]
+    groups = (operand.summed, operand.free, operand.batch)
+    in_, free, batch = (axes.labels([value.dims[d] for d in group]) for group in groups)
+    out, stack = free - in_, batch - in_ - free
     picked = value.indexed & (in_ | out)
     if (picked and value.is_rows()) or (value.is_probe and value.indexed and not (in_ and out)):
         return walk.densify(eqn, value, "")
@@ -56,28 +71,22 @@ def _weight_or_array(
 
 
 def _add_product(
-    eqn: Any,
-    y: Any,
-    weight: LowRank,
-    summed: Sequence[int],
-    batch: Sequence[int],
-    x: Any,
-    x_summed: Sequence[int],
-    x_batch: Sequence[int],
-    weight_is_left: bool,
+    eqn: Any, y: Any, operand: _Operand, other: _Operand, *, weight_is_left: bool
 ) -> Any:
     """Return y plus the product of x with the factors, with a name for each piece of an axis."""
+    weight, x = operand.value, other.value
     names = [[("w", d, i) for i in range(len(dim))] for d, dim in enumerate(weight.dims)]
     x_names: list[list[Any]] = [[("x", d)] for d in range(x.ndim)]
     x_sizes = [[size] for size in x.shape]
-    for x_dims, dims in ((x_summed, summed), (x_batch, batch)):
-        for x_dim, dim in zip(x_dims, dims, strict=True):
-            x_names[x_dim] = names[dim]
-            x_sizes[x_dim] = [size for _, size in weight.dims[dim]]
-    x_free = [x_names[d] for d in range(x.ndim) if d not in (*x_summed, *x_batch)]
-    free = [names[d] for d in range(len(names)) if d not in (*summed, *batch)]
+    shared = [*zip(other.summed, operand.summed, strict=True)]
+    shared += zip(other.batch, operand.batch, strict=True)
+    for x_dim, dim in shared:
+        x_names[x_dim] = names[dim]
+        x_sizes[x_dim] = [size for _, size in weight.dims[dim]]
+    x_free = [x_names[d] for d in range(x.ndim) if d not in (*other.summed, *other.batch)]
+    free = [names[d] for d in operand.free]
     sides = (free, x_free) if weight_is_left else (x_free, free)
-    out_names = _flat([[names[d] for d in batch], *sides])
+    out_names = _flat([[names[d] for d in operand.batch], *sides])
 
     with jax.named_scope("lora"):
         x = _dropped(_floating(x, weight), weight).reshape(_flat([x_sizes]))
