@@ -89,7 +89,7 @@ def _add_product(
     out_names = _flat([[names[d] for d in operand.batch], *sides])
 
     with jax.named_scope("lora"):
-        x = _dropped(_floating(x, weight), weight).reshape(_flat([x_sizes]))
+        x = _low_rank_input(x, weight).reshape(_flat([x_sizes]))
         a, b = weight.factors(weight.base.dtype)
         product = chain(
             x,
@@ -107,13 +107,10 @@ def _flat(groups: Sequence[Sequence[Sequence[Any]]]) -> list[Any]:
     return [name for group in groups for names in group for name in names]
 
 
-def _floating(x: Any, weight: LowRank) -> Any:
-    """Return the input of a product in a floating dtype, that of the weight if it has none."""
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(weight.base.dtype)
-
-
-def _dropped(x: Any, weight: LowRank) -> Any:
-    """Return the low-rank path's input, with dropout if the weight has it."""
+def _low_rank_input(x: Any, weight: LowRank) -> Any:
+    """Return the low-rank path's input: floating, and with dropout if the weight has it."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(weight.base.dtype)
     if weight.keys is None or weight.origin.dropout_rate == 0:
         return x
     keep = 1 - weight.origin.dropout_rate
@@ -151,7 +148,7 @@ def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
         window = [kernel.base.shape[d] for d in range(kernel.base.ndim) if d != out_dim]
         a = jnp.concatenate([a.reshape(*window, -1)] * groups, axis=-1)
         h = lax.conv_general_dilated(
-            _dropped(_floating(x, kernel), kernel),
+            _low_rank_input(x, kernel),
             jnp.moveaxis(a, -1, out_dim),
             window_strides=params["window_strides"],
             padding=params["padding"],

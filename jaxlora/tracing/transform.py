@@ -54,7 +54,8 @@ def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Progra
     leaves, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=_is_weight)
     traced = [i for i, (_, leaf) in enumerate(leaves) if is_array(leaf) or _is_weight(leaf)]
     inputs = [leaves[i][1] for i in traced]
-    names = paths.names([leaves[i][0] for i in traced], skip=2)  # args or kwargs, and which
+    every = paths.names([keys for keys, _ in leaves], skip=2)  # args or kwargs, and which
+    names = [every[i] for i in traced]
     result: dict[str, Any] = {}
 
     def flat(*arrays):
