@@ -3,7 +3,7 @@
 Only this folder knows jaxprs. Importing it registers the rules.
 """
 
-from jaxlora.tracing import contraction, control, structural
+from jaxlora.tracing import arithmetic, contraction, control, convolution, indexing, structural
 from jaxlora.tracing.interpreter import (
     CONTRACTED,
     LOOKED_UP,
@@ -21,8 +21,11 @@ __all__ = [
     "MaterializationWarning",
     "Use",
     "Walk",
+    "arithmetic",
     "contraction",
     "control",
+    "convolution",
+    "indexing",
     "is_array",
     "lora",
     "structural",

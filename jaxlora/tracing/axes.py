@@ -1,15 +1,16 @@
 """Which original axes a dimension is made of, through reshape and transpose.
 
 A dimension of a traced weight is a run of *pieces*, major first; a piece is a label and a size.
-Labels are roles when a program is evaluated and axis numbers when sites are looked for. A
-dimension of size 1 has no pieces. ``(D, N, H)`` reshaped to ``(D, N*H)`` has the dimensions
-``((D,), (N, H))``, and reshaping it back finds the pieces again.
+Labels are roles when a program is evaluated, where a dimension of size 1 has no pieces, and sets
+of original axes when sites are looked for. ``(D, N, H)`` reshaped to ``(D, N*H)`` has the
+dimensions ``((D,), (N, H))``, and reshaping it back finds the pieces again.
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-Label = Hashable
+Label = Any  # a role, or a frozenset of original axes
 Piece = tuple[Label, int]
 Dim = tuple[Piece, ...]
 Dims = tuple[Dim, ...]
@@ -38,15 +39,18 @@ def shape(dims: Dims) -> tuple[int, ...]:
 
 
 def merge(dims: Dims) -> Dims:
-    """Join neighbours of one label within each dimension."""
+    """Join neighbours of one label within each dimension; a piece of size 1 joins its neighbour."""
     return tuple(_merge(dim) for dim in dims)
 
 
 def _merge(dim: Dim) -> Dim:
     merged: list[Piece] = []
     for label, size in dim:
-        if merged and merged[-1][0] == label:
-            merged[-1] = (label, merged[-1][1] * size)
+        before, length = merged[-1] if merged else (label, 0)
+        if before == label and merged:
+            merged[-1] = (label, length * size)
+        elif merged and 1 in (length, size):
+            merged[-1] = (before | label, length * size)  # only sets have pieces of size 1
         else:
             merged.append((label, size))
     return tuple(merged)
@@ -66,6 +70,8 @@ def reshape(dims: Dims, new_shape: Sequence[int]) -> Dims | None:
     regrouped = []
     for size in new_shape:
         dim: list[Piece] = []
+        if size == 1 and left and left[-1][1] == 1:
+            dim.append(left.pop())
         while size > 1:
             label, have = left.pop()
             if size % have == 0:

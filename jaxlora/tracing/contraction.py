@@ -1,4 +1,4 @@
-"""Rules for operations that consume a weight: products and convolutions.
+"""Rules for products that consume a weight.
 
 Each runs the program's own operation on the base and adds the low-rank term, computed in the
 dtype of the operation. The weight is never formed.
@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing import axes, compat
+from jaxlora.tracing import compat
 from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
-from jaxlora.tracing.lowrank import RANK, LowRank, Role
-from jaxlora.tracing.product import chain, contract
+from jaxlora.tracing.lowrank import CARRIES, RANK, LowRank, Role
+from jaxlora.tracing.product import chain, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,7 @@ def _weight_or_array(walk: Walk, eqn: Any, operand: _Operand, other: Any) -> Any
     if not isinstance(value, LowRank):
         return value
     groups = (operand.summed, operand.free, operand.batch)
-    in_, free, batch = (axes.labels([value.dims[d] for d in group]) for group in groups)
+    in_, free, batch = (value.labels(*group) for group in groups)
     out, stack = free - in_, batch - in_ - free
     picked = value.indexed & (in_ | out)
     if (picked and value.is_rows()) or (value.is_probe and value.indexed and not (in_ and out)):
@@ -89,7 +88,7 @@ def _add_product(
     out_names = _flat([[names[d] for d in operand.batch], *sides])
 
     with jax.named_scope("lora"):
-        x = _low_rank_input(x, weight).reshape(_flat([x_sizes]))
+        x = weight.input(x).reshape(_flat([x_sizes]))
         a, b = weight.factors(weight.base.dtype)
         product = chain(
             x,
@@ -107,69 +106,37 @@ def _flat(groups: Sequence[Sequence[Sequence[Any]]]) -> list[Any]:
     return [name for group in groups for names in group for name in names]
 
 
-def _low_rank_input(x: Any, weight: LowRank) -> Any:
-    """Return the low-rank path's input: floating, and with dropout if the weight has it."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        x = x.astype(weight.base.dtype)
-    if weight.keys is None or weight.origin.dropout_rate == 0:
-        return x
-    keep = 1 - weight.origin.dropout_rate
-    mask = jax.random.bernoulli(weight.keys.reshape(-1)[0], keep, x.shape)
-    return jnp.where(mask, x / keep, 0).astype(x.dtype)
-
-
-@rule("conv_general_dilated")
-def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
-    """Add a convolution to rank channels and a product over them.
-
-    With groups, each group's input is convolved with the same ``a`` and multiplied with its own
-    part of ``b``, which is what the factors of the grouped kernel ``(*window, in / groups, out)``
-    mean.
-    """
-    params, numbers = eqn.params, eqn.params["dimension_numbers"]
-    x = walk.densify(eqn, x, "the weight is convolved with, not by")
-    if not isinstance(kernel, LowRank):
-        return compat.bind(eqn, [x, kernel])
-    if params["batch_group_count"] != 1:
-        return walk.without_rule(eqn, [x, kernel], "it has batch groups")
-    out_dim, *in_dims = numbers.rhs_spec
-    in_ = axes.labels([kernel.dims[d] for d in in_dims])
-    out = axes.labels([kernel.dims[out_dim]])
-    if in_ & out or (not kernel.is_probe and (in_ - {Role.IN} or out - {Role.OUT})):
-        return walk.without_rule(eqn, [x, kernel], "its axes have other roles elsewhere")
-    walk.record(eqn, kernel, CONTRACTED, in_=in_, out=out, stack=kernel.indexed - in_ - out)
-    (y,) = compat.bind(eqn, [x, kernel.base])
-    if kernel.is_probe:
+@rule("ragged_dot_general")
+def ragged_dot(walk: Walk, eqn: Any, x: Any, weight: Any, groups: Any) -> list[Any]:
+    """Add two ragged products, by the factors of the expert of each group of rows."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (x_summed, summed), (x_batch, _) = numbers.dot_dimension_numbers
+    x = walk.densify(eqn, x, "it is multiplied with other weights in groups")
+    if not isinstance(weight, LowRank):
+        return compat.bind(eqn, [x, weight, groups])
+    free = [d for d in range(x.ndim) if d not in x_summed]
+    if x_batch or list(numbers.lhs_ragged_dimensions) != free:
+        return walk.without_rule(eqn, [x, weight, groups], "it has several batch or row axes")
+    group = list(numbers.rhs_group_dimensions)
+    out = [d for d in range(weight.base.ndim) if d not in (*summed, *group)]
+    labels = {"stack": weight.labels(*group), "in_": weight.labels(*summed)}
+    labels["out"] = weight.labels(*out)
+    names = ("a", "b") if labels["in_"] <= CARRIES["a"] else ("b", "a")
+    fits = [labels["in_"] <= CARRIES[names[0]], labels["out"] <= CARRIES[names[1]]]
+    if not weight.is_probe and not (all(fits) and labels["stack"] <= {Role.STACK}):
+        reason = "its axes have other roles elsewhere"
+        return walk.without_rule(eqn, [x, weight, groups], reason)
+    walk.record(eqn, weight, CONTRACTED, **labels)
+    (y,) = compat.bind(eqn, [x, weight.base, groups])
+    if weight.is_probe:
         return [y]
-
-    groups = params["feature_group_count"]
+    weight = weight.transposed(weight.base, [*group, *summed, *out])
     with jax.named_scope("lora"):
-        a, b = kernel.factors(kernel.base.dtype)
-        window = [kernel.base.shape[d] for d in range(kernel.base.ndim) if d != out_dim]
-        a = jnp.concatenate([a.reshape(*window, -1)] * groups, axis=-1)
-        h = lax.conv_general_dilated(
-            _low_rank_input(x, kernel),
-            jnp.moveaxis(a, -1, out_dim),
-            window_strides=params["window_strides"],
-            padding=params["padding"],
-            lhs_dilation=params["lhs_dilation"],
-            rhs_dilation=params["rhs_dilation"],
-            dimension_numbers=numbers,
-            feature_group_count=groups,
-            precision=params["precision"],
-            preferred_element_type=params["preferred_element_type"],
-        )
-        return [y + _mix_channels(h, b, groups, numbers.out_spec[1], params).astype(y.dtype)]
-
-
-def _mix_channels(h: Any, b: Any, groups: int, channel: int, params: Any) -> Any:
-    """Return the product of ``h``, groups times rank channels, with ``b`` (out, rank)."""
-    rank = b.shape[-1]
-    h = h.reshape(*h.shape[:channel], groups, rank, *h.shape[channel + 1 :])
-    h_names: list[Any] = list(range(h.ndim))
-    h_names[channel], h_names[channel + 1] = "group", RANK
-    out_names = [name if name != RANK else "out" for name in h_names]
-    precision, dtype = params["precision"], params["preferred_element_type"]
-    b = b.reshape(groups, -1, rank)
-    y = contract(h.astype(b.dtype), h_names, b, ["group", "out", RANK], out_names, precision, dtype)
-    return y.reshape(*y.shape[:channel], -1, *y.shape[channel + 2 :])
+        factors = dict(zip("ab", weight.factors(weight.base.dtype), strict=True))
+        first, second = (factors[name].reshape(len(groups), -1, weight.rank) for name in names)
+        how = {"precision": eqn.params["precision"], "group_offset": eqn.params["group_offset"]}
+        how["preferred_element_type"] = eqn.params["preferred_element_type"]
+        h = weight.input(x).transpose(*free, *x_summed).reshape(len(x), -1)
+        h = named(lax.ragged_dot(h, first, groups, **how)).astype(second.dtype)
+        product = lax.ragged_dot(h, second.swapaxes(1, 2), groups, **how)
+        return [y + product.reshape(y.shape).astype(y.dtype)]

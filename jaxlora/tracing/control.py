@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes, lax
 
-from jaxlora.tracing import axes, compat
+from jaxlora.tracing import compat
 from jaxlora.tracing.interpreter import Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
 
@@ -198,7 +198,7 @@ def _scanned(x: Any) -> Any:
     """Return the arrays of a value that have the scanned axis first."""
     if not isinstance(x, LowRank):
         return x
-    label = axes.labels(x.dims[:1])
+    label = x.labels(0)
     carried = [name for name, carries in CARRIES.items() if label and label <= carries]
     parts = {name: getattr(x, name) for name in ("base", *carried)}
     return {name: part for name, part in parts.items() if part is not None}
@@ -214,9 +214,9 @@ def _stacked(y: Any, xs: Sequence[Any], length: int) -> Any:
     if not isinstance(y, LowRank):
         return y
     source = [x for x in xs if isinstance(x, LowRank) and x.origin == y.origin]
-    label = next((label for x in source for label, _ in x.dims[0]), None)
-    stacked = y.replace(dims=((), *y.dims), scanned=y.scanned - {label})
-    if length != 1:
+    label = source[0].labels(0) if source and y.is_probe else frozenset()
+    stacked = y.replace(dims=((), *y.dims), scanned=y.scanned - label)
+    if length != 1 or y.is_probe:
         first = ((label if y.is_probe else Role.STACK, length),)
         return stacked.replace(dims=(first, *y.dims))
     return stacked.reshaped(y.base, stacked.dims)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxlora.tracing import axes, compat
+from jaxlora.tracing import compat
 from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import merge_dtype
 
@@ -135,19 +135,22 @@ class Walk:
             return
         where = compat.where(eqn)
         if kind == LOOKED_UP:
-            picked, where = weight.indexed, weight.picked_at
-            axes_of = {"in_": picked, "out": axes.labels(weight.dims) - picked, "stack": set()}
-        axes_of = {name: frozenset(found) for name, found in axes_of.items()}
+            where, every = weight.picked_at, weight.labels(*range(len(weight.dims)))
+            out = every - weight.picked - weight.scanned
+            axes_of = {"in_": weight.picked, "out": out, "stack": frozenset()}
         if "stack" in axes_of:
             axes_of["stack"] |= weight.scanned
-        use = Use(weight.origin.path, *where, kind, reason=reason, **axes_of)
-        self.uses.setdefault((id(eqn), use), use)
+        for path in weight.origin.paths:
+            found = {name: _axes_of(path, labels) for name, labels in axes_of.items()}
+            use = Use(path, *where, kind, reason=reason, **found)
+            self.uses.setdefault((id(eqn), use), use)
 
     def _complain(self, eqn: Any, weight: LowRank, reason: str) -> None:
         if weight.is_probe or self.uses is not None:
             return
         operation, source = compat.where(eqn)
-        what = f"the weight {weight.origin.path!r} reaches {operation!r} at {source}, and {reason}"
+        path = " + ".join(weight.origin.paths)
+        what = f"the weight {path!r} reaches {operation!r} at {source}, and {reason}"
         if self.strict:
             raise ValueError(f"{what}: strict=True needs a low-rank rule at every use")
         warnings.warn(f"{what}: it is materialized there", MaterializationWarning, stacklevel=2)
@@ -158,6 +161,15 @@ class Walk:
 
         evaluate.__name__ = evaluate.__qualname__ = name
         return jax.jit(evaluate)
+
+
+def _axes_of(path: str, labels: Any) -> frozenset:
+    """Return the axes of one weight among the labels of a probe; roles as they are."""
+    return frozenset(
+        label[1] if isinstance(label, tuple) else label
+        for label in labels
+        if not isinstance(label, tuple) or label[0] == path
+    )
 
 
 def _last_uses(program: Any) -> dict[int, list[Any]]:

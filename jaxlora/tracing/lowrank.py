@@ -6,8 +6,8 @@ factor has one axis for each piece of a role that it carries, in the order of th
 ``a`` and ``b`` have the rank as their last axis. So an operation on one dimension of the weight
 is an operation on one axis of the factors that carry it.
 
-Without factors it is a *probe*, whose labels are axis numbers: the same walk of the same
-program with probes finds the sites.
+Without factors it is a *probe*, whose labels are sets of original axes, each a path and an axis
+number: the same walk of the same program with probes finds the sites.
 """
 
 import dataclasses
@@ -46,16 +46,16 @@ class Origin:
     """Where a traced weight came from; nothing here changes on its way.
 
     Attributes:
-        path: path of the leaf.
-        roles: roles of its axes, None for a probe.
+        paths: path of the leaf, or of each leaf that was joined to it.
+        roles: roles of its axes, None for a probe and for joined weights.
         shape: its shape.
         alpha: numerator of the scaling.
         dropout_rate: share of the low-rank path's input that is dropped.
     """
 
-    path: str
-    roles: Roles | None
-    shape: tuple[int, ...]
+    paths: tuple[str, ...]
+    roles: Roles | None = None
+    shape: tuple[int, ...] = ()
     alpha: float = 1.0
     dropout_rate: float = 0.0
 
@@ -73,6 +73,7 @@ class LowRank:
         dims: the pieces of each dimension.
         origin: where it came from.
         indexed: labels of axes along which entries were picked out.
+        windows: labels of axes along which parts were taken from where the program says.
         scanned: labels of axes that a loop runs over, or a constant index picks from, which are
             a stack for sure; only a probe needs to know.
         picked_at: operation and source line of the last picking.
@@ -85,24 +86,40 @@ class LowRank:
     dims: axes.Dims = dataclasses.field(metadata=_meta)
     origin: Origin = dataclasses.field(metadata=_meta)
     indexed: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
+    windows: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
     scanned: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
     picked_at: tuple[str, str] = dataclasses.field(default=("", ""), metadata=_meta)
 
     @property
     def is_probe(self) -> bool:
         """Whether this only looks for sites."""
-        return self.origin.roles is None
+        return self.a is None
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return self.base.size
 
+    @property
+    def rank(self) -> int:
+        """Number of columns of the factors."""
+        return self.a.shape[-1]
+
+    def labels(self, *dims: int) -> frozenset:
+        """Return the roles that dimensions are made of; in a probe, the original axes."""
+        found = axes.labels([self.dims[d] for d in dims])
+        return frozenset().union(*found) if self.is_probe else frozenset(found)
+
     def is_rows(self) -> bool:
         """Whether these are rows looked up in a weight, and so no weight any more."""
         if self.is_probe:
-            return bool(self.indexed) and bool(axes.labels(self.dims) - self.indexed)
-        return bool(self.indexed - {Role.STACK})
+            return bool(self.picked) and bool(self.labels(*range(len(self.dims))) - self.picked)
+        return bool(self.indexed - {Role.STACK}) or Role.IN in self.windows
+
+    @property
+    def picked(self) -> frozenset:
+        """Labels of axes along which entries or parts were picked out."""
+        return self.indexed | self.windows
 
     def reshaped(self, base: Any, dims: axes.Dims) -> "LowRank":
         """Return this with the same pieces in the same order, split and joined as in dims."""
@@ -115,7 +132,7 @@ class LowRank:
 
     def entry(self) -> "LowRank":
         """Return the books of one entry along the first dimension; its arrays are the loop's."""
-        label = {label for label, _ in self.dims[0]}
+        label = self.labels(0)
         fields: dict[str, Any] = {"scanned": self.scanned | label} if self.is_probe else {}
         return self.replace(dims=self.dims[1:], **fields or {"indexed": self.indexed | label})
 
@@ -163,8 +180,18 @@ class LowRank:
 
     def factors(self, dtype: Any) -> tuple[Any, Any]:
         """Return ``a`` and ``scaling * b``, scaled as they are stored and then cast."""
-        scale = scaling(self.origin.alpha, self.a.shape[-1])
+        scale = scaling(self.origin.alpha, self.rank)
         return self.a.astype(dtype), (self.b.astype(merge_dtype(dtype)) * scale).astype(dtype)
+
+    def input(self, x: Any) -> Any:
+        """Return the low-rank path's input: floating, and with dropout if the weight has it."""
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(self.base.dtype)
+        if self.keys is None or self.origin.dropout_rate == 0:
+            return x
+        keep = 1 - self.origin.dropout_rate
+        mask = jax.random.bernoulli(self.keys.reshape(-1)[0], keep, x.shape)
+        return jnp.where(mask, x / keep, 0).astype(x.dtype)
 
     def dense(self, dtype: Any) -> Any:
         """Return the weight as one array of the base's dtype, computed in another."""
@@ -201,14 +228,14 @@ def enter(path: str, weight: LoRAWeight) -> LowRank:
         b=_to_axis_order(jnp.moveaxis(weight.b, len(stack), -1), out_side, shape),
         keys=None if keys is None else _to_axis_order(keys, stack, shape),
         dims=axes.from_shape(shape, roles.labels(Role.STACK, Role.IN, Role.OUT)),
-        origin=Origin(path, roles, shape, weight.alpha, weight.dropout_rate),
+        origin=Origin((path,), roles, shape, weight.alpha, weight.dropout_rate),
     )
 
 
 def probe(path: str, leaf: Any) -> LowRank:
     """Return the traced value that finds out how a leaf is used."""
-    dims = axes.from_shape(leaf.shape, range(leaf.ndim))
-    return LowRank(leaf, None, None, None, dims, Origin(path, None, tuple(leaf.shape)))
+    dims = tuple(((frozenset({(path, i)}), size),) for i, size in enumerate(leaf.shape))
+    return LowRank(leaf, None, None, None, dims, Origin((path,), None, tuple(leaf.shape)))
 
 
 def leave(weight: LowRank) -> LoRAWeight | None:

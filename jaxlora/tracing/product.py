@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+CHECKPOINT_NAME = "lora"
 Name = Hashable
 
 
@@ -70,6 +72,11 @@ def contract(
     return jnp.transpose(product, [names.index(n) for n in out_names])
 
 
+def named(h: jax.Array) -> jax.Array:
+    """Name a rank-sized product, so that a policy of `jax.checkpoint` can keep it."""
+    return checkpoint_name(h, CHECKPOINT_NAME)
+
+
 def chain(
     x: Any,
     x_names: Sequence[Name],
@@ -103,5 +110,5 @@ def chain(
         first, second = second, first
     wanted = {*second[1], *out_names}
     h_names = [n for n in dict.fromkeys((*x_names, *first[1])) if n in wanted]
-    h = contract(x, x_names, *first, h_names, precision, dtype)
+    h = named(contract(x, x_names, *first, h_names, precision, dtype))
     return contract(h.astype(second[0].dtype), h_names, *second, out_names, precision, dtype)

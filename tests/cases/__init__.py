@@ -5,7 +5,16 @@ A case is a function marked with `case` that returns a `Case`; its name is the f
 operations.
 """
 
-from cases import control, layers_linen, layers_nnx, products
+from cases import control, layers_linen, layers_nnx, products, reading
 from cases.base import CASES, Case, normal
 
-__all__ = ["CASES", "Case", "control", "layers_linen", "layers_nnx", "normal", "products"]
+__all__ = [
+    "CASES",
+    "Case",
+    "control",
+    "layers_linen",
+    "layers_nnx",
+    "normal",
+    "products",
+    "reading",
+]

@@ -1,0 +1,180 @@
+"""Rules for arithmetic on weights: scaling, padding, and putting several together.
+
+A scale along in axes scales ``a``, one along out axes scales ``b``. Weights side by side along
+an axis are one low-rank weight whose rank is the sum of theirs, because::
+
+    [W1 + a1 b1, W2 + a2 b2] = [W1, W2] + [a1, a2] [[b1, 0], [0, b2]]
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlora.tracing import axes, compat
+from jaxlora.tracing.interpreter import Walk, rule
+from jaxlora.tracing.lowrank import CARRIES, LowRank, Origin, Role
+from jaxlora.weight import merge_dtype
+
+
+@rule("neg")
+def negate(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
+    """Negate the base and ``b``."""
+    return [weight.replace(base=-weight.base, b=None if weight.is_probe else -weight.b)]
+
+
+@rule("mul", "div")
+def scale(walk: Walk, eqn: Any, x: Any, y: Any) -> list[Any]:
+    """Scale a weight by a number, or by a vector along the axes of one factor."""
+    is_division = eqn.primitive.name == "div"
+    weight, vector = (x, y) if is_division or _size(x) >= _size(y) else (y, x)
+    vector = walk.densify(eqn, vector, "it scales another weight")
+    if not isinstance(weight, LowRank):
+        return compat.bind(eqn, [weight, vector] if weight is x else [vector, weight])
+    values = [weight, vector] if weight is x else [vector, weight]
+    along = [d for d, size in enumerate(jnp.shape(vector)) if size != 1]
+    if jnp.size(vector) == weight.size > 1 or eqn.outvars[0].aval.shape != weight.base.shape:
+        return walk.without_rule(eqn, values, "it does not scale whole axes")
+    (base,) = compat.bind(eqn, [getattr(value, "base", value) for value in values])
+    if weight.is_probe:
+        return [weight.replace(base=base)]
+    for name in ("b", "a"):
+        if weight.labels(*along) <= CARRIES[name]:
+            factor = getattr(weight, name)
+            vector = jnp.asarray(vector, factor.dtype).reshape(_aligned(weight, name, along))
+            factor = factor / vector if is_division else factor * vector
+            return [weight.replace(base=base, **{name: factor})]
+    return walk.without_rule(eqn, values, "it scales along axes of both factors")
+
+
+def _size(x: Any) -> int:
+    return x.size if isinstance(x, LowRank) else jnp.size(x) - 1  # of equals, the weight
+
+
+def _aligned(weight: LowRank, name: str, along: Sequence[int]) -> list[int]:
+    """Return the shape in which a vector along some dimensions broadcasts against a factor."""
+    sizes = [[size if d in along else 1 for _, size in dim] for d, dim in enumerate(weight.dims)]
+    return [*weight.piece_labels(sizes, name), 1]
+
+
+@rule("pad")
+def pad(walk: Walk, eqn: Any, weight: Any, filling: Any) -> list[Any]:
+    """Pad the base as the program does, and the factors with zeros."""
+    config = eqn.params["padding_config"]
+    padded = [d for d, amounts in enumerate(config) if any(amounts)]
+    if not isinstance(weight, LowRank) or any(len(weight.dims[d]) != 1 for d in padded):
+        return walk.without_rule(eqn, [weight, filling], "it pads what is not one axis")
+    filling = walk.densify(eqn, filling, "it is padded with")
+    for d in padded:
+        base = _padded(weight.base, d, config[d], filling)
+        weight = weight.along(base, d, lambda x, axis, d=d: _padded(x, axis, config[d], 0))
+    return [weight]
+
+
+def _padded(x: Any, axis: int, amounts: Any, filling: Any) -> Any:
+    config = [(0, 0, 0)] * x.ndim
+    config[axis] = amounts
+    return lax.pad(x, jnp.asarray(filling, x.dtype), config)
+
+
+@rule("stack")
+def stack(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
+    """Put weights on top of each other along a new axis."""
+    axis = eqn.params["axis"]
+
+    def expanded(value):
+        base = jnp.expand_dims(getattr(value, "base", value), axis)
+        if not isinstance(value, LowRank):
+            return base
+        dims = (*value.dims[:axis], (), *value.dims[axis:])
+        return value.replace(base=base, dims=dims)
+
+    return _joined(walk, eqn, values, [expanded(value) for value in values], axis)
+
+
+@rule("concatenate")
+def concatenate(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
+    """Put weights side by side along an axis."""
+    return _joined(walk, eqn, values, values, eqn.params["dimension"])
+
+
+def _joined(
+    walk: Walk, eqn: Any, values: Sequence[Any], parts: Sequence[Any], axis: int
+) -> list[Any]:
+    """Return one weight for parts along an axis; plain parts have zero factors."""
+    weights = [part for part in parts if isinstance(part, LowRank)]
+    if reason := _obstacle(parts, weights, axis):
+        return walk.without_rule(eqn, values, reason)
+    (base,) = compat.bind(eqn, [getattr(value, "base", value) for value in values])
+    first = weights[0]
+    origin = Origin(tuple(dict.fromkeys(path for w in weights for path in w.origin.paths)))
+    books = {
+        name: frozenset().union(*(getattr(weight, name) for weight in weights))
+        for name in ("indexed", "windows", "scanned")
+    }
+    if first.is_probe:
+        dims = [_union([weight.dims[d] for weight in weights]) for d in range(base.ndim)]
+        dims[axis] = ((frozenset().union(*(w.labels(axis) for w in weights)), base.shape[axis]),)
+        return [first.replace(base=base, dims=tuple(dims), origin=origin, **books)]
+    label = _label(weights, axis)
+    dims = (*first.dims[:axis], ((label, base.shape[axis]),), *first.dims[axis + 1 :])
+    a, b = (_joined_factors(parts, name, label, axis) for name in ("a", "b"))
+    if first.keys is not None:  # joined weights drop the same elements of what is their one input
+        sizes = [size for piece, size in axes.pieces(dims) if piece == Role.STACK]
+        books["keys"] = jnp.broadcast_to(first.keys.reshape(-1)[0], sizes)
+    origin = Origin(origin.paths, None, (), a.shape[-1], first.origin.dropout_rate)
+    return [first.replace(base=base, a=a, b=b, dims=dims, origin=origin, **books)]
+
+
+def _obstacle(parts: Sequence[Any], weights: Sequence[LowRank], axis: int) -> str:
+    """Return why parts cannot be one weight, or nothing."""
+    if weights[0].is_probe and len(weights) < len(parts):
+        return "it is joined to what is no weight"
+    if any(len(weight.dims[axis]) > 1 for weight in weights):
+        return "it is joined along a dimension of several axes"
+    others = [(*w.dims[:axis], *w.dims[axis + 1 :]) for w in weights]
+    if weights[0].is_probe:
+        others = [[[size for _, size in dim] for dim in dims] for dims in others]
+    labels = {label for weight in weights for label in weight.labels(axis)}
+    if any(dims != others[0] for dims in others) or (len(labels) > 1 and not weights[0].is_probe):
+        return "it is joined to a weight with other roles"
+    if len({(weight.origin.dropout_rate, weight.keys is None) for weight in weights}) > 1:
+        return "it is joined to a weight with another dropout"
+    return ""
+
+
+def _label(weights: Sequence[LowRank], axis: int) -> Role:
+    return next((label for weight in weights for label in weight.labels(axis)), Role.STACK)
+
+
+def _union(dims: Sequence[axes.Dim]) -> axes.Dim:
+    """Return a probe's dimension with the labels of all."""
+    pieces = zip(*dims, strict=True)
+    return tuple((frozenset().union(*(label for label, _ in p)), p[0][1]) for p in pieces)
+
+
+def _joined_factors(parts: Sequence[Any], name: str, label: Role, axis: int) -> Any:
+    """Return ``a`` or ``b`` of all parts: by rank, but along a stack each entry has its own."""
+    sizes = [getattr(part, "base", part).shape[axis] for part in parts]
+    starts = [0, *itertools.accumulate(sizes)]
+    ranks = [part.a.shape[-1] if isinstance(part, LowRank) else 0 for part in parts]
+    factors = []
+    for part, size, start, rank in zip(parts, sizes, starts, ranks, strict=False):
+        if not isinstance(part, LowRank):
+            continue
+        factor = getattr(part, name)
+        if name == "b":
+            factor = part.factors(merge_dtype(factor.dtype))[1]
+        if label in CARRIES[name]:
+            before = axes.pieces(part.dims[:axis])
+            position = sum(piece in CARRIES[name] for piece, _ in before)
+            factor = factor if part.dims[axis] else jnp.expand_dims(factor, position)
+            factor = _padded(factor, position, (start, starts[-1] - start - size, 0), 0)
+        if label == Role.STACK:
+            factor = _padded(factor, factor.ndim - 1, (0, max(ranks) - rank, 0), 0)
+        factors.append(factor)
+    if label == Role.STACK:  # every entry is zero in all parts but its own
+        return sum(factors[1:], factors[0])
+    return jnp.concatenate(factors, axis=-1)
