@@ -3,7 +3,15 @@
 Only this folder knows jaxprs. Importing it registers the rules.
 """
 
-from jaxlora.tracing import arithmetic, contraction, control, convolution, indexing, structural
+from jaxlora.tracing import (
+    arithmetic,
+    contraction,
+    control,
+    convolution,
+    indexing,
+    spmd,
+    structural,
+)
 from jaxlora.tracing.interpreter import (
     CONTRACTED,
     LOOKED_UP,
@@ -28,6 +36,7 @@ __all__ = [
     "indexing",
     "is_array",
     "lora",
+    "spmd",
     "structural",
     "trace",
 ]

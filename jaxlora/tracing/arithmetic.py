@@ -6,6 +6,7 @@ an axis are one low-rank weight whose rank is the sum of theirs, because::
     [W1 + a1 b1, W2 + a2 b2] = [W1, W2] + [a1, a2] [[b1, 0], [0, b2]]
 """
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -59,6 +60,31 @@ def _aligned(weight: LowRank, name: str, along: Sequence[int]) -> list[int]:
     return [*weight.piece_labels(sizes, name), 1]
 
 
+@rule("reduce_sum")
+def sum_(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
+    """Sum along axes of the factors; the entries of a stack become so many times the rank."""
+    gone = eqn.params["axes"]
+    kept = [d for d in range(len(weight.dims)) if d not in gone]
+    sums_stack = Role.STACK in weight.labels(*gone)
+    if sums_stack and weight.keys is not None:
+        return walk.without_rule(eqn, [weight], "it sums a stack that has dropout")
+    (base,) = compat.bind(eqn, [weight.base])
+    fields: dict[str, Any] = {"base": base, "dims": tuple(weight.dims[d] for d in kept)}
+    if weight.is_probe:
+        return [weight.replace(**fields)]
+    weight = weight.transposed(weight.base, [*kept, *gone])
+    for name in ("a", "b"):
+        factor, carries = getattr(weight, name), CARRIES[name]
+        first = sum(label in carries for label, _ in axes.pieces(fields["dims"]))
+        summed = [label for label, _ in axes.pieces(weight.dims[len(kept) :]) if label in carries]
+        own = tuple(first + i for i, label in enumerate(summed) if label != Role.STACK)
+        fields[name] = factor.sum(own).reshape(*factor.shape[:first], -1)
+    if sums_stack:
+        alpha = weight.origin.alpha / weight.rank * fields["a"].shape[-1]
+        fields["origin"] = dataclasses.replace(weight.origin, roles=None, alpha=alpha)
+    return [weight.replace(**fields)]
+
+
 @rule("pad")
 def pad(walk: Walk, eqn: Any, weight: Any, filling: Any) -> list[Any]:
     """Pad the base as the program does, and the factors with zeros."""
@@ -110,7 +136,7 @@ def _joined(
     (base,) = compat.bind(eqn, [getattr(value, "base", value) for value in values])
     first = weights[0]
     origin = Origin(tuple(dict.fromkeys(path for w in weights for path in w.origin.paths)))
-    books = {
+    books: dict[str, Any] = {
         name: frozenset().union(*(getattr(weight, name) for weight in weights))
         for name in ("indexed", "windows", "scanned")
     }

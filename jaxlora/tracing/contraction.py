@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxlora.tracing import compat
+from jaxlora.tracing import compat, placement
 from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, RANK, LowRank, Role
 from jaxlora.tracing.product import chain, named
@@ -88,7 +88,7 @@ def _add_product(
     out_names = _flat([[names[d] for d in operand.batch], *sides])
 
     with jax.named_scope("lora"):
-        x = weight.input(x).reshape(_flat([x_sizes]))
+        x = placement.reshape(weight.input(x), x_sizes)
         a, b = weight.factors(weight.base.dtype)
         product = chain(
             x,
@@ -99,7 +99,7 @@ def _add_product(
             eqn.params["precision"],
             eqn.params["preferred_element_type"],
         )
-        return y + product.reshape(y.shape).astype(y.dtype)
+        return y + placement.like(product, y).astype(y.dtype)
 
 
 def _flat(groups: Sequence[Sequence[Sequence[Any]]]) -> list[Any]:
@@ -119,7 +119,7 @@ def ragged_dot(walk: Walk, eqn: Any, x: Any, weight: Any, groups: Any) -> list[A
         return walk.without_rule(eqn, [x, weight, groups], "it has several batch or row axes")
     group = list(numbers.rhs_group_dimensions)
     out = [d for d in range(weight.base.ndim) if d not in (*summed, *group)]
-    labels = {"stack": weight.labels(*group), "in_": weight.labels(*summed)}
+    labels: dict[str, Any] = {"stack": weight.labels(*group), "in_": weight.labels(*summed)}
     labels["out"] = weight.labels(*out)
     names = ("a", "b") if labels["in_"] <= CARRIES["a"] else ("b", "a")
     fits = [labels["in_"] <= CARRIES[names[0]], labels["out"] <= CARRIES[names[1]]]

@@ -17,8 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.tracing import axes
+from jaxlora.tracing import axes, placement
 from jaxlora.tracing.product import contract
 from jaxlora.weight import LoRAWeight, Roles, merge_dtype, scaling
 
@@ -126,7 +127,12 @@ class LowRank:
 
         def shape(factor, carries):
             sizes = [size for label, size in axes.pieces(dims) if label in carries]
-            return factor.reshape(*sizes, *factor.shape[self._count(carries) :])
+            sizes += factor.shape[self._count(carries) :]
+            if (sharding := placement.explicit(factor)) is None or sizes == [*factor.shape]:
+                return factor.reshape(sizes)
+            spec = placement.spec_of(dims, jax.typeof(base).sharding, carries.__contains__)
+            spec = PartitionSpec(*(spec or [None] * len(sizes))[: len(sizes)])
+            return jax.lax.reshape(factor, sizes, out_sharding=NamedSharding(sharding.mesh, spec))
 
         return self._map(shape, base=base, dims=dims)
 
@@ -203,7 +209,7 @@ class LowRank:
         a_names = [*self.piece_labels(names, "a"), RANK]
         b_names = [*self.piece_labels(names, "b"), RANK]
         product = contract(a, a_names, b, b_names, list(range(count)))
-        total = self.base.astype(dtype) + product.reshape(self.base.shape)
+        total = self.base.astype(dtype) + placement.like(product, self.base)
         return total.astype(self.base.dtype)
 
     def _count(self, carries: frozenset) -> int:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlora.tracing import placement
+
 CHECKPOINT_NAME = "lora"
 Name = Hashable
 
@@ -47,6 +49,8 @@ def contract(
     >>> contract(x, "bti", a, "ir", "rbt").shape
     (5, 2, 3)
     """
+    if placement.product_sharding([(x, x_names), (y, y_names)], out_names) is not None:
+        return _contract_in_place(x, x_names, y, y_names, out_names, precision, dtype)
     sizes = dict(zip((*x_names, *y_names), (*x.shape, *y.shape), strict=True))
     batch = [n for n in x_names if n in y_names and n in out_names]
     summed = [n for n in x_names if n in y_names and n not in out_names]
@@ -69,6 +73,27 @@ def contract(
     )
     names = [*batch, *x_free, *y_free]
     product = product.reshape([sizes[n] for n in names])
+    return jnp.transpose(product, [names.index(n) for n in out_names])
+
+
+def _contract_in_place(
+    x: Any, x_names: Any, y: Any, y_names: Any, out_names: Any, precision: Any, dtype: Any
+) -> jax.Array:
+    """Return what `contract` does, on a mesh with Explicit axes, where no axis can be joined."""
+    batch = [n for n in x_names if n in y_names and n in out_names]
+    summed = [n for n in x_names if n in y_names and n not in out_names]
+    names = [*batch, *(n for n in (*x_names, *y_names) if n not in (*batch, *summed))]
+    numbers = [
+        [list(of).index(n) for n in group] for group in (summed, batch) for of in (x_names, y_names)
+    ]
+    product = jax.lax.dot_general(
+        x,
+        y,
+        ((numbers[0], numbers[1]), (numbers[2], numbers[3])),
+        precision=precision,
+        preferred_element_type=dtype,
+        out_sharding=placement.product_sharding([(x, x_names), (y, y_names)], names),
+    )
     return jnp.transpose(product, [names.index(n) for n in out_names])
 
 

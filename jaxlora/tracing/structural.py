@@ -28,7 +28,7 @@ def convert(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     return [weight.replace(base=_on_base(eqn, weight))]
 
 
-@rule("copy", "copy_p", "name", "sharding_constraint")
+@rule("copy", "copy_p", "name")
 def keep(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     """Do to the base what changes no value."""
     return [weight.replace(base=_on_base(eqn, weight))]

@@ -167,3 +167,13 @@ def kernel_in_three_dimensions():
         )
 
     return Case(fn, {"k": normal(0, 2, 3, 2, 3, 4)}, (normal(1, 2, 3, 4, 3, 3),))
+
+
+@case
+def summed_along_axes():
+    def fn(params, x):
+        w, u = params["w"], params["u"]
+        return jnp.einsum("ti,sijo->to", x, w), jnp.einsum("io,tn->ton", u, x), x @ w.sum((0, 2))
+
+    params = {"w": normal(0, 3, 8, 2, 6), "u": normal(2, 8, 6)}
+    return Case(fn, params, (normal(1, 5, 8),), ("w",))
