@@ -26,6 +26,19 @@ def negate(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     return [weight.replace(base=-weight.base, b=None if weight.is_probe else -weight.b)]
 
 
+@rule("add", "sub", "add_any")
+def add(walk: Walk, eqn: Any, x: Any, y: Any) -> list[Any]:
+    """Add what is no weight to the base, and to a weight another of the same axes."""
+    weights = [value for value in (x, y) if isinstance(value, LowRank)]
+    if any(
+        weight.is_rows() or weight.base.shape != eqn.outvars[0].aval.shape for weight in weights
+    ):
+        return walk.without_rule(eqn, [x, y], "it is added to what is no weight")
+    is_negated = eqn.primitive.name == "sub" and isinstance(y, LowRank) and not y.is_probe
+    parts = [x, y.replace(b=-y.b) if is_negated else y]
+    return _joined(walk, eqn, [x, y], parts, None)
+
+
 @rule("mul", "div")
 def scale(walk: Walk, eqn: Any, x: Any, y: Any) -> list[Any]:
     """Scale a weight by a number, or by a vector along the axes of one factor."""
@@ -127,9 +140,9 @@ def concatenate(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
 
 
 def _joined(
-    walk: Walk, eqn: Any, values: Sequence[Any], parts: Sequence[Any], axis: int
+    walk: Walk, eqn: Any, values: Sequence[Any], parts: Sequence[Any], axis: int | None
 ) -> list[Any]:
-    """Return one weight for parts along an axis; plain parts have zero factors."""
+    """Return one weight for parts along an axis, or for a sum; plain parts have zero factors."""
     weights = [part for part in parts if isinstance(part, LowRank)]
     if reason := _obstacle(parts, weights, axis):
         return walk.without_rule(eqn, values, reason)
@@ -142,10 +155,14 @@ def _joined(
     }
     if first.is_probe:
         dims = [_union([weight.dims[d] for weight in weights]) for d in range(base.ndim)]
-        dims[axis] = ((frozenset().union(*(w.labels(axis) for w in weights)), base.shape[axis]),)
+        if axis is not None:
+            joined = frozenset().union(*(weight.labels(axis) for weight in weights))
+            dims[axis] = ((joined, base.shape[axis]),)
         return [first.replace(base=base, dims=tuple(dims), origin=origin, **books)]
-    label = _label(weights, axis)
-    dims = (*first.dims[:axis], ((label, base.shape[axis]),), *first.dims[axis + 1 :])
+    label, dims = None, first.dims
+    if axis is not None:
+        label = next((label for w in weights for label in w.labels(axis)), Role.STACK)
+        dims = (*dims[:axis], ((label, base.shape[axis]),), *dims[axis + 1 :])
     a, b = (_joined_factors(parts, name, label, axis) for name in ("a", "b"))
     if first.keys is not None:  # joined weights drop the same elements of what is their one input
         sizes = [size for piece, size in axes.pieces(dims) if piece == Role.STACK]
@@ -154,25 +171,22 @@ def _joined(
     return [first.replace(base=base, a=a, b=b, dims=dims, origin=origin, **books)]
 
 
-def _obstacle(parts: Sequence[Any], weights: Sequence[LowRank], axis: int) -> str:
+def _obstacle(parts: Sequence[Any], weights: Sequence[LowRank], axis: int | None) -> str:
     """Return why parts cannot be one weight, or nothing."""
     if weights[0].is_probe and len(weights) < len(parts):
         return "it is joined to what is no weight"
-    if any(len(weight.dims[axis]) > 1 for weight in weights):
-        return "it is joined along a dimension of several axes"
-    others = [(*w.dims[:axis], *w.dims[axis + 1 :]) for w in weights]
+    others, labels = [list(weight.dims) for weight in weights], frozenset()
+    if axis is not None:
+        if any(len(dims.pop(axis)) > 1 for dims in others):
+            return "it is joined along a dimension of several axes"
+        labels = labels.union(*(weight.labels(axis) for weight in weights))
     if weights[0].is_probe:
-        others = [[[size for _, size in dim] for dim in dims] for dims in others]
-    labels = {label for weight in weights for label in weight.labels(axis)}
-    if any(dims != others[0] for dims in others) or (len(labels) > 1 and not weights[0].is_probe):
+        others, labels = [[[size for _, size in d] for d in dims] for dims in others], frozenset()
+    if any(dims != others[0] for dims in others) or len(labels) > 1 or axes.REPEATED in labels:
         return "it is joined to a weight with other roles"
     if len({(weight.origin.dropout_rate, weight.keys is None) for weight in weights}) > 1:
         return "it is joined to a weight with another dropout"
     return ""
-
-
-def _label(weights: Sequence[LowRank], axis: int) -> Role:
-    return next((label for weight in weights for label in weight.labels(axis)), Role.STACK)
 
 
 def _union(dims: Sequence[axes.Dim]) -> axes.Dim:
@@ -181,9 +195,9 @@ def _union(dims: Sequence[axes.Dim]) -> axes.Dim:
     return tuple((frozenset().union(*(label for label, _ in p)), p[0][1]) for p in pieces)
 
 
-def _joined_factors(parts: Sequence[Any], name: str, label: Role, axis: int) -> Any:
+def _joined_factors(parts: Sequence[Any], name: str, label: Role | None, axis: int | None) -> Any:
     """Return ``a`` or ``b`` of all parts: by rank, but along a stack each entry has its own."""
-    sizes = [getattr(part, "base", part).shape[axis] for part in parts]
+    sizes = [0 if axis is None else getattr(part, "base", part).shape[axis] for part in parts]
     starts = [0, *itertools.accumulate(sizes)]
     ranks = [part.a.shape[-1] if isinstance(part, LowRank) else 0 for part in parts]
     factors = []
@@ -193,7 +207,7 @@ def _joined_factors(parts: Sequence[Any], name: str, label: Role, axis: int) -> 
         factor = getattr(part, name)
         if name == "b":
             factor = part.factors(merge_dtype(factor.dtype))[1]
-        if label in CARRIES[name]:
+        if axis is not None and label in CARRIES[name]:
             before = axes.pieces(part.dims[:axis])
             position = sum(piece in CARRIES[name] for piece, _ in before)
             factor = factor if part.dims[axis] else jnp.expand_dims(factor, position)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Label = Any  # a role, or a frozenset of original axes
+REPEATED = None  # the label, among roles, of a piece that no factor carries
 Piece = tuple[Label, int]
 Dim = tuple[Piece, ...]
 Dims = tuple[Dim, ...]

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from jax.extend import core, source_info_util
 
 JIT = ("jit", "pjit")
@@ -48,6 +49,12 @@ def where(eqn: Any) -> tuple[str, str]:
     if eqn is None:
         return "output", "the end of the program"
     return eqn.primitive.name, source_info_util.summarize(eqn.source_info)
+
+
+def varying(x: Any) -> frozenset:
+    """Return the axes of a mesh over which an array is known to vary, inside of `shard_map`."""
+    aval = jax.typeof(x)
+    return aval.mat.varying if hasattr(aval, "mat") else aval.vma
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxlora.tracing import compat, placement
+from jaxlora.tracing import axes, compat, placement
 from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, RANK, LowRank, Role
 from jaxlora.tracing.product import chain, named
@@ -86,19 +86,30 @@ def _add_product(
     free = [names[d] for d in operand.free]
     sides = (free, x_free) if weight_is_left else (x_free, free)
     out_names = _flat([[names[d] for d in operand.batch], *sides])
+    flat_names, sizes = _flat([x_names]), dict(zip(_flat([x_names]), _flat([x_sizes]), strict=True))
+    pieces = zip(_flat([names]), axes.pieces(weight.dims), strict=True)
+    sizes |= {name: size for name, (_, size) in pieces}
+    a_names = [*weight.piece_labels(names, "a"), RANK]
+    b_names = [*weight.piece_labels(names, "b"), RANK]
 
     with jax.named_scope("lora"):
         x = placement.reshape(weight.input(x), x_sizes)
+        known = {*a_names, *b_names, *out_names}
+        gone = [i for i, name in enumerate(flat_names) if name not in known]
+        if gone:  # the weight repeats along what is summed
+            x, flat_names = x.sum(gone), [name for name in flat_names if name in known]
+        kept = [i for i, n in enumerate(out_names) if n in {*flat_names, *a_names, *b_names}]
         a, b = weight.factors(weight.base.dtype)
         product = chain(
             x,
-            _flat([x_names]),
-            (a, [*weight.piece_labels(names, "a"), RANK]),
-            (b, [*weight.piece_labels(names, "b"), RANK]),
-            out_names,
+            flat_names,
+            (a, a_names),
+            (b, b_names),
+            [out_names[i] for i in kept],
             eqn.params["precision"],
             eqn.params["preferred_element_type"],
         )
+        product = placement.repeated(product, kept, [sizes[name] for name in out_names])
         return y + placement.like(product, y).astype(y.dtype)
 
 

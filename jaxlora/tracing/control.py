@@ -16,12 +16,16 @@ from jax import dtypes, lax
 from jaxlora.tracing import compat
 from jaxlora.tracing.interpreter import Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
+from jaxlora.tracing.spmd import constrained
 
 
 @rule(*compat.JIT)
 def jit(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
-    """Compile the inner program again, under its name."""
-    return walk.compiled(eqn.params["jaxpr"], eqn.params["name"])(*values)
+    """Compile the inner program again, under its name and with its shardings."""
+    params = eqn.params
+    values = tuple(map(constrained, values, params["in_shardings"]))
+    outs = walk.compiled(params["jaxpr"], params["name"])(*values)
+    return [*map(constrained, outs, params["out_shardings"])]
 
 
 @rule("closed_call", "core_call")
@@ -180,7 +184,13 @@ def cond(walk: Walk, eqn: Any, index: Any, *operands: Any) -> list[Any]:
 
         return run
 
-    return lax.switch(index, [agreeing(branch) for branch in branches], *operands)
+    branches = [agreeing(branch) for branch in branches]
+    if (platforms := eqn.params["branches_platforms"]) is None:
+        return lax.switch(index, branches, *operands)
+    chosen: dict[str, Any] = {}  # by `lax.platform_dependent`, where each is lowered for its own
+    for names, branch in zip(platforms, branches, strict=True):
+        chosen |= dict.fromkeys(names or ["default"], branch)
+    return lax.platform_dependent(*operands, **chosen)
 
 
 def _is_rows(value: Any) -> bool:

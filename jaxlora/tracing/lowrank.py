@@ -138,7 +138,7 @@ class LowRank:
 
     def entry(self) -> "LowRank":
         """Return the books of one entry along the first dimension; its arrays are the loop's."""
-        label = self.labels(0)
+        label = self.labels(0) - {axes.REPEATED}
         fields: dict[str, Any] = {"scanned": self.scanned | label} if self.is_probe else {}
         return self.replace(dims=self.dims[1:], **fields or {"indexed": self.indexed | label})
 
@@ -208,7 +208,10 @@ class LowRank:
         a, b = self.factors(dtype)
         a_names = [*self.piece_labels(names, "a"), RANK]
         b_names = [*self.piece_labels(names, "b"), RANK]
-        product = contract(a, a_names, b, b_names, list(range(count)))
+        pieces = axes.pieces(self.dims)
+        carried = [n for n, (label, _) in enumerate(pieces) if label is not axes.REPEATED]
+        product = contract(a, a_names, b, b_names, carried)
+        product = placement.repeated(product, carried, [size for _, size in pieces])
         total = self.base.astype(dtype) + placement.like(product, self.base)
         return total.astype(self.base.dtype)
 
@@ -246,7 +249,8 @@ def probe(path: str, leaf: Any) -> LowRank:
 
 def leave(weight: LowRank) -> LoRAWeight | None:
     """Return the node for a weight that leaves the program, or None where a node cannot say it."""
-    if weight.is_rows() or any(len(dim) > 1 for dim in weight.dims):
+    repeats = axes.REPEATED in axes.labels(weight.dims)
+    if weight.is_rows() or repeats or any(len(dim) > 1 for dim in weight.dims):
         return None
     shape, origin = weight.base.shape, weight.origin
     known = [Role.OUT] * len(shape)

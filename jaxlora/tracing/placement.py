@@ -68,6 +68,19 @@ def reshape(x: Any, sizes: Sequence[Sequence[int]]) -> Any:
     return lax.reshape(x, flat, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
+def repeated(x: Any, kept: Sequence[int], sizes: Sequence[int]) -> Any:
+    """Return x, which has the kept ones of some axes, repeated along the others."""
+    if len(kept) == len(sizes):
+        return x
+    if (sharding := explicit(x)) is None:
+        return lax.broadcast_in_dim(x, sizes, kept)
+    spec = [None] * len(sizes)
+    for axis, entry in zip(kept, sharding.spec, strict=True):
+        spec[axis] = entry
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return lax.broadcast_in_dim(x, sizes, kept, out_sharding=sharding)
+
+
 def like(x: Any, y: Any) -> Any:
     """Return x in the shape of y, and where y is."""
     if (sharding := explicit(y)) is None:

@@ -33,8 +33,17 @@ def _placed(weight: LowRank, base: Any, sharding: Any, place: Any) -> LowRank:
 def sharding_constraint(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     """Constrain the factors along."""
     (base,) = compat.bind(eqn, [weight.base])
-    sharding = eqn.params["sharding"]
-    return [_placed(weight, base, sharding, lax.with_sharding_constraint)]
+    return [_placed(weight, base, eqn.params["sharding"], lax.with_sharding_constraint)]
+
+
+def constrained(value: Any, sharding: Any) -> Any:
+    """Return a value with the sharding that an inner `jax.jit` asks for, if it asks for one."""
+    if not isinstance(sharding, NamedSharding) or placement.explicit(getattr(value, "base", value)):
+        return value
+    if not isinstance(value, LowRank):
+        return lax.with_sharding_constraint(value, sharding)
+    base = lax.with_sharding_constraint(value.base, sharding)
+    return _placed(value, base, sharding, lax.with_sharding_constraint)
 
 
 @rule("reshard")
@@ -69,10 +78,10 @@ def vary(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
 def permute(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     """Send each factor where the base goes, but for one that is the same everywhere."""
     mesh_axes = set(eqn.params["axis_name"])
-    is_known = mesh_axes & jax.typeof(weight.base).vma  # else nothing says what varies
+    is_known = mesh_axes & compat.varying(weight.base)  # else nothing says what varies
 
     def send(x):
-        is_same = is_known and not mesh_axes & jax.typeof(x).vma
+        is_same = is_known and not mesh_axes & compat.varying(x)
         return x if is_same else compat.bind(eqn, [x])[0]
 
     return [jax.tree.map(send, weight)]

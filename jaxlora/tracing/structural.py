@@ -73,15 +73,34 @@ def squeeze(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
 
 
 @rule("broadcast_in_dim")
-def expand(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
-    """Add dimensions of size 1."""
+def broadcast(walk: Walk, eqn: Any, weight: LowRank, *sizes: Any) -> list[Any]:
+    """Add dimensions, and repeat the weight along those longer than 1."""
+    if weight.is_rows() or sizes:
+        return walk.without_rule(eqn, [weight, *sizes], "it repeats rows")
     shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    dims: list[axes.Dim] = [()] * len(shape)
-    for d, dim in zip(kept, weight.dims, strict=True):
-        dims[d] = dim
-    if axes.shape(tuple(dims)) != tuple(shape):
-        return walk.without_rule(eqn, [weight], "it repeats the weight along a new dimension")
+    dims = [_repeated(weight, size) for size in shape]
+    for d, dim, size in zip(kept, weight.dims, weight.base.shape, strict=True):
+        dims[d] = dim if size == shape[d] else _joined(weight, dims[d], dim)
     return [weight.replace(base=_on_base(eqn, weight), dims=tuple(dims))]
+
+
+@rule("tile")
+def tile(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
+    """Repeat the weight along its dimensions."""
+    dims = tuple(
+        _joined(weight, _repeated(weight, count), dim)
+        for dim, count in zip(weight.dims, eqn.params["reps"], strict=True)
+    )
+    return [weight.replace(base=_on_base(eqn, weight), dims=dims)]
+
+
+def _repeated(weight: LowRank, size: int) -> axes.Dim:
+    """Return a dimension along which a weight repeats, which no factor carries."""
+    return ((frozenset() if weight.is_probe else axes.REPEATED, size),) if size != 1 else ()
+
+
+def _joined(weight: LowRank, major: axes.Dim, minor: axes.Dim) -> axes.Dim:
+    return axes.merge((major + minor,))[0] if weight.is_probe else major + minor
 
 
 @rule("rev")

@@ -177,3 +177,34 @@ def summed_along_axes():
 
     params = {"w": normal(0, 3, 8, 2, 6), "u": normal(2, 8, 6)}
     return Case(fn, params, (normal(1, 5, 8),), ("w",))
+
+
+@case
+def repeated_along_new_axes():
+    def fn(params, x):
+        repeated = jnp.broadcast_to(params["w"], (2, 8, 6))
+        each = jnp.einsum("bti,bio->bto", jnp.stack([x, 2 * x]), repeated)
+        heads = x @ jnp.repeat(params["w"], 2, axis=1)
+        return each, heads, jnp.tile(x, (1, 2)) @ jnp.tile(params["w"], (2, 1))
+
+    return Case(fn, {"w": normal(0, 8, 6)}, (normal(1, 5, 8),))
+
+
+@case
+def added_weights():
+    def fn(params, x):
+        return x @ (params["w"] - params["moved"] + params["plain"])
+
+    params = {name: normal(i, 8, 6) for i, name in enumerate(("w", "moved", "plain"))}
+    return Case(fn, params, (normal(3, 5, 8),), ("w", "moved"))
+
+
+@case
+def stack_of_one():
+    def fn(params, x):
+        x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])[0]
+        return jnp.einsum("etd,edo->eto", x[None], params["experts"])
+
+    return Case(
+        fn, {"layers": normal(0, 1, 8, 8), "experts": normal(1, 1, 8, 6)}, (normal(2, 5, 8),)
+    )
