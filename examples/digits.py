@@ -9,14 +9,13 @@ import argparse
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-import jaxlora
+import jaxlora.nnx
 
 
 class Network(nnx.Module):
@@ -32,22 +31,29 @@ class Network(nnx.Module):
         return self.last(nnx.relu(self.second(nnx.relu(self.first(images)))))
 
 
-def fit(loss: Any, trainable: Any, data: Any, steps: int, rate: float, seed: int) -> Any:
-    """Minimize ``loss(trainable, images, labels)`` with Adam on random batches."""
-    tx = optax.adam(rate)
+def fit(model: nnx.Module, wrt: Any, data: Any, steps: int, rate: float, seed: int) -> None:
+    """Train the variables of type ``wrt`` with Adam on random batches."""
+    optimizer = nnx.Optimizer(model, optax.adam(rate), wrt=wrt)
 
-    @jax.jit
-    def step(trainable, state, images, labels):
-        grads = jax.grad(loss)(trainable, images, labels)
-        updates, state = tx.update(grads, state)
-        return optax.apply_updates(trainable, updates), state
+    @nnx.jit
+    def step(model, optimizer, images, labels):
+        def loss(model):
+            logits = model(images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    state = tx.init(trainable)
+        grads = nnx.grad(loss, argnums=nnx.DiffState(0, wrt))(model)
+        optimizer.update(model, grads)
+
     rng = np.random.default_rng(seed)
     for _ in range(steps):
         rows = rng.integers(len(data[1]), size=64)
-        trainable, state = step(trainable, state, data[0][rows], data[1][rows])
-    return trainable
+        step(model, optimizer, data[0][rows], data[1][rows])
+
+
+@nnx.jit
+def predict(model: Any, images: jax.Array) -> jax.Array:
+    """Return the likeliest digit of each image."""
+    return model(images).argmax(-1)
 
 
 def main() -> None:
@@ -64,25 +70,14 @@ def main() -> None:
     split = train_test_split(images, labels, test_size=0.4, random_state=options.seed)
     train_images, test_images, train_labels, test_labels = split
 
-    model = Network(32, nnx.Rngs(options.seed))
-    graphdef, state = nnx.split(model)
-
-    def apply(state, images):
-        return nnx.merge(graphdef, state)(images)
-
-    def loss(state, images, labels):
-        logits = jaxlora.lora(apply)(state, images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    predict = jax.jit(lambda state, images: jaxlora.lora(apply)(state, images).argmax(-1))
-
-    def accuracies(state):
-        right = np.asarray(predict(state, test_images)) == test_labels
+    def accuracies(model):
+        right = np.asarray(predict(model, test_images)) == test_labels
         return np.array([right[test_labels == digit].mean() for digit in range(10)]), right.mean()
 
+    model = Network(32, nnx.Rngs(options.seed))
     data = (train_images, train_labels)
-    pretrained = fit(loss, state, data, steps=150, rate=3e-3, seed=options.seed)
-    before, mean_before = accuracies(pretrained)
+    fit(model, nnx.Param, data, steps=150, rate=3e-3, seed=options.seed)
+    before, mean_before = accuracies(model)
     worst = int(before.argmin())
     print(f"pretrained: {mean_before:.1%} on all digits, {before[worst]:.1%} on its worst, {worst}")
 
@@ -91,27 +86,21 @@ def main() -> None:
     others = np.flatnonzero(train_labels != worst)
     rows = np.concatenate([np.repeat(rows, max(1, len(others) // (2 * len(rows)))), others])
     config = jaxlora.LoRAConfig(rank=options.rank, alpha=2 * options.rank)
-    key = jax.random.key(options.seed)
-    adapted = jaxlora.init(key, apply, pretrained, test_images, config=config)
-    print(jaxlora.summary(adapted))
-    base, adapters = jaxlora.split(adapted)
-
-    def adapter_loss(adapters, images, labels):
-        return loss(jaxlora.bind(base, adapters), images, labels)
+    pretrained = jax.tree.map(np.asarray, nnx.state(model))
+    adapted = jaxlora.nnx.adapt(jax.random.key(options.seed), model, test_images, config=config)
+    print(jaxlora.summary(adapted.params()))
 
     data = (train_images[rows], train_labels[rows])
-    adapters = fit(adapter_loss, adapters, data, steps=300, rate=3e-3, seed=options.seed)
-    adapted = jaxlora.bind(base, adapters)
+    fit(adapted, jaxlora.nnx.Factor, data, steps=300, rate=3e-3, seed=options.seed)
     after, mean_after = accuracies(adapted)
     print(f"adapted: {mean_after:.1%} on all digits, {after[worst]:.1%} on {worst}")
 
-    base_after, _ = jaxlora.split(adapted)
-    pairs = zip(jax.tree.leaves(base_after), jax.tree.leaves(pretrained), strict=True)
+    pairs = zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(pretrained), strict=True)
     identical = all(np.array_equal(x, y) for x, y in pairs)
-    _, mean_base = accuracies(base_after)
+    _, mean_base = accuracies(model)
     print(f"base bit-identical: {identical}; without the adapters: {mean_base:.1%}")
-    merged = nnx.merge(graphdef, jaxlora.merge(adapted))
-    agree = (jnp.argmax(merged(test_images), -1) == predict(adapted, test_images)).mean()
+    merged = jaxlora.nnx.merge(adapted)
+    agree = (predict(merged, test_images) == predict(adapted, test_images)).mean()
     print(f"merged into a plain module: same prediction for {agree:.1%}")
 
 

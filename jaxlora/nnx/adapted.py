@@ -1,0 +1,225 @@
+"""The module that holds a module and its adapters."""
+
+import dataclasses
+from typing import Any, Generic, TypeVar
+
+import jax
+from flax import nnx
+
+import jaxlora
+from jaxlora.nnx import call
+from jaxlora.trees import Adapters
+from jaxlora.weight import Adapter, Fingerprint, Roles
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+class Factor(nnx.Variable[jax.Array]):
+    """A factor of an adapted weight; the filter to train with, ``wrt=jaxlora.nnx.Factor``."""
+
+
+class _Factors(nnx.Pytree):
+    """The factors of one weight, and what is static of its adapter."""
+
+    def __init__(self, adapter: Adapter):
+        self.a = Factor(adapter.a)  # (*stack, *in, rank)
+        self.b = Factor(adapter.b)  # (*stack, rank, *out)
+        self.roles: Roles = adapter.roles
+        self.alpha: float = adapter.alpha
+        # without the digest, so that modules of one kind have one graphdef and compile once
+        self.base: Fingerprint = dataclasses.replace(adapter.base, digest=None)
+
+
+class Adapted(nnx.Module, Generic[M]):
+    """A module with adapters: the module itself, shared and not copied, and the factors.
+
+    Call it as the module: every adapted weight ``W`` acts as ``W + scaling * a b``, and the sum
+    is not formed. The module is traced on every call, so call it under `flax.nnx.jit`. It may
+    take the place of the module inside a larger one.
+
+    What the module changes of itself is written back, but for a `flax.nnx.Param`: what it writes
+    to one, as spectral normalization does, holds for that call alone.
+
+    Attributes:
+        model: the module.
+        factors: for each path the factors ``a``, ``(*stack, *in, rank)``, and ``b``,
+            ``(*stack, rank, *out)``, each a `Factor`.
+        deterministic: no dropout; `flax.nnx.Module.eval` sets it, ``train`` clears it.
+
+    Args:
+        model: the module.
+        adapters: factors by path in ``flax.nnx.state(model)``, as from `jaxlora.load_adapters`.
+        dropout_rate: share dropped of the low-rank path's input, in [0, 1); see `jaxlora.dropout`.
+        rngs: random streams for dropout, of which ``dropout`` is drawn from.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: an adapter does not fit the module, the module is adapted already, or dropout
+            has no rngs.
+
+    >>> import jax.numpy as jnp, jaxlora.nnx, optax
+    >>> from flax import nnx
+    >>> model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1, alpha=1)
+    >>> adapted = jaxlora.nnx.adapt(nnx.Rngs(1), model, x, config=config)
+    >>> optimizer = nnx.Optimizer(adapted, optax.sgd(0.1), wrt=jaxlora.nnx.Factor)
+    >>> @nnx.jit
+    ... def step(adapted, optimizer, x):
+    ...     of_factors = nnx.DiffState(0, jaxlora.nnx.Factor)
+    ...     loss = lambda adapted: jnp.mean(adapted(x) ** 2)
+    ...     value, grads = nnx.value_and_grad(loss, argnums=of_factors)(adapted)
+    ...     optimizer.update(adapted, grads)
+    ...     return value
+    >>> bool(step(adapted, optimizer, x) > step(adapted, optimizer, x))
+    True
+    """
+
+    def __init__(
+        self,
+        model: M,
+        adapters: Adapters,
+        *,
+        dropout_rate: float = 0.0,
+        rngs: nnx.Rngs | None = None,
+    ):
+        _check_model(model)
+        if not adapters:
+            raise ValueError("adapters is empty: make some with jaxlora.nnx.adapt")
+        if not 0 <= dropout_rate < 1:
+            raise ValueError(f"dropout_rate must be in [0, 1): got {dropout_rate}")
+        if dropout_rate and rngs is None:
+            raise ValueError(f"dropout_rate={dropout_rate} needs rngs to draw from: got None")
+        jaxlora.bind(nnx.state(model), adapters)
+        self.model = model
+        self.factors = nnx.data({path: _Factors(adapter) for path, adapter in adapters.items()})
+        self.dropout_rate = float(dropout_rate)
+        self.deterministic = False
+        self.rngs = rngs["dropout"].fork() if rngs is not None and dropout_rate else None
+
+    def __call__(self, *args: Any, method: call.Method = "__call__", **kwargs: Any) -> Any:
+        """Run the module, or another method of it, with the adapters.
+
+        Args:
+            *args: arguments of the method; modules and `flax.nnx.Rngs` among them are updated.
+            method: name of a method of the module, or a function of the module and the arguments,
+                as ``Model.encode``.
+            **kwargs: its keyword arguments.
+
+        Returns:
+            What the method returns.
+
+        Raises:
+            TypeError: there is no such method, or it is bound to a module already.
+            ValueError: the method changes attributes of a module that are no arrays.
+        """
+        nodes, program = call.program(self.model, args, kwargs, method)
+        params = self.params()
+        if self.rngs is not None and not self.deterministic:
+            params = jaxlora.dropout(params, self.rngs(), self.dropout_rate)
+        out, changed, graphdef = call.run_low_rank(params, *program)
+        call.write(nodes, changed, graphdef, self.factors)
+        return out
+
+    def params(self) -> Any:
+        """Return ``flax.nnx.state`` of the module with a `jaxlora.LoRAWeight` at each target.
+
+        The other functions take it: `jaxlora.summary`, `jaxlora.save_merged`, `jaxlora.merge`.
+
+        Raises:
+            ValueError: a weight of the module is gone or has another shape.
+        """
+        adapters = {
+            path: Adapter(f.a.get_value(), f.b.get_value(), f.roles, f.alpha, f.base)
+            for path, f in self.factors.items()
+        }
+        return jaxlora.bind(nnx.state(self.model), adapters)
+
+    def adapters(self) -> Adapters:
+        """Return the factors by path, for `jaxlora.save_adapters` or another `Adapted`."""
+        return jaxlora.split(self.params())[1]
+
+
+def adapt(
+    rngs: nnx.Rngs | jax.Array,
+    model: M,
+    /,
+    *args: Any,
+    config: jaxlora.LoRAConfig,
+    dropout_rate: float = 0.0,
+    method: call.Method = "__call__",
+    **kwargs: Any,
+) -> Adapted[M]:
+    """Give a module fresh adapters; the output does not change.
+
+    The module is traced with the arguments to see how it uses its weights. Nothing runs, and no
+    state of the module moves. It may be abstract, from `flax.nnx.eval_shape`.
+
+    Args:
+        rngs: random streams, of which ``params`` is drawn from, or a key. The same key gives the
+            same adapters as `jaxlora.init`.
+        model: the module.
+        *args: arguments of a call, arrays or `jax.ShapeDtypeStruct`.
+        config: what to adapt and how; paths are those of ``flax.nnx.state(model)``.
+        dropout_rate: share dropped of the low-rank path's input, in [0, 1).
+        method: what a call runs: a method of the module by name, or a function of the module.
+        **kwargs: keyword arguments of the call.
+
+    Returns:
+        The module with adapters.
+
+    Raises:
+        TypeError: model is no module, or has no such method.
+        ValueError: the module is adapted already, or the targets do not fit it (see `LoRAConfig`).
+
+    >>> import jax.numpy as jnp, jaxlora.nnx
+    >>> from flax import nnx
+    >>> model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1, targets=("kernel",))
+    >>> adapted = jaxlora.nnx.adapt(nnx.Rngs(1), model, x, config=config)
+    >>> adapted.adapters()
+    {'kernel': Adapter(a=(4, 1), b=(1, 3), alpha=16)}
+    >>> bool((adapted(x) == model(x)).all())
+    True
+    """
+    _check_model(model)
+    key = rngs.params() if isinstance(rngs, nnx.Rngs) else rngs
+    _, program = call.program(model, args, kwargs, method)
+    params = jaxlora.init(key, call.run, nnx.state(model), *program, config=config)
+    _, adapters = jaxlora.split(params)
+    streams = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
+    return Adapted(model, adapters, dropout_rate=dropout_rate, rngs=streams)
+
+
+def merge(adapted: Adapted[M]) -> M:
+    """Return a plain module with the product of the factors in its weights.
+
+    Args:
+        adapted: a module with adapters; it stays as it is.
+
+    Returns:
+        A new module of the class of the adapted one, which shares no variable with it.
+
+    Raises:
+        ValueError: a merged weight is not finite (see `jaxlora.merge`).
+
+    >>> import jax.numpy as jnp, jaxlora.nnx
+    >>> from flax import nnx
+    >>> model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> adapted = jaxlora.nnx.adapt(nnx.Rngs(1), model, x, config=config)
+    >>> merged = jaxlora.nnx.merge(adapted)
+    >>> type(merged).__name__, bool((merged(x) == model(x)).all())
+    ('Linear', True)
+    """
+    return nnx.merge(nnx.graphdef(adapted.model), jaxlora.merge(adapted.params()))
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be a flax.nnx.Module: got {type(model).__name__}")
+    for path, leaf in call.leaves_of(model).items():
+        if isinstance(leaf, Factor):
+            raise ValueError(
+                f"the module is adapted already, it holds the factor {call.name_of(path)!r}: "
+                "a plain one is needed, as from jaxlora.nnx.merge"
+            )

@@ -1,0 +1,92 @@
+"""Run an NNX module on a state with adapted weights, and give it back what it changed."""
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+from flax import nnx
+
+import jaxlora
+
+Method = Callable[..., Any] | str
+_NODE = object()  # stands for a module among the arguments of a call
+
+
+def leaves_of(nodes: Any) -> dict[tuple, Any]:
+    """Return the variables of modules by path, and the arrays that are attributes."""
+    return dict(nnx.to_flat_state(nnx.state(nodes)))
+
+
+def is_node(leaf: Any) -> bool:
+    """Tell whether an argument is a module or a variable, which NNX splits."""
+    return isinstance(leaf, nnx.Pytree | nnx.Variable)
+
+
+def name_of(path: tuple) -> str:
+    """Return the path of a variable as the rest of the library writes it."""
+    return "/".join(map(str, path))
+
+
+def program(model: Any, args: tuple, kwargs: dict, method: Method) -> tuple[list, tuple]:
+    """Return the modules of a call, the model first, and what `run` takes beside its state."""
+    if inspect.ismethod(method):
+        raise TypeError(
+            f"method must be a name or a function that takes the module, as Model.encode: "
+            f"got {method.__qualname__!r} bound to a module"
+        )
+    if isinstance(method, str) and not callable(getattr(model, method, None)):
+        raise TypeError(f"method must be one of {type(model).__name__}: got {method!r}")
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
+    nodes = [model, *filter(is_node, leaves)]
+    values = treedef.unflatten(_NODE if is_node(leaf) else leaf for leaf in leaves)
+    graphdef, state = nnx.split(nodes)
+    rest = {key: value for key, value in state.items() if key != 0}
+    return nodes, (rest, values, graphdef, method)
+
+
+def run(
+    params: Any, rest: dict, values: tuple, graphdef: Any, method: Method
+) -> tuple[Any, Any, Any]:
+    """Call a module given by its state; return also what it changed, and its new graphdef.
+
+    Only what changed is returned, for a module that changes nothing may be closed over. What a
+    transform inside of the module gives back counts as changed (`flax.nnx.remat` returns all it
+    was given), so weights stay out of it: their copies would take as much memory as the base.
+    """
+    nodes = nnx.merge(graphdef, nnx.State({0: params, **rest}))
+    before = {path: jax.tree.flatten(leaf) for path, leaf in leaves_of(nodes).items()}
+    model, others = nodes[0], iter(nodes[1:])
+    args, kwargs = jax.tree.map(lambda leaf: next(others) if leaf is _NODE else leaf, values)
+    call = getattr(model, method) if isinstance(method, str) else functools.partial(method, model)
+    out = call(*args, **kwargs)
+    changed = {}
+    for path, leaf in leaves_of(nodes).items():
+        old, new = before.get(path), jax.tree.flatten(leaf)
+        is_same = old and old[1] == new[1] and all(map(operator.is_, old[0], new[0]))
+        if not is_same and not (path[0] == 0 and isinstance(leaf, nnx.Param)):
+            changed[path] = leaf
+    return out, nnx.from_flat_state(changed), nnx.graphdef(nodes)
+
+
+run_low_rank = jaxlora.lora(run)
+
+
+def write(nodes: list, changed: Any, graphdef: Any, adapted: Collection[str]) -> None:
+    """Write what a call changed to the modules it was called with, but for adapted weights."""
+    current, written = leaves_of(nodes), {}
+    for path, leaf in nnx.to_flat_state(changed):
+        name = f"{name_of(path[1:])}/"
+        if path[0] == 0 and any(f"{weight}/".startswith(name) for weight in adapted):
+            continue
+        if isinstance(variable := current.get(path), nnx.Variable):
+            variable.set_raw_value(variable.get_raw_value())  # raises inside of another trace
+        written[path] = leaf
+    nnx.update(nodes, nnx.from_flat_state(written))
+    if nnx.graphdef(nodes) != graphdef:
+        raise ValueError(
+            f"the call changes attributes of {type(nodes[0]).__name__} that are no arrays, or adds "
+            "modules or weights: only the state of variables may change"
+        )
