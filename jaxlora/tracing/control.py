@@ -185,7 +185,7 @@ def cond(walk: Walk, eqn: Any, index: Any, *operands: Any) -> list[Any]:
         return run
 
     branches = [agreeing(branch) for branch in branches]
-    if (platforms := eqn.params["branches_platforms"]) is None:
+    if (platforms := eqn.params.get("branches_platforms")) is None:
         return lax.switch(index, branches, *operands)
     chosen: dict[str, Any] = {}  # by `lax.platform_dependent`, where each is lowered for its own
     for names, branch in zip(platforms, branches, strict=True):

@@ -6,14 +6,13 @@ where a convolution runs the other way, as in a decoder that shares its kernel w
 the input is multiplied with ``b`` and the result convolved with ``a``.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing import compat
+from jaxlora.tracing import axes, compat
 from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
 from jaxlora.tracing.lowrank import RANK, LowRank, Role
 from jaxlora.tracing.product import contract, named
@@ -33,23 +32,28 @@ def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     x = walk.densify(eqn, x, "the weight is convolved with, not by")
     if not isinstance(kernel, LowRank):
         return compat.bind(eqn, [x, kernel])
-    out_dim, in_dim, *window = numbers.rhs_spec
+    order = out_dim, in_dim, *window = numbers.rhs_spec
     groups = params["feature_group_count"]
     stack, out = _stack_and_out(kernel, out_dim, groups)
     in_ = kernel.labels(in_dim, *window)
     runs_back = not kernel.is_probe and Role.OUT in in_
     if params["batch_group_count"] != 1:
         return walk.without_rule(eqn, [x, kernel], "it has batch groups")
-    fits = not in_ & out if kernel.is_probe else _fits(kernel, numbers, stack, out, groups)
+    fits = not in_ & out if kernel.is_probe else _fits(kernel, numbers, groups)
     if not fits:
         return walk.without_rule(eqn, [x, kernel], "its axes have other roles elsewhere")
     walk.record(eqn, kernel, CONTRACTED, in_=in_, out=out, stack=stack | kernel.indexed - in_ - out)
     (y,) = compat.bind(eqn, [x, kernel.base])
     if kernel.is_probe:
         return [y]
+    numbers = lax.ConvDimensionNumbers(
+        numbers.lhs_spec, tuple(range(kernel.base.ndim)), numbers.out_spec
+    )
+    shape = jax.ShapeDtypeStruct([kernel.base.shape[d] for d in order], kernel.base.dtype)
+    kernel = kernel.transposed(shape, order)  # channels first: (out, in, *window)
     with jax.named_scope("lora"):
         product = _from_rank if runs_back else _to_rank
-        return [y + product(params, kernel.input(x), kernel).astype(y.dtype)]
+        return [y + product(params, numbers, kernel.input(x), kernel).astype(y.dtype)]
 
 
 def _stack_and_out(kernel: LowRank, out_dim: int, groups: int) -> tuple[frozenset, frozenset]:
@@ -63,37 +67,33 @@ def _stack_and_out(kernel: LowRank, out_dim: int, groups: int) -> tuple[frozense
     return stack, labels - stack
 
 
-def _fits(kernel: LowRank, numbers: Any, stack: frozenset, out: frozenset, groups: int) -> bool:
+def _fits(kernel: LowRank, numbers: Any, groups: int) -> bool:
     """Tell whether the factors are those of a convolution and a product, in either order."""
     out_dim, in_dim, *window = numbers.rhs_spec
     runs_back = kernel.labels(in_dim) == {Role.OUT}
+    first, rest = _first_piece(kernel.dims[out_dim], Role.OUT if runs_back else Role.STACK)
     if runs_back:
-        ends = not stack and groups == 1 and out <= {Role.IN}
+        ends = first == groups and {label for label, _ in rest} <= {Role.IN}
     else:
-        size = _stack_size(kernel, out_dim)
-        leads = all(label != Role.STACK for label, _ in kernel.dims[out_dim][1:])
-        ends = leads and (groups == 1 or groups % size == 0) and out <= {Role.OUT}
+        ends = (groups == 1 or groups % first == 0) and {label for label, _ in rest} <= {Role.OUT}
         ends = ends and kernel.labels(in_dim) <= {Role.IN}
     return ends and kernel.labels(*window) <= {Role.IN}
 
 
-def _stack_size(kernel: LowRank, out_dim: int) -> int:
-    return math.prod(size for label, size in kernel.dims[out_dim] if label == Role.STACK)
+def _first_piece(dim: axes.Dim, role: Role) -> tuple[int, axes.Dim]:
+    """Return the size of the first piece if it is of a role, else 1, and the other pieces."""
+    return (dim[0][1], dim[1:]) if dim and dim[0][0] == role else (1, dim)
 
 
-def _to_rank(params: Any, x: Any, kernel: LowRank) -> Any:
+def _to_rank(params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
     """Return the product of ``b`` with the convolution of ``x`` by ``a``."""
-    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    out_dim, channel = numbers.rhs_spec[0], numbers.out_spec[1]
-    stack = _stack_size(kernel, out_dim)
-    copies = max(groups // stack, 1)
+    groups, channel = params["feature_group_count"], numbers.out_spec[1]
+    stack, _ = _first_piece(kernel.dims[0], Role.STACK)
+    copies, (_, *window) = max(groups // stack, 1), kernel.base.shape
     a, b = kernel.factors(kernel.base.dtype)
-    window = [kernel.base.shape[d] for d in range(kernel.base.ndim) if d != out_dim]
-    before = math.prod(window[:out_dim])
-    a = a.reshape(before, stack, -1, kernel.rank).transpose(0, 2, 1, 3)
-    a = a.reshape(*window, stack, 1, kernel.rank)
-    a = jnp.broadcast_to(a, (*window, stack, copies, kernel.rank)).reshape(*window, -1)
-    h = named(_convolved(params, x, jnp.moveaxis(a, -1, out_dim), groups))
+    a = jnp.moveaxis(a.reshape(stack, 1, *window, kernel.rank), -1, 2)
+    a = jnp.broadcast_to(a, (stack, copies, kernel.rank, *window)).reshape(-1, *window)
+    h = named(_convolved(params, numbers, x, a))
     h = h.reshape(*h.shape[:channel], stack, copies, -1, *h.shape[channel + 1 :])
     names: list[Any] = [("h", i) for i in range(h.ndim)]
     names[channel : channel + 3] = ["stack", "copy", RANK]
@@ -103,18 +103,20 @@ def _to_rank(params: Any, x: Any, kernel: LowRank) -> Any:
     return y.reshape(*y.shape[:channel], -1, *y.shape[channel + 3 :])
 
 
-def _from_rank(params: Any, x: Any, kernel: LowRank) -> Any:
-    """Return the convolution of the product of ``x`` and ``b`` by ``a``."""
-    numbers = params["dimension_numbers"]
-    in_dim, channel = numbers.rhs_spec[1], numbers.lhs_spec[1]
+def _from_rank(params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
+    """Return the convolution by ``a`` of the product of ``x`` and ``b``."""
+    groups, channel = params["feature_group_count"], numbers.lhs_spec[1]
+    window = kernel.base.shape[2:]
     a, b = kernel.factors(kernel.base.dtype)
+    x = x.reshape(*x.shape[:channel], groups, -1, *x.shape[channel + 1 :])
     names: list[Any] = [("x", i) for i in range(x.ndim)]
-    wanted = [name if name != ("x", channel) else RANK for name in names]
-    b = b.reshape(x.shape[channel], kernel.rank)
-    h = named(_mixed(params, x, names, b, [("x", channel), RANK], wanted))
-    shape = [size for d, size in enumerate(kernel.base.shape) if d != in_dim]
-    a = jnp.moveaxis(a.reshape(*shape, kernel.rank), -1, in_dim)
-    return _convolved(params, h.astype(a.dtype), a, 1)
+    names[channel : channel + 2] = ["group", "in"]
+    wanted = [name if name != "in" else RANK for name in names]
+    h = _mixed(params, x, names, b.reshape(groups, -1, kernel.rank), ["group", "in", RANK], wanted)
+    h = named(h.reshape(*h.shape[:channel], -1, *h.shape[channel + 2 :]))
+    a = jnp.moveaxis(a.reshape(1, -1, *window, kernel.rank), -1, 2)
+    a = jnp.broadcast_to(a, (groups, *a.shape[1:])).reshape(-1, *a.shape[2:])
+    return _convolved(params, numbers, h.astype(a.dtype), a)
 
 
 def _mixed(params: Any, x: Any, x_names: Any, b: Any, b_names: Any, out_names: Any) -> Any:
@@ -122,12 +124,12 @@ def _mixed(params: Any, x: Any, x_names: Any, b: Any, b_names: Any, out_names: A
     return contract(x.astype(b.dtype), x_names, b, b_names, out_names, *how)
 
 
-def _convolved(params: Any, x: Any, kernel: Any, groups: int) -> Any:
+def _convolved(params: Any, numbers: Any, x: Any, kernel: Any) -> Any:
     return lax.conv_general_dilated(
         x,
         kernel,
-        dimension_numbers=params["dimension_numbers"],
-        feature_group_count=groups,
+        dimension_numbers=numbers,
+        feature_group_count=params["feature_group_count"],
         preferred_element_type=params["preferred_element_type"],
         **{name: params[name] for name in _OWN},
     )

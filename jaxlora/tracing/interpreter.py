@@ -74,6 +74,7 @@ class Walk:
     def __init__(self, *, strict: bool = False, record: bool = False):
         self.strict = strict
         self.uses: dict[Any, Use] | None = {} if record else None
+        self.stopped: dict[Any, Any] = {}  # of the program being run: what it stops, by result
         self.compiled = functools.lru_cache(maxsize=256)(self._compiled)
 
     def run(self, jaxpr: Any, *args: Any) -> list[Any]:
@@ -82,6 +83,7 @@ class Walk:
         env = dict(zip(program.constvars, compat.consts(jaxpr), strict=True))
         env.update(zip(program.invars, args, strict=True))
         last = _last_uses(program)
+        outer, self.stopped = self.stopped, _stopped(program)
 
         def read(atom):
             return atom.val if isinstance(atom, compat.Literal) else env[atom]
@@ -92,6 +94,7 @@ class Walk:
                 env.update(zip(eqn.outvars, self._step(eqn, values), strict=True))
             for var in last.get(i, ()):
                 env.pop(var, None)
+        self.stopped = outer
         return [read(atom) for atom in program.outvars]
 
     def _step(self, eqn: Any, values: list[Any]) -> list[Any]:
@@ -170,6 +173,12 @@ def _axes_of(path: str, labels: Any) -> frozenset:
         for label in labels
         if not isinstance(label, tuple) or label[0] == path
     )
+
+
+def _stopped(program: Any) -> dict[Any, Any]:
+    """Return the variable that each ``stop_gradient`` of a program is of."""
+    eqns = [eqn for eqn in program.eqns if eqn.primitive.name == "stop_gradient"]
+    return {eqn.outvars[0]: eqn.invars[0] for eqn in eqns}
 
 
 def _last_uses(program: Any) -> dict[int, list[Any]]:

@@ -40,6 +40,15 @@ def stop_gradient(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     return [jax.tree.map(lax.stop_gradient, weight)]
 
 
+@rule("select_n")
+def select(walk: Walk, eqn: Any, which: Any, *cases: Any) -> list[Any]:
+    """Select between one weight and itself, as a ``cond`` under `jax.vmap` does."""
+    if len({walk.stopped.get(atom, atom) for atom in eqn.invars[1:]}) > 1:
+        return walk.without_rule(eqn, [which, *cases], "it selects between different values")
+    found = [atom in walk.stopped for atom in eqn.invars[1:]]
+    return [cases[found.index(False) if False in found else 0]]
+
+
 @rule("optimization_barrier")
 def optimization_barrier(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     """Put the bases and the factors behind one barrier."""
