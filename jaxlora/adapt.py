@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
+import types
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora import initializers, paths
+from jaxlora import initializers, paths, sharding
 from jaxlora.config import LoRAConfig, select
 from jaxlora.sites import Site, find_sites
 from jaxlora.weight import LoRAWeight
@@ -27,7 +28,8 @@ def init(
     """Return the parameters with a fresh `LoRAWeight` at each target; the output does not change.
 
     ``b`` is zero and ``a`` is drawn from the key of its path, so the same key gives the same
-    adapters and one more target changes no other.
+    adapters and one more target changes no other. The factors of a sharded weight are sharded as
+    its axes that they carry, with equal values, and drawn where they live.
 
     Args:
         key: random key.
@@ -69,24 +71,47 @@ def _path_key(key: jax.Array, path: str) -> jax.Array:
 
 def _fresh(key: jax.Array, site: Site, base: Any, config: LoRAConfig) -> LoRAWeight:
     stack, in_, _ = site.roles.sizes(site.shape)
-    a_shape, b_shape = site.roles.factor_shapes(site.shape, config.rank)
     initializer = config.initializer
     if isinstance(initializer, str):
         initializer = initializers.NAMED[initializer]
-    shape = (math.prod(in_), config.rank)
+    shape, key = (math.prod(in_), config.rank), _path_key(key, site.path)
+    made = jax.eval_shape(lambda key: initializer(key, shape, config.dtype), key)
+    if made.shape != shape or made.dtype != config.dtype:
+        raise ValueError(
+            f"the initializer must return {config.dtype} of shape {shape} for {site.path!r}: "
+            f"got {made.dtype} of shape {made.shape}"
+        )
+    factors = _Factors(
+        types.MethodType(_call, initializer),  # hashable, whatever the initializer is
+        math.prod(stack),
+        shape,
+        config.dtype,
+        site.roles.factor_shapes(site.shape, config.rank),
+    )
+    a, b = sharding.make(_draw, factors, key, base, sharding.factor_axes(site.roles))
+    return LoRAWeight(base, a, b, site.roles, float(config.alpha))
 
-    def draw(key):
-        a = initializer(key, shape, config.dtype)
-        if a.shape != shape or a.dtype != config.dtype:
-            raise ValueError(
-                f"the initializer must return {config.dtype} of shape {shape} for {site.path!r}: "
-                f"got {a.dtype} of shape {a.shape}"
-            )
-        return a
 
-    keys = jax.random.split(_path_key(key, site.path), math.prod(stack))
-    a = jax.vmap(draw)(keys).reshape(a_shape)
-    return LoRAWeight(base, a, jnp.zeros(b_shape, config.dtype), site.roles, float(config.alpha))
+class _Factors(NamedTuple):
+    """What has to be known to draw the factors of one weight."""
+
+    initializer: Callable[..., jax.Array]
+    entries: int
+    shape: tuple[int, int]
+    dtype: Any
+    factor_shapes: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _call(fn: Callable[..., Any], *args: Any) -> Any:
+    return fn(*args)
+
+
+def _draw(key: jax.Array, factors: _Factors) -> tuple[jax.Array, jax.Array]:
+    """Return ``a``, each entry of the stack from a key of its own, and ``b``, zero."""
+    a_shape, b_shape = factors.factor_shapes
+    keys = jax.random.split(key, factors.entries)
+    a = jax.vmap(lambda key: factors.initializer(key, factors.shape, factors.dtype))(keys)
+    return a.reshape(a_shape), jnp.zeros(b_shape, factors.dtype)
 
 
 def dropout(params: Any, key: jax.Array, rate: float) -> Any:
@@ -127,6 +152,11 @@ def dropout(params: Any, key: jax.Array, rate: float) -> Any:
     for path, leaf in leaves.items():
         if isinstance(leaf, LoRAWeight):
             stack, _, _ = leaf.roles.sizes(leaf.shape)
-            keys = jax.random.split(_path_key(key, path), stack)
+            axes = (leaf.roles.stack,)
+            (keys,) = sharding.make(_keys, stack, _path_key(key, path), leaf.base, axes)
             leaves[path] = dataclasses.replace(leaf, dropout_keys=keys, dropout_rate=float(rate))
     return treedef.unflatten(leaves.values())
+
+
+def _keys(key: jax.Array, stack: tuple[int, ...]) -> tuple[jax.Array]:
+    return (jax.random.split(key, stack),)

@@ -4,6 +4,10 @@ A save is written beside its destination and then takes its place by renaming, s
 interrupted at any point leaves the earlier one: at its path, or beside it, where the next load
 or save finds it. Adapters carry what is needed to refuse another base and damaged files.
 
+In a program of several processes each of them calls every function here, with one path on a file
+system that they share. Each writes and reads its own part of the arrays, the first alone renames
+and removes, and what goes wrong in one is raised in all.
+
 Orbax is imported where it is used, because that takes half as long as importing JAX.
 """
 
@@ -11,21 +15,26 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxlora import fingerprints, paths
+from jaxlora import fingerprints, paths, sharding
 from jaxlora.trees import Adapters, bind, merge, split
 from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Roles
 
 FORMAT = "jaxlora.adapters"
 FORMAT_VERSION = 1
 _ORBAX_MARK = "_CHECKPOINT_METADATA"
+_LONGEST = 1000  # bytes of an error that other processes are told
+_TOLD = {kind.__name__: kind for kind in (FileExistsError, FileNotFoundError, ValueError)}
 PathLike = str | os.PathLike[str]
+T = TypeVar("T")
 
 
 def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> None:
@@ -74,20 +83,24 @@ def load_adapters(path: PathLike, *, base: Any) -> Adapters:
         base: the tree of plain parameters, as from `jaxlora.split`, that they were made for.
 
     Returns:
-        Adapters by path, bit-equal to those saved.
+        Adapters by path, bit-equal to those saved, sharded as the axes of the base that they
+        carry; it does not matter how they were sharded when they were saved.
 
     Raises:
         FileNotFoundError: there is no such directory.
         ValueError: it holds no adapters, or damaged ones, or adapters for another base.
     """
-    path = _found(path)
-    about = _about(path)
+    path = Path(path).absolute()
+    _together(lambda: _recover(path), first_alone=True)
+    about = _together(lambda: _about(path))
     leaves, _ = paths.flatten(base)
-    adapters = {entry["path"]: _abstract(entry) for entry in about["adapters"]}
+    adapters = {
+        entry["path"]: _abstract(entry, leaves.get(entry["path"])) for entry in about["adapters"]
+    }
     if problems := _differences(adapters, leaves):
         shown = "\n  ".join(problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5))
         raise ValueError(f"the adapters at {path} are for another base:\n  {shown}")
-    factors = _read(path, _factors(adapters))
+    factors = _together(lambda: _read(path, _factors(adapters)))
     sums = fingerprints.checksums(factors)
     if bad := [name for name in sums if sums[name] != about["checksums"][name]]:
         raise ValueError(f"the adapters at {path} are damaged: {bad} are not as they were saved")
@@ -110,9 +123,8 @@ def save_merged(path: PathLike, params: Any) -> None:
         ValueError: no leaf is adapted, or a merged weight is not finite.
         FileExistsError: the path holds something that is no checkpoint.
     """
-    _write(
-        path, merge(params), {"format": "jaxlora.merged", "jaxlora": metadata.version("jaxlora")}
-    )
+    about = {"format": "jaxlora.merged", "jaxlora": metadata.version("jaxlora")}
+    _write(path, merge(params), about)
 
 
 def _factors(adapters: Adapters) -> dict[str, dict[str, Any]]:
@@ -131,15 +143,23 @@ def _describe(name: str, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _abstract(entry: dict[str, Any]) -> Adapter:
-    """Return the adapter that `_describe` described, with shapes in the place of arrays."""
+def _abstract(entry: dict[str, Any], leaf: Any) -> Adapter:
+    """Return the adapter that was described: shapes, sharded as their axes of the leaf."""
     roles = Roles(**{name: tuple(axes) for name, axes in entry["roles"].items()})
     base = Fingerprint(**entry["base"] | {"shape": tuple(entry["base"]["shape"])})
-    shapes = roles.factor_shapes(base.shape, entry["rank"])
-    placed = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    known = sharding.of(leaf.base if isinstance(leaf, LoRAWeight) else leaf)
     a, b = (
-        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=placed)
-        for shape, dtype in zip(shapes, entry["dtypes"], strict=True)
+        jax.ShapeDtypeStruct(
+            shape,
+            jnp.dtype(dtype),
+            sharding=sharding.along(known, axes) if known else sharding.default(),
+        )
+        for shape, dtype, axes in zip(
+            roles.factor_shapes(base.shape, entry["rank"]),
+            entry["dtypes"],
+            sharding.factor_axes(roles),
+            strict=True,
+        )
     )
     return Adapter(a, b, roles, entry["alpha"], base)
 
@@ -167,21 +187,69 @@ def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
 def _write(path: PathLike, tree: Any, about: dict[str, Any]) -> None:
     """Write a checkpoint beside its destination, then put it in its place."""
     path = Path(path).absolute()
-    new, old = _beside(path, "new"), _beside(path, "old")
+    _together(lambda: _make_room(path), first_alone=True)
+
+    def save():
+        import orbax.checkpoint as ocp
+
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            args = ocp.args.StandardSave(jax.tree.map(_savable, tree))
+            checkpointer.save(_beside(path, "new"), args=args, custom_metadata=about)
+
+    _together(save)
+    _together(lambda: _put_in_place(path), first_alone=True)
+
+
+def _make_room(path: Path) -> None:
+    """Leave nothing beside a destination, or raise if it holds something that is not ours."""
     _recover(path)
     if path.exists() and not (_is_checkpoint(path) or (path.is_dir() and not any(path.iterdir()))):
         raise FileExistsError(f"{path} holds something that is no checkpoint: choose another path")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for suffix in ("new", "old"):
+        shutil.rmtree(_beside(path, suffix), ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(new, args=ocp.args.StandardSave(tree), custom_metadata=about)
+
+def _put_in_place(path: Path) -> None:
+    old = _beside(path, "old")
     if path.exists():
         path.rename(old)
-    new.rename(path)
+    _beside(path, "new").rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _savable(array: Any) -> Any:
+    """Return an array as Orbax takes it: one that each process has for itself as NumPy's."""
+    is_local = isinstance(array, jax.Array) and array.is_fully_addressable
+    return np.asarray(array) if is_local and jax.process_count() > 1 else array
+
+
+def _together(action: Callable[[], T], *, first_alone: bool = False) -> T:
+    """Run an action in every process or the first alone, and raise in all what one raises."""
+    result, error = None, None
+    try:
+        if not first_alone or jax.process_index() == 0:
+            result = action()
+    except Exception as raised:
+        error = raised
+    if jax.process_count() > 1:
+        _raise_of_another(error)
+    if error is not None:
+        raise error
+    return cast(T, result)
+
+
+def _raise_of_another(error: Exception | None) -> None:
+    """Wait for every process, tell them the error of this one, and raise the first of theirs."""
+    from jax.experimental import multihost_utils
+
+    text = "" if error is None else f"{type(error).__name__}: {error}"
+    sent = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST), np.uint8)
+    for process, row in enumerate(np.asarray(multihost_utils.process_allgather(sent))):
+        told = row.tobytes().decode(errors="ignore").strip()
+        if told and error is None:
+            name, _, message = told.partition(": ")
+            raise _TOLD.get(name, RuntimeError)(f"{message} (in process {process})")
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -199,18 +267,12 @@ def _is_checkpoint(path: Path) -> bool:
     return (path / _ORBAX_MARK).is_file()
 
 
-def _found(path: PathLike) -> Path:
-    path = Path(path).absolute()
-    _recover(path)
+def _about(path: Path) -> dict[str, Any]:
+    """Return what a save wrote of itself, or raise if there is none or it is none of ours."""
     if not path.exists():
         raise FileNotFoundError(f"no adapters at {path}: there is no such directory")
     if not _is_checkpoint(path):
         raise ValueError(f"no adapters at {path}: it is no Orbax checkpoint, or not a whole one")
-    return path
-
-
-def _about(path: Path) -> dict[str, Any]:
-    """Return what a save wrote of itself, or raise if it is none of ours."""
     try:
         about = json.loads((path / _ORBAX_MARK).read_text())["custom_metadata"]
     except (ValueError, KeyError) as error:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxlora import sharding
 from jaxlora.weight import Fingerprint
 
 _SAMPLES = 256
@@ -30,7 +31,11 @@ def take(leaves: Mapping[str, Any]) -> dict[str, Fingerprint]:
     """
     known = {path: leaf for path, leaf in leaves.items() if _has_values(leaf)}
     with jax.ensure_compile_time_eval():  # also where a known base meets a traced factor
-        samples = jax.device_get({path: _sample(leaf) for path, leaf in known.items()})
+        samples = {
+            path: jax.jit(_sample, out_shardings=sharding.replicated(leaf))(leaf)
+            for path, leaf in known.items()
+        }
+        samples = jax.device_get(samples)
     return {
         path: Fingerprint(
             tuple(leaf.shape),
@@ -45,16 +50,14 @@ def _has_values(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer)
 
 
-@jax.jit
 def _sample(leaf: Any) -> jax.Array:
     """Return evenly spaced elements, ``(min(size, 256),)``."""
     count = min(leaf.size, _SAMPLES)
     indices = np.linspace(0, leaf.size - 1, count).astype(np.int64)
     positions = np.unravel_index(indices, leaf.shape)
-    if not isinstance(leaf, jax.Array) or not jax.typeof(leaf).sharding.mesh.explicit_axes:
+    if (typed := sharding.explicit(leaf)) is None:
         return jnp.asarray(leaf)[positions]
-    replicated = jax.NamedSharding(jax.typeof(leaf).sharding.mesh, jax.P())
-    return leaf.at[positions].get(out_sharding=replicated)
+    return leaf.at[positions].get(out_sharding=jax.NamedSharding(typed.mesh, jax.P()))
 
 
 def checksums(factors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
@@ -66,5 +69,8 @@ def checksums(factors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, i
 def _checksum(array: Any) -> jax.Array:
     """Return the sum of the bits of each element times an odd number of its own, mod 2**32."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32).reshape(-1)
-    return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+    place = jnp.zeros_like(bits)  # of each element in row-major order, also where it is sharded
+    for d, size in enumerate(bits.shape):
+        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, d)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)

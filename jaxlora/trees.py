@@ -4,14 +4,13 @@ A tree of parameters and the same tree with `LoRAWeight` nodes in it differ only
 so every function here is one pass over the leaves by path.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import fingerprints, paths
+from jaxlora import fingerprints, paths, sharding
 from jaxlora.weight import Adapter, LoRAWeight, merge_dtype
 
 Adapters = dict[str, Adapter]
@@ -197,7 +196,8 @@ def check_fits(path: str, leaf: Any, adapter: Adapter) -> None:
 
 def _fold(path: str, node: LoRAWeight, sign: int) -> tuple[Any, Any]:
     """Return ``base + sign * delta`` and its rounding error; raise if it is not finite."""
-    folded, error, finite = _folded(node, sign)
+    placed = (sharding.of(node.base), None, None)
+    folded, error, finite = jax.jit(_folded, static_argnums=1, out_shardings=placed)(node, sign)
     if not isinstance(finite, Tracer) and not finite:
         what = "merged" if sign > 0 else "unmerged"
         found = [name for name in ("base", "a", "b") if not jnp.isfinite(getattr(node, name)).all()]
@@ -206,7 +206,6 @@ def _fold(path: str, node: LoRAWeight, sign: int) -> tuple[Any, Any]:
     return folded, error
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def _folded(node: LoRAWeight, sign: int) -> tuple[Any, Any, Any]:
     exact = node.base.astype(merge_dtype(node.base.dtype)) + sign * node.delta()
     folded = exact.astype(node.base.dtype)

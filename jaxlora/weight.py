@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlora import sharding
+
 _meta = {"static": True}
 
 
@@ -166,7 +168,7 @@ class LoRAWeight:
         return scaling(self.alpha, self.rank)
 
     def delta(self) -> jax.Array:
-        """Return the dense ``scaling * a b`` in the shape of the base, in float32 or wider."""
+        """Return the dense ``scaling * a b``, shaped and sharded as the base, in `merge_dtype`."""
         roles, dtype = self.roles, merge_dtype(self.base.dtype)
         ndim, rank = self.base.ndim, self.base.ndim  # the name of the rank axis is the next free
         product = jnp.einsum(
@@ -176,6 +178,7 @@ class LoRAWeight:
             [*roles.stack, rank, *roles.out],
             list(range(ndim)),
             precision=jax.lax.Precision.HIGHEST,
+            out_sharding=sharding.explicit(self.base),
         )
         return product * self.scaling
 

@@ -1,0 +1,172 @@
+"""Eight devices: a sharded program with adapters equals the merged one, and sends little more.
+
+The program is a transformer block that runs on every layout of weights and on both kinds of mesh.
+Its rank is the only size of 3, so what is of the size of the rank is known by its shape.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import P
+from jax.sharding import NamedSharding
+from numpy.testing import assert_allclose
+
+import jaxlora
+from devices import meshes
+
+RANK = 3
+HEADS, WIDTH, HEAD, HIDDEN, BATCH, TIME = 8, 32, 4, 64, 16, 10
+SHAPES = {
+    "query": (WIDTH, HEADS, HEAD),
+    "key": (WIDTH, HEADS, HEAD),
+    "value": (WIDTH, HEADS, HEAD),
+    "out": (HEADS, HEAD, WIDTH),
+    "up": (WIDTH, HIDDEN),
+    "down": (HIDDEN, WIDTH),
+    "shift": (WIDTH,),
+}
+SPECS = {
+    "query": P("data", "model", None),
+    "key": P("data", "model", None),
+    "value": P("data", "model", None),
+    "out": P("model", None, "data"),
+    "up": P("data", "model"),
+    "down": P("model", "data"),
+    "shift": P(None),
+}
+CONFIG = jaxlora.LoRAConfig(rank=RANK, alpha=6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A mesh and a layout, and the block on them."""
+
+    kind: str
+    layout: str
+
+    @functools.cached_property
+    def mesh(self):
+        return meshes.make(self.kind, self.layout)
+
+    def sharding(self, *spec):
+        return NamedSharding(
+            self.mesh, P(*(name if name in self.mesh.axis_names else None for name in spec))
+        )
+
+    def weight(self, params, name):
+        """Return a weight as it is used: on Explicit meshes gathered along "data" by hand."""
+        if self.kind == "auto":
+            return params[name]
+        used = (None if axis == "data" else axis for axis in SPECS[name])
+        return jax.sharding.reshard(params[name], self.sharding(*used))
+
+    def product(self, formula, x, w, *spec):
+        """Return a product with its result sharded by this spec."""
+        if self.kind == "explicit":
+            return jnp.einsum(formula, x, w, out_sharding=self.sharding(*spec))
+        return jax.lax.with_sharding_constraint(jnp.einsum(formula, x, w), self.sharding(*spec))
+
+    def block(self, params, x):
+        """Return attention and a feed-forward layer of ``x`` (batch, time, width)."""
+        weight, product = functools.partial(self.weight, params), self.product
+        heads = ("data", None, "model", None)
+        x = x + weight("shift")[None, None]
+        q, k, v = (
+            product("btd,dnh->btnh", x, weight(name), *heads) for name in ("query", "key", "value")
+        )
+        scores = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k) / HEAD**0.5)
+        mixed = jnp.einsum("bnts,bsnh->btnh", scores, v)
+        x = x + product("btnh,nhd->btd", mixed, weight("out"), "data", None, None)
+        h = jax.nn.gelu(product("btd,df->btf", x, weight("up"), "data", None, "model"))
+        return x + product("btf,fd->btd", h, weight("down"), "data", None, None)
+
+    def loss(self, params, x):
+        return jnp.mean(self.block(params, x) ** 2)
+
+    @functools.cached_property
+    def arrays(self):
+        """Return the adapted weights, every factor not zero, and the input."""
+        rng = np.random.default_rng(1)
+        base = meshes.place(meshes.random(SHAPES), SPECS, self.mesh)
+        x = rng.standard_normal((BATCH, TIME, WIDTH)).astype(np.float32)
+        x = jax.device_put(x, self.sharding("data", None, None))
+        params = jaxlora.init(jax.random.key(0), self.block, base, x, config=CONFIG)
+        _, adapters = jaxlora.split(params)
+
+        def fill(b):
+            values = 0.1 * rng.standard_normal(b.shape)
+            return jax.device_put(values.astype(np.float32), b.sharding)
+
+        filled = {n: dataclasses.replace(a, b=fill(a.b)) for n, a in adapters.items()}
+        return base, filled, x
+
+
+CASES = [Case(kind, layout) for kind in meshes.KINDS for layout in ("fsdp", "tp", "both")]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case.kind}-{case.layout}")
+def case(request):
+    in_use = request.param.kind == "explicit"
+    with jax.set_mesh(request.param.mesh) if in_use else contextlib.nullcontext():
+        yield request.param
+
+
+def test_every_weight_is_adapted_and_none_is_made_dense(case):
+    base, adapters, x = case.arrays
+    assert set(adapters) == set(SHAPES) - {"shift"}
+    report = jaxlora.explain(case.block, jaxlora.bind(base, adapters), x)
+    assert report.materialized == {}, report
+
+
+def test_output_and_gradients_equal_those_of_merged_weights(case):
+    base, adapters, x = case.arrays
+    loss = jaxlora.lora(case.loss)
+
+    def merged_loss(adapters, base, x):
+        return case.loss(jaxlora.merge(jaxlora.bind(base, adapters)), x)
+
+    def low_rank_loss(adapters, base, x):
+        return loss(jaxlora.bind(base, adapters), x)
+
+    wanted = jax.jit(jax.value_and_grad(merged_loss))(adapters, base, x)
+    got = jax.jit(jax.value_and_grad(low_rank_loss))(adapters, base, x)
+    jax.tree.map(functools.partial(assert_allclose, rtol=1e-4, atol=1e-5), got, wanted)
+
+
+def lora_step(case, adapters, base, x):
+    """Return the loss and the adapters after a step down the gradient."""
+
+    def loss(adapters):
+        return jaxlora.lora(case.loss)(jaxlora.bind(base, adapters), x)
+
+    value, grads = jax.value_and_grad(loss)(adapters)
+    return value, jax.tree.map(lambda old, grad: old - grad, adapters, grads)
+
+
+def test_step_leaves_the_factors_where_they_are(case):
+    base, adapters, x = case.arrays
+    _, after = jax.jit(functools.partial(lora_step, case))(adapters, base, x)
+    for old, new in zip(jax.tree.leaves(adapters), jax.tree.leaves(after), strict=True):
+        assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
+
+
+def test_step_sends_no_more_than_the_base_but_of_the_size_of_the_rank(case):
+    base, adapters, x = case.arrays
+
+    def base_step(shift, base, x):
+        return jax.value_and_grad(lambda shift: case.loss(base | {"shift": shift}, x))(shift)
+
+    step = functools.partial(lora_step, case)
+    own = collections.Counter(meshes.collectives(base_step, base["shift"], base, x))
+    sent = collections.Counter(meshes.collectives(step, adapters, base, x))
+    assert own
+    largest = RANK * max(BATCH * TIME, HEADS * HEAD, HIDDEN)
+    extra = sent - own
+    too_large = {c: n for c, n in extra.items() if RANK not in c[1] or meshes.size(c) > largest}
+    assert not too_large, f"extra {too_large}\nown {own}\nsent {sent}"

@@ -1,0 +1,10 @@
+"""Sharded weights, on eight CPU devices in a process of its own for each file of checks."""
+
+import pytest
+from devices import launch
+
+
+@pytest.mark.parametrize("checks", ["placement.py", "laws.py"])
+def test_on_eight_devices(checks, tmp_path):
+    status, output = launch.run(checks, tmp_path)
+    assert status == 0, output[-10_000:]
