@@ -63,8 +63,8 @@ def _cut(
         The part, and the labels of the axes of which it has a single entry.
     """
     smaller = _smaller(weight, sizes)
-    if any(len(weight.dims[d]) > 1 for d in smaller):
-        reason = "it cuts a dimension of several axes"
+    if any(len(weight.dims[d]) != 1 for d in smaller):
+        reason = "it cuts what is not one axis"
         return walk.without_rule(eqn, [weight, *operands], reason)[0], frozenset()
     picked = weight.labels(*(d for d in smaller if sizes[d] == 1))
     for d in smaller:

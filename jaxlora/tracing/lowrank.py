@@ -164,7 +164,7 @@ class LowRank:
         """
         ((label, _),) = self.dims[dim]
         size = base.shape[dim]
-        new = ((label, size),) if size != 1 else ()
+        new = ((label, size),) if size != 1 or self.is_probe else ()
 
         def change(factor, carries):
             if label not in carries:
