@@ -14,7 +14,7 @@ from jax import lax
 from jaxlora.tracing import axes, compat, placement
 from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, RANK, LowRank, Role
-from jaxlora.tracing.product import chain, named
+from jaxlora.tracing.product import chain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,9 @@ def dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     (y,) = compat.bind(eqn, base)
     left, right = _Operand(lhs, lhs_summed, lhs_batch), _Operand(rhs, rhs_summed, rhs_batch)
     if isinstance(lhs, LowRank):
-        y = _add_product(eqn, y, left, right, weight_is_left=True)
+        y = _add_product(walk, eqn, y, left, right, weight_is_left=True)
     elif isinstance(rhs, LowRank):
-        y = _add_product(eqn, y, right, left, weight_is_left=False)
+        y = _add_product(walk, eqn, y, right, left, weight_is_left=False)
     return [y]
 
 
@@ -70,7 +70,7 @@ def _weight_or_array(walk: Walk, eqn: Any, operand: _Operand, other: Any) -> Any
 
 
 def _add_product(
-    eqn: Any, y: Any, operand: _Operand, other: _Operand, *, weight_is_left: bool
+    walk: Walk, eqn: Any, y: Any, operand: _Operand, other: _Operand, *, weight_is_left: bool
 ) -> Any:
     """Return y plus the product of x with the factors, with a name for each piece of an axis."""
     weight, x = operand.value, other.value
@@ -108,6 +108,7 @@ def _add_product(
             [out_names[i] for i in kept],
             eqn.params["precision"],
             eqn.params["preferred_element_type"],
+            walk.named,
         )
         product = placement.repeated(product, kept, [sizes[name] for name in out_names])
         return y + placement.like(product, y).astype(y.dtype)
@@ -148,6 +149,6 @@ def ragged_dot(walk: Walk, eqn: Any, x: Any, weight: Any, groups: Any) -> list[A
         how = {"precision": eqn.params["precision"], "group_offset": eqn.params["group_offset"]}
         how["preferred_element_type"] = eqn.params["preferred_element_type"]
         h = weight.input(x).transpose(*free, *x_summed).reshape(len(x), -1)
-        h = named(lax.ragged_dot(h, first, groups, **how)).astype(second.dtype)
+        h = walk.named(lax.ragged_dot(h, first, groups, **how)).astype(second.dtype)
         product = lax.ragged_dot(h, second.swapaxes(1, 2), groups, **how)
         return [y + product.reshape(y.shape).astype(y.dtype)]

@@ -76,7 +76,7 @@ def custom_jvp_call(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
         arrays = [_base(v) for v in values]
         program = jax.make_jaxpr(derivative)(arrays, [arrays[i] for i in moves])
         outs, *parts = (
-            walk.run(program, *values, *moving)
+            walk.derivative().run(program, *values, *moving)
             for moving in _tangents([(values[i], dots[i]) for i in moves])
         )
         outs = dense(outs)

@@ -15,7 +15,7 @@ from jax import lax
 from jaxlora.tracing import axes, compat
 from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
 from jaxlora.tracing.lowrank import RANK, LowRank, Role
-from jaxlora.tracing.product import contract, named
+from jaxlora.tracing.product import contract
 
 _OWN = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
 
@@ -53,7 +53,7 @@ def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     kernel = kernel.transposed(shape, order)  # channels first: (out, in, *window)
     with jax.named_scope("lora"):
         product = _from_rank if runs_back else _to_rank
-        return [y + product(params, numbers, kernel.input(x), kernel).astype(y.dtype)]
+        return [y + product(walk, params, numbers, kernel.input(x), kernel).astype(y.dtype)]
 
 
 def _stack_and_out(kernel: LowRank, out_dim: int, groups: int) -> tuple[frozenset, frozenset]:
@@ -85,7 +85,7 @@ def _first_piece(dim: axes.Dim, role: Role) -> tuple[int, axes.Dim]:
     return (dim[0][1], dim[1:]) if dim and dim[0][0] == role else (1, dim)
 
 
-def _to_rank(params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
+def _to_rank(walk: Walk, params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
     """Return the product of ``b`` with the convolution of ``x`` by ``a``."""
     groups, channel = params["feature_group_count"], numbers.out_spec[1]
     stack, _ = _first_piece(kernel.dims[0], Role.STACK)
@@ -93,7 +93,7 @@ def _to_rank(params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
     a, b = kernel.factors(kernel.base.dtype)
     a = jnp.moveaxis(a.reshape(stack, 1, *window, kernel.rank), -1, 2)
     a = jnp.broadcast_to(a, (stack, copies, kernel.rank, *window)).reshape(-1, *window)
-    h = named(_convolved(params, numbers, x, a))
+    h = walk.named(_convolved(params, numbers, x, a))
     h = h.reshape(*h.shape[:channel], stack, copies, -1, *h.shape[channel + 1 :])
     names: list[Any] = [("h", i) for i in range(h.ndim)]
     names[channel : channel + 3] = ["stack", "copy", RANK]
@@ -103,7 +103,7 @@ def _to_rank(params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
     return y.reshape(*y.shape[:channel], -1, *y.shape[channel + 3 :])
 
 
-def _from_rank(params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
+def _from_rank(walk: Walk, params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
     """Return the convolution by ``a`` of the product of ``x`` and ``b``."""
     groups, channel = params["feature_group_count"], numbers.lhs_spec[1]
     window = kernel.base.shape[2:]
@@ -113,7 +113,7 @@ def _from_rank(params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
     names[channel : channel + 2] = ["group", "in"]
     wanted = [name if name != "in" else RANK for name in names]
     h = _mixed(params, x, names, b.reshape(groups, -1, kernel.rank), ["group", "in", RANK], wanted)
-    h = named(h.reshape(*h.shape[:channel], -1, *h.shape[channel + 2 :]))
+    h = walk.named(h.reshape(*h.shape[:channel], -1, *h.shape[channel + 2 :]))
     a = jnp.moveaxis(a.reshape(1, -1, *window, kernel.rank), -1, 2)
     a = jnp.broadcast_to(a, (groups, *a.shape[1:])).reshape(-1, *a.shape[2:])
     return _convolved(params, numbers, h.astype(a.dtype), a)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.tracing import compat
 from jaxlora.tracing.lowrank import LowRank
@@ -21,6 +22,7 @@ from jaxlora.weight import merge_dtype
 Rule = Callable[..., list[Any]]
 _RULES: dict[str, Rule] = {}
 
+CHECKPOINT_NAME = "lora"
 CONTRACTED, LOOKED_UP, MATERIALIZED = "contracted", "looked up", "materialized"
 
 
@@ -68,11 +70,12 @@ class Walk:
 
     Attributes:
         strict: raise where a weight would be materialized.
+        is_linear: the program is a derivative, to be transposed, and so nothing in it is named.
         uses: the uses met so far, or None where they are not wanted.
     """
 
-    def __init__(self, *, strict: bool = False, record: bool = False):
-        self.strict = strict
+    def __init__(self, *, strict: bool = False, record: bool = False, is_linear: bool = False):
+        self.strict, self.is_linear = strict, is_linear
         self.uses: dict[Any, Use] | None = {} if record else None
         self.stopped: dict[Any, Any] = {}  # of the program being run: what it stops, by result
         self.compiled = functools.lru_cache(maxsize=256)(self._compiled)
@@ -104,6 +107,16 @@ class Walk:
         if found is None:
             return self.without_rule(eqn, values, "it has no low-rank rule")
         return found(self, eqn, *values)
+
+    def derivative(self) -> "Walk":
+        """Return a walk as this, for programs that have to stay linear."""
+        walk = Walk(strict=self.strict, is_linear=True)
+        walk.uses = self.uses
+        return walk
+
+    def named(self, h: jax.Array) -> jax.Array:
+        """Name a rank-sized product, so that a policy of `jax.checkpoint` can keep it."""
+        return h if self.is_linear else checkpoint_name(h, CHECKPOINT_NAME)
 
     def finish(self, out: Any) -> Any:
         """Return what leaves the program at its end: rows that were looked up as an array."""

@@ -7,16 +7,14 @@ with all tokens flattened into one axis it does not. So every product here is fl
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.tracing import placement
 
-CHECKPOINT_NAME = "lora"
 Name = Hashable
 
 
@@ -97,11 +95,6 @@ def _contract_in_place(
     return jnp.transpose(product, [names.index(n) for n in out_names])
 
 
-def named(h: jax.Array) -> jax.Array:
-    """Name a rank-sized product, so that a policy of `jax.checkpoint` can keep it."""
-    return checkpoint_name(h, CHECKPOINT_NAME)
-
-
 def chain(
     x: Any,
     x_names: Sequence[Name],
@@ -110,6 +103,7 @@ def chain(
     out_names: Sequence[Name],
     precision: Any = None,
     dtype: Any = None,
+    named: Callable[[jax.Array], jax.Array] = lambda h: h,
 ) -> jax.Array:
     """Return x times two factors, the one that shares more with x first.
 
@@ -121,6 +115,7 @@ def chain(
         out_names: names of the axes of the result.
         precision: as in `jax.lax.dot_general`.
         dtype: dtype of both products.
+        named: done to the rank-sized product.
 
     Returns:
         Array with one axis for each of out_names; no array of the size of ``first @ second`` is
