@@ -8,6 +8,7 @@ an axis are one low-rank weight whose rank is the sum of theirs, because::
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax import lax
 from jaxlora.tracing import axes, compat
 from jaxlora.tracing.interpreter import Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Origin, Role
-from jaxlora.weight import merge_dtype
+from jaxlora.weight import merge_dtype, scaling
 
 
 @rule("neg")
@@ -86,14 +87,17 @@ def sum_(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     if weight.is_probe:
         return [weight.replace(**fields)]
     weight = weight.transposed(weight.base, [*kept, *gone])
+    summed_pieces = axes.pieces(weight.dims[len(kept) :])
+    times = math.prod(size for label, size in summed_pieces if label is axes.REPEATED)
+    weight = weight.replace(b=weight.b * times) if times != 1 else weight
     for name in ("a", "b"):
         factor, carries = getattr(weight, name), CARRIES[name]
         first = sum(label in carries for label, _ in axes.pieces(fields["dims"]))
-        summed = [label for label, _ in axes.pieces(weight.dims[len(kept) :]) if label in carries]
+        summed = [label for label, _ in summed_pieces if label in carries]
         own = tuple(first + i for i, label in enumerate(summed) if label != Role.STACK)
         fields[name] = factor.sum(own).reshape(*factor.shape[:first], -1)
     if sums_stack:
-        alpha = weight.origin.alpha / weight.rank * fields["a"].shape[-1]
+        alpha = scaling(weight.origin.alpha, weight.rank) * fields["a"].shape[-1]
         fields["origin"] = dataclasses.replace(weight.origin, roles=None, alpha=alpha)
     return [weight.replace(**fields)]
 

@@ -12,13 +12,8 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlora.sharding import explicit
 from jaxlora.tracing import axes
-
-
-def explicit(x: Any) -> NamedSharding | None:
-    """Return the sharding in the type of an array on a mesh with Explicit axes, else None."""
-    sharding = jax.typeof(x).sharding
-    return sharding if sharding.mesh.explicit_axes else None
 
 
 def spec_of(

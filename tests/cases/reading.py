@@ -185,7 +185,8 @@ def repeated_along_new_axes():
         repeated = jnp.broadcast_to(params["w"], (2, 8, 6))
         each = jnp.einsum("bti,bio->bto", jnp.stack([x, 2 * x]), repeated)
         heads = x @ jnp.repeat(params["w"], 2, axis=1)
-        return each, heads, jnp.tile(x, (1, 2)) @ jnp.tile(params["w"], (2, 1))
+        twice = x @ repeated.sum(0)
+        return each, heads, twice, jnp.tile(x, (1, 2)) @ jnp.tile(params["w"], (2, 1))
 
     return Case(fn, {"w": normal(0, 8, 6)}, (normal(1, 5, 8),))
 
