@@ -177,6 +177,8 @@ def test_no_more_operations_than_the_factors_need(make_counted, key):
     base = flops(case.fn, case.params, *case.args)
     low_rank = flops(jaxlora.lora(case.fn), params, *case.args)
     assert low_rank == pytest.approx(base + extra + outputs, rel=0.01)
+    told = jaxlora.explain(case.fn, params, *case.args).cost
+    assert told.flops == pytest.approx(extra + outputs, rel=0.05)  # b is scaled at every use
 
 
 def test_adapters_of_equal_shape_compile_once(make, key):

@@ -42,8 +42,9 @@ def test_operation_without_a_rule_is_correct_and_never_silent():
     with pytest.warns(
         jaxlora.MaterializationWarning,
         match=r"the weight 'w' reaches 'integer_pow' at .*test_tracing.py:\d+.* materialized",
-    ):
+    ) as told:
         got = jaxlora.lora(regularized)(params, X)
+    assert [warning.filename for warning in told] == [__file__]
     assert_allclose(got, regularized(jaxlora.merge(params), X), rtol=1e-5)
     with pytest.raises(ValueError, match=r"'integer_pow' .* strict=True needs a low-rank rule"):
         jaxlora.lora(regularized, strict=True)(params, X)
@@ -51,6 +52,7 @@ def test_operation_without_a_rule_is_correct_and_never_silent():
     assert [use.operation for use in report.materialized["w"]] == ["integer_pow"]
     assert "dot_general (contracted)" in str(report)
     assert "has no low-rank rule" in str(report)
+    assert report.cost.flops >= 2 * 8 * 6 * params["w"].rank  # at least the dense a b
 
 
 def test_function_with_its_own_vjp_takes_the_weight_dense_and_says_so():

@@ -12,6 +12,7 @@ from jaxlora.tracing import (
     spmd,
     structural,
 )
+from jaxlora.tracing.cost import Cost
 from jaxlora.tracing.interpreter import (
     CONTRACTED,
     LOOKED_UP,
@@ -26,6 +27,7 @@ __all__ = [
     "CONTRACTED",
     "LOOKED_UP",
     "MATERIALIZED",
+    "Cost",
     "MaterializationWarning",
     "Use",
     "Walk",

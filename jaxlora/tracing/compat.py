@@ -5,6 +5,7 @@ From 0.10 to 0.12 `ClosedJaxpr` was folded into `Jaxpr`, and `scan` carries `ft_
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -49,6 +50,18 @@ def where(eqn: Any) -> tuple[str, str]:
     if eqn is None:
         return "output", "the end of the program"
     return eqn.primitive.name, source_info_util.summarize(eqn.source_info)
+
+
+def line(eqn: Any) -> tuple[str, int]:
+    """Return the file and the number of the user's line of an equation."""
+    found = re.match(r"(.*?):(\d+)", where(eqn)[1])
+    return (found[1], int(found[2])) if found else ("<program>", 1)
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """Return the programs among the parameters of an equation."""
+    values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else [p])]
+    return [v for v in values if hasattr(opened(v), "eqns")]
 
 
 def varying(x: Any) -> frozenset:

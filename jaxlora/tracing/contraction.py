@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jax import lax
 
 from jaxlora.tracing import axes, compat, placement
@@ -92,7 +91,7 @@ def _add_product(
     a_names = [*weight.piece_labels(names, "a"), RANK]
     b_names = [*weight.piece_labels(names, "b"), RANK]
 
-    with jax.named_scope("lora"):
+    with walk.scope(weight):
         x = placement.reshape(weight.input(x), x_sizes)
         known = {*a_names, *b_names, *out_names}
         gone = [i for i, name in enumerate(flat_names) if name not in known]
@@ -143,7 +142,7 @@ def ragged_dot(walk: Walk, eqn: Any, x: Any, weight: Any, groups: Any) -> list[A
     if weight.is_probe:
         return [y]
     weight = weight.transposed(weight.base, [*group, *summed, *out])
-    with jax.named_scope("lora"):
+    with walk.scope(weight):
         factors = dict(zip("ab", weight.factors(weight.base.dtype), strict=True))
         first, second = (factors[name].reshape(len(groups), -1, weight.rank) for name in names)
         how = {"precision": eqn.params["precision"], "group_offset": eqn.params["group_offset"]}

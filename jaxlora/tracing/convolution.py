@@ -51,7 +51,7 @@ def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     )
     shape = jax.ShapeDtypeStruct([kernel.base.shape[d] for d in order], kernel.base.dtype)
     kernel = kernel.transposed(shape, order)  # channels first: (out, in, *window)
-    with jax.named_scope("lora"):
+    with walk.scope(kernel):
         product = _from_rank if runs_back else _to_rank
         return [y + product(walk, params, numbers, kernel.input(x), kernel).astype(y.dtype)]
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlora.tracing import compat
+from jaxlora.tracing import compat, cost
 from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import merge_dtype
 
@@ -72,11 +72,14 @@ class Walk:
         strict: raise where a weight would be materialized.
         is_linear: the program is a derivative, to be transposed, and so nothing in it is named.
         uses: the uses met so far, or None where they are not wanted.
+        numbers: with uses, the number by which `cost.scope` knows the paths of a weight.
     """
 
     def __init__(self, *, strict: bool = False, record: bool = False, is_linear: bool = False):
         self.strict, self.is_linear = strict, is_linear
         self.uses: dict[Any, Use] | None = {} if record else None
+        self.numbers: dict[tuple[str, ...], int] = {}
+        self.warned: dict[Any, Any] = {}  # the registry of `warnings`: each line is told of once
         self.stopped: dict[Any, Any] = {}  # of the program being run: what it stops, by result
         self.compiled = functools.lru_cache(maxsize=256)(self._compiled)
 
@@ -111,7 +114,7 @@ class Walk:
     def derivative(self) -> "Walk":
         """Return a walk as this, for programs that have to stay linear."""
         walk = Walk(strict=self.strict, is_linear=True)
-        walk.uses = self.uses
+        walk.uses, walk.numbers, walk.warned = self.uses, self.numbers, self.warned
         return walk
 
     def named(self, h: jax.Array) -> jax.Array:
@@ -140,8 +143,15 @@ class Walk:
         if value.is_probe:
             return value.base
         dtype = value.base.dtype if value.is_rows() else merge_dtype(value.base.dtype)
-        with jax.named_scope("lora"):
+        with self.scope(value):
             return value.dense(dtype)
+
+    def scope(self, weight: LowRank) -> Any:
+        """Return the name scope of what is added to the program for a weight."""
+        if self.uses is None:
+            return jax.named_scope(CHECKPOINT_NAME)
+        number = self.numbers.setdefault(weight.origin.paths, len(self.numbers))
+        return jax.named_scope(cost.scope(number))
 
     def record(
         self, eqn: Any, weight: LowRank, kind: str, reason: str = "", **axes_of: Any
@@ -169,7 +179,10 @@ class Walk:
         what = f"the weight {path!r} reaches {operation!r} at {source}, and {reason}"
         if self.strict:
             raise ValueError(f"{what}: strict=True needs a low-rank rule at every use")
-        warnings.warn(f"{what}: it is materialized there", MaterializationWarning, stacklevel=2)
+        message = f"{what}: it is materialized there"
+        warnings.warn_explicit(
+            message, MaterializationWarning, *compat.line(eqn), registry=self.warned
+        )
 
     def _compiled(self, jaxpr: Any, name: str) -> Callable[..., Any]:
         def evaluate(*values):
