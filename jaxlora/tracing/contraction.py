@@ -101,13 +101,12 @@ def _add_product(
         a, b = weight.factors(weight.base.dtype)
         product = chain(
             x,
-            flat_names,
-            (a, a_names),
-            (b, b_names),
-            [out_names[i] for i in kept],
-            eqn.params["precision"],
-            eqn.params["preferred_element_type"],
-            walk.named,
+            a,
+            b,
+            names=tuple(map(tuple, (flat_names, a_names, b_names, (out_names[i] for i in kept)))),
+            precision=eqn.params["precision"],
+            dtype=eqn.params["preferred_element_type"],
+            named=walk.named,
         )
         product = placement.repeated(product, kept, [sizes[name] for name in out_names])
         return y + placement.like(product, y).astype(y.dtype)

@@ -6,6 +6,7 @@ with all tokens flattened into one axis it does not. So every product here is fl
 ``(batch, m, k) x (batch, k, n)``, whatever the axes of the program.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -95,24 +96,26 @@ def _contract_in_place(
     return jnp.transpose(product, [names.index(n) for n in out_names])
 
 
+@functools.partial(jax.jit, static_argnames=("names", "precision", "dtype", "named"), inline=True)
 def chain(
     x: Any,
-    x_names: Sequence[Name],
-    first: tuple[Any, Sequence[Name]],
-    second: tuple[Any, Sequence[Name]],
-    out_names: Sequence[Name],
-    precision: Any = None,
-    dtype: Any = None,
-    named: Callable[[jax.Array], jax.Array] = lambda h: h,
+    a: Any,
+    b: Any,
+    *,
+    names: tuple[tuple[Name, ...], ...],
+    precision: Any,
+    dtype: Any,
+    named: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """Return x times two factors, the one that shares more with x first.
 
+    It is traced and differentiated once for all sites of equal shapes.
+
     Args:
         x: the input.
-        x_names: names of its axes.
-        first: a factor and the names of its axes.
-        second: the other factor.
-        out_names: names of the axes of the result.
+        a: a factor.
+        b: the other factor.
+        names: names of the axes of x, of a, of b and of the result.
         precision: as in `jax.lax.dot_general`.
         dtype: dtype of both products.
         named: done to the rank-sized product.
@@ -122,9 +125,12 @@ def chain(
         made on the way.
     """
 
+    x_names, a_names, b_names, out_names = names
+    first, second = (a, a_names), (b, b_names)
+
     def shared(factor):
-        array, names = factor
-        return math.prod(s for n, s in zip(names, array.shape, strict=True) if n in x_names)
+        array, its_names = factor
+        return math.prod(s for n, s in zip(its_names, array.shape, strict=True) if n in x_names)
 
     if shared(second) > shared(first):
         first, second = second, first

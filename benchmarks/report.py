@@ -1,0 +1,23 @@
+"""Write what a benchmark measured, and on what."""
+
+import argparse
+import json
+import platform
+from typing import Any
+
+import jax
+
+
+def write(options: argparse.Namespace, results: Any) -> None:
+    """Write the results as JSON to ``options.out``, if it is given."""
+    if options.out is None:
+        return
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "options": {k: v for k, v in vars(options).items() if k != "out"},
+        "results": results,
+    }
+    options.out.write_text(json.dumps(about, indent=2) + "\n")
