@@ -20,9 +20,10 @@ from jaxlora.adapt import dropout, init
 from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
 from jaxlora.config import LoRAConfig
 from jaxlora.optim import freeze
-from jaxlora.sites import Report, Site, Sites, explain, find_sites
+from jaxlora.report import Report, explain
+from jaxlora.sites import Site, Sites, find_sites
 from jaxlora.summary import Summary, summary
-from jaxlora.tracing import MaterializationWarning, Use, lora
+from jaxlora.tracing import Cost, MaterializationWarning, Use, lora
 from jaxlora.trees import bind, mask, merge, split, unmerge
 from jaxlora.weight import Adapter, LoRAWeight, Roles
 
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Cost",
     "LoRAConfig",
     "LoRAWeight",
     "MaterializationWarning",

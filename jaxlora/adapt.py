@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlora import initializers, paths, sharding
+from jaxlora import initializers, parts, paths, sharding
 from jaxlora.config import LoRAConfig, select
 from jaxlora.sites import Site, find_sites
 from jaxlora.weight import LoRAWeight
@@ -59,8 +59,8 @@ def init(
         if isinstance(leaf, LoRAWeight):
             raise ValueError(f"the leaf {path!r} is adapted already: init needs a plain tree")
     sites = find_sites(fn, params, *args, **kwargs)
-    for path in select(config, sites):
-        leaves[path] = _fresh(key, sites[path], leaves[path], config)
+    for path, part in select(config, sites):
+        leaves[path] = _fresh(key, sites[path], part, leaves[path], config)
     return treedef.unflatten(leaves.values())
 
 
@@ -69,12 +69,15 @@ def _path_key(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def _fresh(key: jax.Array, site: Site, base: Any, config: LoRAConfig) -> LoRAWeight:
-    stack, in_, _ = site.roles.sizes(site.shape)
+def _fresh(
+    key: jax.Array, site: Site, part: parts.Part | None, base: Any, config: LoRAConfig
+) -> LoRAWeight:
+    whole = parts.shape(part, site.shape)
+    stack, in_, _ = site.roles.sizes(whole)
     initializer = config.initializer
     if isinstance(initializer, str):
         initializer = initializers.NAMED[initializer]
-    shape, key = (math.prod(in_), config.rank), _path_key(key, site.path)
+    shape, key = (math.prod(in_), config.rank), _path_key(key, parts.name(site.path, part))
     made = jax.eval_shape(lambda key: initializer(key, shape, config.dtype), key)
     if made.shape != shape or made.dtype != config.dtype:
         raise ValueError(
@@ -86,10 +89,11 @@ def _fresh(key: jax.Array, site: Site, base: Any, config: LoRAConfig) -> LoRAWei
         math.prod(stack),
         shape,
         config.dtype,
-        site.roles.factor_shapes(site.shape, config.rank),
+        site.roles.factor_shapes(whole, config.rank),
     )
-    a, b = sharding.make(_draw, factors, key, base, sharding.factor_axes(site.roles))
-    return LoRAWeight(base, a, b, site.roles, float(config.alpha))
+    plain = base.plain if isinstance(base, LoRAWeight) else base
+    a, b = sharding.make(_draw, factors, key, plain, sharding.factor_axes(site.roles, part))
+    return LoRAWeight(base, a, b, site.roles, float(config.alpha), part)
 
 
 class _Factors(NamedTuple):
@@ -153,7 +157,7 @@ def dropout(params: Any, key: jax.Array, rate: float) -> Any:
         if isinstance(leaf, LoRAWeight):
             stack, _, _ = leaf.roles.sizes(leaf.shape)
             axes = (leaf.roles.stack,)
-            (keys,) = sharding.make(_keys, stack, _path_key(key, path), leaf.base, axes)
+            (keys,) = sharding.make(_keys, stack, _path_key(key, path), leaf.plain, axes)
             leaves[path] = dataclasses.replace(leaf, dropout_keys=keys, dropout_rate=float(rate))
     return treedef.unflatten(leaves.values())
 

@@ -15,26 +15,23 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import fingerprints, paths, sharding
+from jaxlora import fingerprints, parts, paths, sharding
+from jaxlora.processes import together
 from jaxlora.trees import Adapters, bind, merge, split
 from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Roles
 
 FORMAT = "jaxlora.adapters"
 FORMAT_VERSION = 1
 _ORBAX_MARK = "_CHECKPOINT_METADATA"
-_LONGEST = 1000  # bytes of an error that other processes are told
-_TOLD = {kind.__name__: kind for kind in (FileExistsError, FileNotFoundError, ValueError)}
 PathLike = str | os.PathLike[str]
-T = TypeVar("T")
 
 
 def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> None:
@@ -91,16 +88,14 @@ def load_adapters(path: PathLike, *, base: Any) -> Adapters:
         ValueError: it holds no adapters, or damaged ones, or adapters for another base.
     """
     path = Path(path).absolute()
-    _together(lambda: _recover(path), first_alone=True)
-    about = _together(lambda: _about(path))
+    together(lambda: _recover(path), first_alone=True)
+    about = together(lambda: _about(path))
     leaves, _ = paths.flatten(base)
-    adapters = {
-        entry["path"]: _abstract(entry, leaves.get(entry["path"])) for entry in about["adapters"]
-    }
+    adapters = {entry["path"]: _abstract(entry, leaves) for entry in about["adapters"]}
     if problems := _differences(adapters, leaves):
         shown = "\n  ".join(problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5))
         raise ValueError(f"the adapters at {path} are for another base:\n  {shown}")
-    factors = _together(lambda: _read(path, _factors(adapters)))
+    factors = together(lambda: _read(path, _factors(adapters)))
     sums = fingerprints.checksums(factors)
     if bad := [name for name in sums if sums[name] != about["checksums"][name]]:
         raise ValueError(f"the adapters at {path} are damaged: {bad} are not as they were saved")
@@ -143,11 +138,14 @@ def _describe(name: str, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _abstract(entry: dict[str, Any], leaf: Any) -> Adapter:
-    """Return the adapter that was described: shapes, sharded as their axes of the leaf."""
+def _abstract(entry: dict[str, Any], leaves: dict[str, Any]) -> Adapter:
+    """Return the adapter that was described: shapes, sharded as their axes of its leaf."""
+    path, text = parts.locate(entry["path"], leaves)
+    leaf = leaves.get(path)
     roles = Roles(**{name: tuple(axes) for name, axes in entry["roles"].items()})
     base = Fingerprint(**entry["base"] | {"shape": tuple(entry["base"]["shape"])})
-    known = sharding.of(leaf.base if isinstance(leaf, LoRAWeight) else leaf)
+    part = parts.resolve(text, base.shape)
+    known = sharding.of(_plain(leaf))
     a, b = (
         jax.ShapeDtypeStruct(
             shape,
@@ -155,9 +153,9 @@ def _abstract(entry: dict[str, Any], leaf: Any) -> Adapter:
             sharding=sharding.along(known, axes) if known else sharding.default(),
         )
         for shape, dtype, axes in zip(
-            roles.factor_shapes(base.shape, entry["rank"]),
+            roles.factor_shapes(parts.shape(part, base.shape), entry["rank"]),
             entry["dtypes"],
-            sharding.factor_axes(roles),
+            sharding.factor_axes(roles, part),
             strict=True,
         )
     )
@@ -166,12 +164,12 @@ def _abstract(entry: dict[str, Any], leaf: Any) -> Adapter:
 
 def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
     """Return a line for each weight of the base that is not the one an adapter was made for."""
-    present = {name: leaves[name] for name in adapters if name in leaves}
-    plain = {n: leaf.base if isinstance(leaf, LoRAWeight) else leaf for n, leaf in present.items()}
-    prints = fingerprints.take(plain)
+    located = {name: parts.locate(name, leaves)[0] for name in adapters}
+    present = {path: _plain(leaves[path]) for path in located.values() if path in leaves}
+    prints = fingerprints.take(present)
     lines = []
     for name, adapter in adapters.items():
-        wanted, got = adapter.base, prints.get(name)
+        wanted, got = adapter.base, prints.get(located[name])
         if got is None:
             lines.append(f"{name!r} is missing; {paths.nearest(name, leaves)}")
         elif (wanted.shape, wanted.dtype) != (got.shape, got.dtype):
@@ -184,10 +182,14 @@ def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _plain(leaf: Any) -> Any:
+    return leaf.plain if isinstance(leaf, LoRAWeight) else leaf
+
+
 def _write(path: PathLike, tree: Any, about: dict[str, Any]) -> None:
     """Write a checkpoint beside its destination, then put it in its place."""
     path = Path(path).absolute()
-    _together(lambda: _make_room(path), first_alone=True)
+    together(lambda: _make_room(path), first_alone=True)
 
     def save():
         import orbax.checkpoint as ocp
@@ -196,8 +198,8 @@ def _write(path: PathLike, tree: Any, about: dict[str, Any]) -> None:
             args = ocp.args.StandardSave(jax.tree.map(_savable, tree))
             checkpointer.save(_beside(path, "new"), args=args, custom_metadata=about)
 
-    _together(save)
-    _together(lambda: _put_in_place(path), first_alone=True)
+    together(save)
+    together(lambda: _put_in_place(path), first_alone=True)
 
 
 def _make_room(path: Path) -> None:
@@ -222,34 +224,6 @@ def _savable(array: Any) -> Any:
     """Return an array as Orbax takes it: one that each process has for itself as NumPy's."""
     is_local = isinstance(array, jax.Array) and array.is_fully_addressable
     return np.asarray(array) if is_local and jax.process_count() > 1 else array
-
-
-def _together(action: Callable[[], T], *, first_alone: bool = False) -> T:
-    """Run an action in every process or the first alone, and raise in all what one raises."""
-    result, error = None, None
-    try:
-        if not first_alone or jax.process_index() == 0:
-            result = action()
-    except Exception as raised:
-        error = raised
-    if jax.process_count() > 1:
-        _raise_of_another(error)
-    if error is not None:
-        raise error
-    return cast(T, result)
-
-
-def _raise_of_another(error: Exception | None) -> None:
-    """Wait for every process, tell them the error of this one, and raise the first of theirs."""
-    from jax.experimental import multihost_utils
-
-    text = "" if error is None else f"{type(error).__name__}: {error}"
-    sent = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST), np.uint8)
-    for process, row in enumerate(np.asarray(multihost_utils.process_allgather(sent))):
-        told = row.tobytes().decode(errors="ignore").strip()
-        if told and error is None:
-            name, _, message = told.partition(": ")
-            raise _TOLD.get(name, RuntimeError)(f"{message} (in process {process})")
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxlora import initializers, paths
+from jaxlora import initializers, parts, paths
 from jaxlora.weight import scaling
 
 ALL_LINEAR = "all-linear"
@@ -30,8 +30,9 @@ class LoRAConfig:
         alpha: strength; the product ``a b`` is scaled by alpha / rank. Finite and positive.
         targets: ``"all-linear"`` (every matmul and convolution weight whose smaller side is at
             least the rank, no lookups), one regular expression (`re.fullmatch` on the path), or
-            a sequence of names, each a run of whole path parts.
-        exclude: as targets, and wins over them.
+            a sequence of names, each a run of whole path parts, with slices behind it for a part
+            of the weight: ``"qkv/kernel[:, 0:64]"``.
+        exclude: as targets, but whole weights alone, and wins over them.
         initializer: how ``a`` starts: ``"uniform"`` (±1/√in), ``"normal"``, ``"kaiming"``, or a
             function ``(key, (in, rank), dtype) -> array``.
         dtype: floating dtype of the factors.
@@ -99,6 +100,8 @@ def _checked(targets: Targets, field: str) -> Targets:
             raise TypeError(f"{field} must be strings: got {name!r}")
         if not name.strip("/"):
             raise ValueError(f"{field} must be runs of path parts, as 'query': got {name!r}")
+        if field == "exclude" and parts.parse(name)[1] is not None:
+            raise ValueError(f"exclude must name whole weights: got {name!r}")
     return targets
 
 
@@ -112,46 +115,74 @@ def matches(targets: Targets, candidates: Iterable[str]) -> dict[str, list[str]]
     candidates = list(candidates)
     if isinstance(targets, str):
         return {targets: [path for path in candidates if re.fullmatch(targets, path)]}
-    return {name: [path for path in candidates if _contains(path, name)] for name in targets}
+    found = {name: [path for path in candidates if _contains(path, name)] for name in targets}
+    for name in (name for name, paths_of in found.items() if not paths_of):  # perhaps of a part
+        found[name] = [path for path in candidates if _contains(path, parts.parse(name)[0])]
+    return found
 
 
-def select(config: LoRAConfig, sites: Any) -> list[str]:
-    """Return the paths to adapt, in the order of the tree.
+def select(config: LoRAConfig, sites: Any) -> list[tuple[str, parts.Part | None]]:
+    """Return the paths to adapt, each with its part, in the order of the tree.
 
     Args:
         config: the targets and the rank.
         sites: what `jaxlora.find_sites` found.
 
     Returns:
-        Paths of sites, every one able to hold factors of the rank.
+        Paths of sites and parts of them, every one able to hold factors of the rank.
 
     Raises:
         ValueError: a target matches nothing, or no site; a named weight is smaller than the rank;
-            nothing is left to adapt.
+            two parts of a weight overlap; nothing is left to adapt.
     """
-    excluded = _matched(config.exclude, "exclude", sites) if config.exclude else set()
+    excluded = {p for _, p in _matched(config.exclude, "exclude", sites)} if config.exclude else ()
     if config.targets == ALL_LINEAR:
-        chosen = {s.path for s in sites if not s.is_lookup and s.max_rank >= config.rank}
-        chosen -= excluded
+        fit = [s.path for s in sites if not s.is_lookup and s.max_rank >= config.rank]
+        chosen = {(path, None) for path in fit if path not in excluded}
     else:
-        chosen = _matched(config.targets, "target", sites, only_sites=True) - excluded
-        for path in sorted(chosen):
-            if config.rank > sites[path].max_rank:
-                raise ValueError(
-                    f"rank {config.rank} is too large for {path!r} of shape {sites[path].shape}: "
-                    f"its smaller side is {sites[path].max_rank}"
-                )
+        matched = _matched(config.targets, "target", sites, only_sites=True)
+        chosen = {
+            (path, _part(config.targets, name, path, sites))
+            for name, path in matched
+            if path not in excluded
+        }
+        _check_parts(config.rank, chosen, sites)
     if not chosen:
         raise ValueError(
             f"nothing to adapt: targets={config.targets!r} and exclude={config.exclude!r} leave "
             f"no site for rank {config.rank}; the leaves are:\n{sites}"
         )
-    return [path for path in sites.shapes if path in chosen]
+    order = {path: i for i, path in enumerate(sites.shapes)}
+    return sorted(chosen, key=lambda target: (order[target[0]], parts.name(*target)))
 
 
-def _matched(targets: Targets, word: str, sites: Any, *, only_sites: bool = False) -> set[str]:
-    """Return the paths that targets match; each target has to match one, if asked a site."""
-    matched = set()
+def _part(targets: Targets, name: str, path: str, sites: Any) -> parts.Part | None:
+    """Return the part of the leaf at a path that a target means."""
+    if isinstance(targets, str) or _contains(path, name):
+        return None
+    return parts.resolve(parts.parse(name)[1], sites.shapes[path])
+
+
+def _check_parts(rank: int, chosen: Iterable[tuple[str, parts.Part | None]], sites: Any) -> None:
+    """Raise if a part is smaller than the rank, or two parts of one weight overlap."""
+    for path, part in sorted(chosen, key=str):
+        shape = parts.shape(part, sites.shapes[path])
+        if rank > (side := sites[path].roles.max_rank(shape)):
+            raise ValueError(
+                f"rank {rank} is too large for {parts.name(path, part)!r} of shape {shape}: "
+                f"its smaller side is {side}"
+            )
+        for other in (p for of, p in chosen if of == path and p != part):
+            if parts.overlap(part, other):
+                names = f"{parts.name(path, part)!r} and {parts.name(path, other)!r}"
+                raise ValueError(f"the targets {names} overlap: one element has one adapter")
+
+
+def _matched(
+    targets: Targets, word: str, sites: Any, *, only_sites: bool = False
+) -> list[tuple[str, str]]:
+    """Return targets with each path they match; each has to match one, if asked a site."""
+    matched = []
     for name, found in matches(targets, sites.shapes).items():
         if not found:
             near = paths.nearest(name, sites.sites if only_sites else sites.shapes)
@@ -164,5 +195,5 @@ def _matched(targets: Targets, word: str, sites: Any, *, only_sites: bool = Fals
                 f"{word} {name!r} matches no leaf that a supported operation consumes ({why}); "
                 f"nearest sites: {near.removeprefix('nearest: ')}"
             )
-        matched.update(usable)
+        matched += [(name, path) for path in usable]
     return matched

@@ -23,6 +23,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
+    from jaxlora.parts import Part
     from jaxlora.weight import Roles
 
 Axes = tuple[int | None, ...]
@@ -43,9 +44,22 @@ def explicit(array: Any) -> NamedSharding | None:
     return found if found.mesh.explicit_axes else None
 
 
-def factor_axes(roles: Roles) -> tuple[Axes, Axes]:
-    """Return for each dimension of ``a`` and of ``b`` its axis of the base, None for the rank."""
-    return (*roles.stack, *roles.in_, None), (*roles.stack, None, *roles.out)
+def factor_axes(roles: Roles, part: Part | None = None) -> tuple[Axes, Axes]:
+    """Return for each dimension of ``a`` and of ``b`` its axis of the base.
+
+    Args:
+        roles: roles of the base's axes.
+        part: the part of the base that the factors are for.
+
+    Returns:
+        Axes; None for the rank, and for an axis of which the factors have a part.
+    """
+    cut = {axis for axis, bounds in enumerate(part or ()) if bounds}
+
+    def whole(*axes):
+        return tuple(None if axis in cut else axis for axis in axes)
+
+    return whole(*roles.stack, *roles.in_, None), whole(*roles.stack, None, *roles.out)
 
 
 def along(sharding: NamedSharding, axes: Axes) -> NamedSharding:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
-from jaxlora import paths, table
+from jaxlora import parts, paths, table
 from jaxlora.weight import Adapter, LoRAWeight
 
 
@@ -109,19 +110,29 @@ def summary(params: Any) -> Summary:
     leaves, _ = paths.flatten(params)
     if not leaves:
         raise ValueError("params is an empty tree: there is nothing to count")
-    return Summary(tuple(_row(path, leaf) for path, leaf in leaves.items()))
+    return Summary(tuple(row for path, leaf in leaves.items() for row in _rows(path, leaf)))
 
 
-def _row(path: str, leaf: Any) -> Row:
-    adapted = isinstance(leaf, LoRAWeight | Adapter)
-    base = leaf.base if isinstance(leaf, LoRAWeight) else None if adapted else leaf
-    factors = (leaf.a, leaf.b) if adapted else ()
+def _rows(path: str, leaf: Any) -> Iterator[Row]:
+    """Return the row of a leaf, or one for each part of it that is adapted; the first counts it."""
+    if isinstance(leaf, Adapter):
+        yield _row(path, leaf.base.shape, None, leaf)
+    elif isinstance(leaf, LoRAWeight):
+        for node in leaf.layers:
+            name, shape = parts.name(path, node.part), parts.shape(node.part, leaf.shape)
+            yield _row(name, shape, None if isinstance(node.base, LoRAWeight) else leaf.plain, node)
+    else:
+        yield _row(path, getattr(leaf, "shape", ()), leaf, None)
+
+
+def _row(path: str, shape: Any, base: Any, node: Adapter | LoRAWeight | None) -> Row:
+    factors = () if node is None else (node.a, node.b)
     trainable = sum(_size(x) for x in factors)
     trainable_bytes = sum(_bytes(x) for x in factors)
     return Row(
         path,
-        tuple(getattr(leaf.base if adapted else leaf, "shape", ())),
-        leaf.rank if adapted else 0,
+        tuple(shape),
+        0 if node is None else node.rank,
         trainable,
         trainable + _size(base),
         trainable_bytes,

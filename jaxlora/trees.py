@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import fingerprints, paths, sharding
+from jaxlora import fingerprints, parts, paths, sharding
 from jaxlora.weight import Adapter, LoRAWeight, merge_dtype
 
 Adapters = dict[str, Adapter]
@@ -41,12 +41,14 @@ def split(params: Any) -> tuple[Any, Adapters]:
     nodes = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)}
     if not nodes:
         raise ValueError("params has no adapted weight: make some with jaxlora.init")
-    prints = fingerprints.take({path: node.base for path, node in nodes.items()})
+    plain = {path: node.plain for path, node in nodes.items()}
+    prints = fingerprints.take(plain)
     adapters = {
-        path: Adapter(node.a, node.b, node.roles, node.alpha, prints[path])
-        for path, node in nodes.items()
+        parts.name(path, node.part): Adapter(node.a, node.b, node.roles, node.alpha, prints[path])
+        for path in nodes
+        for node in nodes[path].layers
     }
-    return treedef.unflatten(nodes[p].base if p in nodes else leaves[p] for p in leaves), adapters
+    return treedef.unflatten((leaves | plain).values()), adapters
 
 
 def bind(base: Any, adapters: Adapters) -> Any:
@@ -93,9 +95,14 @@ def mask(params: Any) -> Any:
     def of(leaf):
         if not paths.is_node(leaf):
             return False
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[0].name in ("a", "b"), leaf)
+        return jax.tree_util.tree_map_with_path(lambda path, _: _is_factor(path), leaf)
 
     return jax.tree.map(of, params, is_leaf=paths.is_node)
+
+
+def _is_factor(keys: Any) -> bool:
+    """Tell whether the keys of a leaf of a node lead to ``a`` or ``b``."""
+    return getattr(keys[-1], "name", None) in ("a", "b")
 
 
 def merge(params: Any, *, with_error: bool = False) -> Any:
@@ -165,20 +172,24 @@ def _nodes(leaves: dict[str, Any], adapters: Adapters) -> dict[str, LoRAWeight]:
     """Return the node of each adapter over the leaf that it is for, or raise if it is for none."""
     if not adapters:
         raise ValueError("adapters is empty: it must hold the factors of at least one weight")
-    nodes = {}
-    for path, adapter in adapters.items():
+    nodes: dict[str, LoRAWeight] = {}
+    for name, adapter in adapters.items():
+        path, text = parts.locate(name, leaves)
         if path not in leaves:
             raise ValueError(f"the base has no leaf {path!r}; {paths.nearest(path, leaves)}")
         leaf = leaves[path]
         if isinstance(leaf, LoRAWeight):
             raise ValueError(f"the leaf {path!r} is adapted already: a plain tree is needed")
-        check_fits(path, leaf, adapter)
-        nodes[path] = LoRAWeight(leaf, adapter.a, adapter.b, adapter.roles, adapter.alpha)
+        part = check_fits(name, text, leaf, adapter)
+        below = nodes.get(path, leaf)
+        nodes[path] = LoRAWeight(below, adapter.a, adapter.b, adapter.roles, adapter.alpha, part)
+        if len({node.roles for node in nodes[path].layers}) > 1:
+            raise ValueError(f"the adapters of parts of {path!r} differ in the roles of its axes")
     return nodes
 
 
-def check_fits(path: str, leaf: Any, adapter: Adapter) -> None:
-    """Raise if an adapter is not for a leaf of this shape."""
+def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> parts.Part | None:
+    """Return the part that an adapter is for, or raise if it is not for a leaf of this shape."""
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapters[{path!r}] must be an Adapter: got {type(adapter).__name__}")
     if not hasattr(leaf, "shape") or tuple(leaf.shape) != adapter.base.shape:
@@ -186,28 +197,31 @@ def check_fits(path: str, leaf: Any, adapter: Adapter) -> None:
         raise ValueError(
             f"the adapter of {path!r} is for a weight of shape {adapter.base.shape}: got {found}"
         )
-    wanted = adapter.roles.factor_shapes(leaf.shape, adapter.rank)
+    part = parts.resolve(text, leaf.shape)
+    wanted = adapter.roles.factor_shapes(parts.shape(part, leaf.shape), adapter.rank)
     if (tuple(adapter.a.shape), tuple(adapter.b.shape)) != wanted:
         raise ValueError(
             f"the factors of {path!r} must have the shapes a={wanted[0]}, b={wanted[1]}: "
             f"got a={adapter.a.shape}, b={adapter.b.shape}"
         )
+    return part
 
 
 def _fold(path: str, node: LoRAWeight, sign: int) -> tuple[Any, Any]:
     """Return ``base + sign * delta`` and its rounding error; raise if it is not finite."""
-    placed = (sharding.of(node.base), None, None)
+    placed = (sharding.of(node.plain), None, None)
     folded, error, finite = jax.jit(_folded, static_argnums=1, out_shardings=placed)(node, sign)
     if not isinstance(finite, Tracer) and not finite:
         what = "merged" if sign > 0 else "unmerged"
-        found = [name for name in ("base", "a", "b") if not jnp.isfinite(getattr(node, name)).all()]
+        arrays = [("base", node.plain), *((n, getattr(k, n)) for k in node.layers for n in "ab")]
+        found = dict.fromkeys(name for name, array in arrays if not jnp.isfinite(array).all())
         where = f"{' and '.join(found)} hold NaN or inf" if found else f"it overflows {node.dtype}"
         raise ValueError(f"the {what} weight {path!r} is not finite: {where}")
     return folded, error
 
 
 def _folded(node: LoRAWeight, sign: int) -> tuple[Any, Any, Any]:
-    exact = node.base.astype(merge_dtype(node.base.dtype)) + sign * node.delta()
-    folded = exact.astype(node.base.dtype)
+    exact = node.plain.astype(merge_dtype(node.dtype)) + sign * node.delta()
+    folded = exact.astype(node.dtype)
     error = jnp.max(jnp.abs(exact - folded.astype(exact.dtype)))
     return folded, error, jnp.isfinite(folded).all()

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import sharding
+from jaxlora import parts, sharding
 
 _meta = {"static": True}
 
@@ -127,14 +127,16 @@ class Adapter:
 class LoRAWeight:
     """An adapted weight, in the place of the leaf it adapts.
 
-    It is a pytree node; `jaxlora.lora` makes functions accept it where they take an array.
+    It is a pytree node; `jaxlora.lora` makes functions accept it where they take an array. Where
+    several parts of a weight are adapted, the node of one is the base of the next.
 
     Attributes:
-        base: the frozen weight, of any shape and floating dtype.
+        base: the frozen weight, of any shape and floating dtype, or a node.
         a: factor on the input side, ``(*stack, *in, rank)``.
         b: factor on the output side, ``(*stack, rank, *out)``.
         roles: roles of the axes of ``base``.
         alpha: numerator of the scaling.
+        part: the block of the weight that the factors are for, None for all of it.
         dropout_keys: None, or one random key for each stack entry, ``(*stack,)``.
         dropout_rate: share of the low-rank path's input that is dropped.
     """
@@ -144,8 +146,20 @@ class LoRAWeight:
     b: Any
     roles: Roles = dataclasses.field(metadata=_meta)
     alpha: float = dataclasses.field(metadata=_meta)
+    part: parts.Part | None = dataclasses.field(default=None, metadata=_meta)
     dropout_keys: Any = None
     dropout_rate: float = dataclasses.field(default=0.0, metadata=_meta)
+
+    @property
+    def layers(self) -> list["LoRAWeight"]:
+        """The nodes of this weight, the innermost first."""
+        inner = self.base.layers if isinstance(self.base, LoRAWeight) else []
+        return [*inner, self]
+
+    @property
+    def plain(self) -> Any:
+        """The frozen weight, beneath every node."""
+        return self.layers[0].base
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -169,8 +183,13 @@ class LoRAWeight:
 
     def delta(self) -> jax.Array:
         """Return the dense ``scaling * a b``, shaped and sharded as the base, in `merge_dtype`."""
-        roles, dtype = self.roles, merge_dtype(self.base.dtype)
-        ndim, rank = self.base.ndim, self.base.ndim  # the name of the rank axis is the next free
+        if isinstance(self.base, LoRAWeight):
+            return self.base.delta() + self._own_delta()
+        return self._own_delta()
+
+    def _own_delta(self) -> jax.Array:
+        roles, dtype = self.roles, merge_dtype(self.dtype)
+        ndim = rank = len(self.shape)  # the name of the rank axis is the next free
         product = jnp.einsum(
             self.a.astype(dtype),
             [*roles.stack, *roles.in_, rank],
@@ -178,13 +197,14 @@ class LoRAWeight:
             [*roles.stack, rank, *roles.out],
             list(range(ndim)),
             precision=jax.lax.Precision.HIGHEST,
-            out_sharding=sharding.explicit(self.base),
+            out_sharding=sharding.explicit(self.plain),
         )
-        return product * self.scaling
+        return jnp.pad(product * self.scaling, parts.padding(self.part, self.shape))
 
     def __repr__(self):
-        base, a, b = (getattr(x, "shape", x) for x in (self.base, self.a, self.b))
-        return f"LoRAWeight(base={base}, a={a}, b={b}, alpha={self.alpha:g})"
+        base, a, b = (getattr(x, "shape", x) for x in (self.plain, self.a, self.b))
+        part = parts.name("", self.part)
+        return f"LoRAWeight(base={base}{part}, a={a}, b={b}, alpha={self.alpha:g})"
 
 
 def scaling(alpha: float, rank: int) -> float:

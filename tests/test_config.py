@@ -62,7 +62,7 @@ def test_all_linear_takes_every_product_and_no_lookup_or_smaller_side():
     sites = jaxlora.find_sites(model, params, jnp.ones((5, 8)), jnp.arange(5))
     assert sites["table"].is_lookup
     config = jaxlora.LoRAConfig(rank=3)
-    assert select(config, sites) == ["big"]
+    assert select(config, sites) == [("big", None)]
 
 
 def test_exclude_wins():

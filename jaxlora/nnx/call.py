@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 import jaxlora
+from jaxlora import parts
 
 Method = Callable[..., Any] | str
 _NODE = object()  # stands for a module among the arguments of a call
@@ -79,7 +80,9 @@ def write(nodes: list, changed: Any, graphdef: Any, adapted: Collection[str]) ->
     current, written = leaves_of(nodes), {}
     for path, leaf in nnx.to_flat_state(changed):
         name = f"{name_of(path[1:])}/"
-        if path[0] == 0 and any(f"{weight}/".startswith(name) for weight in adapted):
+        if path[0] == 0 and any(
+            f"{parts.parse(weight)[0]}/".startswith(name) for weight in adapted
+        ):
             continue
         if isinstance(variable := current.get(path), nnx.Variable):
             variable.set_raw_value(variable.get_raw_value())  # raises inside of another trace

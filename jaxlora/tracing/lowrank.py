@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.tracing import axes, placement
 from jaxlora.tracing.product import contract
-from jaxlora.weight import LoRAWeight, Roles, merge_dtype, scaling
+from jaxlora.weight import Roles, merge_dtype, scaling
 
 _meta = {"static": True}
 
@@ -224,66 +224,3 @@ class LowRank:
             if (factor := getattr(self, name)) is not None:
                 fields[name] = change(factor, carries)
         return self.replace(**fields)
-
-
-def enter(path: str, weight: LoRAWeight) -> LowRank:
-    """Return the traced value of an adapted weight; its base gets no gradient."""
-    roles, shape = weight.roles, tuple(weight.base.shape)
-    stack, in_side, out_side = roles.stack, (*roles.stack, *roles.in_), (*roles.stack, *roles.out)
-    keys = weight.dropout_keys
-    return LowRank(
-        base=jax.lax.stop_gradient(weight.base),
-        a=_to_axis_order(weight.a, in_side, shape),
-        b=_to_axis_order(jnp.moveaxis(weight.b, len(stack), -1), out_side, shape),
-        keys=None if keys is None else _to_axis_order(keys, stack, shape),
-        dims=axes.from_shape(shape, roles.labels(Role.STACK, Role.IN, Role.OUT)),
-        origin=Origin((path,), roles, shape, weight.alpha, weight.dropout_rate),
-    )
-
-
-def probe(path: str, leaf: Any) -> LowRank:
-    """Return the traced value that finds out how a leaf is used."""
-    dims = tuple(((frozenset({(path, i)}), size),) for i, size in enumerate(leaf.shape))
-    return LowRank(leaf, None, None, None, dims, Origin((path,), None, tuple(leaf.shape)))
-
-
-def leave(weight: LowRank) -> LoRAWeight | None:
-    """Return the node for a weight that leaves the program, or None where a node cannot say it."""
-    repeats = axes.REPEATED in axes.labels(weight.dims)
-    if weight.is_rows() or repeats or any(len(dim) > 1 for dim in weight.dims):
-        return None
-    shape, origin = weight.base.shape, weight.origin
-    known = [Role.OUT] * len(shape)
-    if origin.roles is not None and shape == origin.shape:
-        known = origin.roles.labels(*Role)
-    labels = [dim[0][0] if dim else label for dim, label in zip(weight.dims, known, strict=True)]
-    roles = Roles(*(tuple(i for i, label in enumerate(labels) if label == role) for role in Role))
-    b = _to_role_order(weight.b, (*roles.stack, *roles.out), shape)
-    keys = weight.keys
-    return LoRAWeight(
-        base=weight.base,
-        a=_to_role_order(weight.a, (*roles.stack, *roles.in_), shape),
-        b=jnp.moveaxis(b, -1, len(roles.stack)),
-        roles=roles,
-        alpha=origin.alpha,
-        dropout_keys=None if keys is None else _to_role_order(keys, roles.stack, shape),
-        dropout_rate=origin.dropout_rate,
-    )
-
-
-def _to_axis_order(factor: Any, axes_of: Sequence[int], shape: Sequence[int]) -> Any:
-    """Sort the leading axes of a factor by the weight's axes, and drop those of size 1."""
-    order = sorted(range(len(axes_of)), key=axes_of.__getitem__)
-    factor = factor.transpose(*order, *range(len(order), factor.ndim))
-    sizes = [shape[i] for i in sorted(axes_of) if shape[i] != 1]
-    return factor.reshape(*sizes, *factor.shape[len(order) :])
-
-
-def _to_role_order(factor: Any, axes_of: Sequence[int], shape: Sequence[int]) -> Any:
-    """Undo `_to_axis_order`."""
-    in_order = sorted(axes_of)
-    dropped = sum(shape[i] == 1 for i in in_order)
-    sizes = [shape[i] for i in in_order]
-    factor = factor.reshape(*sizes, *factor.shape[len(in_order) - dropped :])
-    order = [in_order.index(i) for i in axes_of]
-    return factor.transpose(*order, *range(len(order), factor.ndim))

@@ -124,7 +124,6 @@ def chain(
         Array with one axis for each of out_names; no array of the size of ``first @ second`` is
         made on the way.
     """
-
     x_names, a_names, b_names, out_names = names
     first, second = (a, a_names), (b, b_names)
 

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from jaxlora import paths
-from jaxlora.tracing import lowrank
+from jaxlora.tracing import boundary
 from jaxlora.tracing.interpreter import Walk
+from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import LoRAWeight
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,7 +47,7 @@ class Program:
     def enter(self, inputs: Sequence[Any]) -> list[Any]:
         """Return the inputs with a low-rank weight for each adapted one."""
         pairs = zip(self.paths, inputs, strict=True)
-        return [lowrank.enter(path, x) if _is_weight(x) else x for path, x in pairs]
+        return [boundary.enter(path, x) if _is_weight(x) else x for path, x in pairs]
 
 
 def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Program:
@@ -67,7 +68,7 @@ def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Progra
         result["outs"] = [None if is_array(out) else out for out in outs]
         return [out for out in outs if is_array(out)]
 
-    arrays = [leaf.base if isinstance(leaf, LoRAWeight) else leaf for leaf in inputs]
+    arrays = [leaf.plain if isinstance(leaf, LoRAWeight) else leaf for leaf in inputs]
     jaxpr = jax.make_jaxpr(flat)(*arrays)
 
     def rebuild(outs):
@@ -126,7 +127,7 @@ def lora(fn: F, *, strict: bool = False) -> F:
 def _left(walk: Walk, out: Any) -> Any:
     """Return an output as the caller gets it: an array, or the node of a weight passed through."""
     out = walk.finish(out)
-    if not isinstance(out, lowrank.LowRank):
+    if not isinstance(out, LowRank):
         return out
-    node = lowrank.leave(out)
+    node = boundary.leave(out)
     return walk.densify(None, out, "it leaves the function") if node is None else node

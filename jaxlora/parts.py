@@ -1,0 +1,86 @@
+"""Parts of a weight: blocks of one leaf that have adapters of their own.
+
+Query, key and value are often one kernel, and the layers of a scanned model one stack. A part
+is named as NumPy slices an array, behind the path: ``attention/qkv/kernel[:, 0:64]``.
+"""
+
+import re
+from collections.abc import Container, Sequence
+
+Part = tuple[tuple[int, int] | None, ...]  # (start, stop) of each axis, None for all of it
+
+
+def parse(name: str) -> tuple[str, str | None]:
+    """Return the path in a name, and what stands in brackets at its end, if anything.
+
+    >>> parse("qkv/kernel[:, 0:64]"), parse("qkv/kernel")
+    (('qkv/kernel', ':, 0:64'), ('qkv/kernel', None))
+    """
+    found = re.fullmatch(r"(.+)\[([^\[\]]*)\]", name)
+    return (found[1], found[2]) if found else (name, None)
+
+
+def locate(name: str, leaves: Container[str]) -> tuple[str, str | None]:
+    """Return what `parse` does, but for a leaf whose own name ends in brackets."""
+    return (name, None) if name in leaves else parse(name)
+
+
+def resolve(text: str | None, shape: Sequence[int]) -> Part | None:
+    """Return the part of a weight of some shape, None for all of it.
+
+    Args:
+        text: slices ``start:stop`` for the first axes, separated by commas; None is no part.
+        shape: shape of the weight.
+
+    Raises:
+        ValueError: it is no run of slices, has too many, or one of them is empty.
+
+    >>> resolve("-4:, :", (12, 3))
+    ((8, 12), None)
+    """
+    if text is None:
+        return None
+    slices = [re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*", piece) for piece in text.split(",")]
+    if not all(slices) or len(slices) > len(shape):
+        raise ValueError(
+            f"a part must be slices as [:, 0:64], at most one for each axis of the weight's shape "
+            f"{tuple(shape)}: got [{text}]"
+        )
+    part: list[tuple[int, int] | None] = [None] * len(shape)
+    for d, (found, size) in enumerate(zip(slices, shape, strict=False)):
+        bounds = (int(bound) if bound else None for bound in found.groups()) if found else ()
+        start, stop, _ = slice(*bounds).indices(size)
+        if start >= stop:
+            raise ValueError(f"the part [{text}] of a weight of shape {tuple(shape)} is empty")
+        part[d] = None if (start, stop) == (0, size) else (start, stop)
+    return tuple(part) if any(part) else None
+
+
+def name(path: str, part: Part | None) -> str:
+    """Return the name of a part of the leaf at a path.
+
+    >>> name("qkv/kernel", (None, (0, 64)))
+    'qkv/kernel[:, 0:64]'
+    """
+    if part is None:
+        return path
+    slices = [":" if bounds is None else f"{bounds[0]}:{bounds[1]}" for bounds in part]
+    return f"{path}[{', '.join(slices)}]"
+
+
+def shape(part: Part | None, whole: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a part of a weight of shape ``whole``."""
+    around = padding(part, whole)
+    return tuple(size - low - high for size, (low, high) in zip(whole, around, strict=True))
+
+
+def padding(part: Part | None, whole: Sequence[int]) -> list[tuple[int, int]]:
+    """Return how much of the weight lies before and behind a part, for each axis."""
+    bounds = part or [None] * len(whole)
+    return [(b[0], size - b[1]) if b else (0, 0) for b, size in zip(bounds, whole, strict=True)]
+
+
+def overlap(one: Part | None, other: Part | None) -> bool:
+    """Tell whether two parts of a weight have an element in common."""
+    pairs = zip(one, other, strict=True) if one and other else ()
+    return all(not (a and b) or (a[0] < b[1] and b[0] < a[1]) for a, b in pairs)

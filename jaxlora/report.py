@@ -1,0 +1,106 @@
+"""What becomes of adapted weights: the program is walked with them, and each use written down.
+
+The walk is abstract: nothing is computed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxlora import paths, table, tracing
+from jaxlora.tracing import cost
+from jaxlora.weight import LoRAWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What becomes of each adapted weight of a program.
+
+    Attributes:
+        uses: the operations that consume it, by path.
+        costs: extra operations and bytes of one call by path, a loop of unknown length counted
+            once; what several weights share is parted evenly among them.
+    """
+
+    uses: dict[str, tuple[tracing.Use, ...]]
+    costs: dict[str, tracing.Cost]
+
+    @property
+    def cost(self) -> tracing.Cost:
+        """The extra operations and bytes in all."""
+        return sum(self.costs.values(), tracing.Cost())
+
+    @property
+    def materialized(self) -> dict[str, tuple[tracing.Use, ...]]:
+        """The uses at which a weight is made dense, by path."""
+        found = {
+            path: tuple(use for use in uses if use.kind == tracing.MATERIALIZED)
+            for path, uses in self.uses.items()
+        }
+        return {path: uses for path, uses in found.items() if uses}
+
+    def __str__(self):
+        rows = []
+        for path, uses in self.uses.items():
+            low = [f"{u.operation} ({u.kind})" for u in uses if u.kind != tracing.MATERIALIZED]
+            dense = [
+                f"{u.operation} at {u.source}: {u.reason}" for u in self.materialized.get(path, ())
+            ]
+            low = list(dict.fromkeys(low)) or ["" if dense else "not used"]
+            cost = self.costs[path]
+            cells = (", ".join(low), f"{cost.flops:,}", f"{cost.bytes:,}", "; ".join(dense))
+            rows.append((path, *cells))
+        header = ("path", "low-rank at", "extra FLOPs", "extra bytes", "materialized at")
+        body = table.render_folded(header, rows)
+        return f"{body}\n\nextra {self.cost.flops:,} FLOPs, {self.cost.bytes:,} bytes"
+
+    __repr__ = __str__
+
+
+def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Report:
+    """Tell for each adapted weight where the program takes it low-rank, and where not and why.
+
+    Args:
+        fn: any function; its first argument is ``params``.
+        params: its parameters with adapted weights; arrays or shapes.
+        *args: its other arguments.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        The uses of every adapted weight, and what it costs beyond the plain program.
+
+    Raises:
+        ValueError: no leaf of params is adapted.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
+    >>> print(jaxlora.explain(model, params, x))
+    path  low-rank at               extra FLOPs  extra bytes  materialized at
+    ----  ------------------------  -----------  -----------  ---------------
+    w     dot_general (contracted)  37           224
+    <BLANKLINE>
+    extra 37 FLOPs, 224 bytes
+    """
+    leaves, _ = paths.flatten(params)
+    adapted = [path for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)]
+    if not adapted:
+        raise ValueError("params has no adapted weight: make some with jaxlora.init")
+    walk = tracing.Walk(record=True)
+    program = tracing.trace(fn, (params, *args), kwargs)
+
+    def run(*inputs):
+        return [walk.finish(out) for out in walk.run(program.jaxpr, *program.enter(inputs))]
+
+    counted = cost.count(jax.make_jaxpr(run)(*program.inputs))
+    uses: dict[str, list[tracing.Use]] = {path: [] for path in adapted}
+    for use in (walk.uses or {}).values():
+        uses.setdefault(use.path, []).append(use)
+    costs = dict.fromkeys(uses, tracing.Cost())
+    for weights, number in walk.numbers.items():
+        for path in weights:
+            costs[path] += counted.get(number, tracing.Cost()).shared(len(weights))
+    return Report({path: tuple(found) for path, found in uses.items()}, costs)
