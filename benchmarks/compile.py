@@ -25,25 +25,6 @@ import jaxlora
 from jaxlora import table
 
 
-class Scanned(nn.Module):
-    """As `models.Transformer`, with its blocks as one block that is scanned."""
-
-    layers: int
-    heads: int
-    hidden: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return ``(batch, time, width)`` for the same."""
-        scan = nn.scan(
-            lambda block, x, _: (block(x), None),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=self.layers,
-        )
-        return scan(models.Block(self.heads, self.hidden), x, None)[0]
-
-
 def seconds(fn: Callable[..., Any], *args: Any) -> tuple[float, float]:
     """Return the seconds that tracing and compiling take, nothing remembered of before."""
     jax.clear_caches()
@@ -117,8 +98,10 @@ def main() -> None:
 
     results = []
     for count in options.layers:
-        for kind, make in {"unrolled": models.Transformer, "scanned": Scanned}.items():
-            rows = measure(make(layers=count, heads=4, hidden=256), options)
+        for scan in (False, True):
+            model = models.Transformer(count, heads=4, hidden=256, scan=scan)
+            kind = "scanned" if scan else "unrolled"
+            rows = measure(model, options)
             results += [{"layers": count, "kind": kind, **row} for row in rows]
     cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in r.values()] for r in results]
     print(table.render(list(results[0]), cells))

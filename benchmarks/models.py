@@ -1,5 +1,7 @@
 """The model that is measured: a transformer in Flax Linen as users write it, with 3-D inputs."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,23 +39,37 @@ class Transformer(nn.Module):
         layers: number of blocks.
         heads: attention heads.
         hidden: width of the feed-forward networks.
+        scan: whether the blocks are one that is scanned, its weights stacked.
+        remat: whether a block is computed again in the backward pass.
     """
 
     layers: int
     heads: int
     hidden: int
+    scan: bool = False
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return ``(batch, time, width)`` for the same."""
-        for i in range(self.layers):
-            x = Block(self.heads, self.hidden, name=f"block_{i}")(x)
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        if self.scan:
+            blocks = nn.scan(
+                lambda block, x, _: (block(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.layers,
+            )
+            x, _ = blocks(block(self.heads, self.hidden, name="blocks"), x, None)
+        else:
+            for i in range(self.layers):
+                x = block(self.heads, self.hidden, name=f"block_{i}")(x)
         return nn.LayerNorm(name="norm")(x)
 
 
 TARGETS = ("q", "k", "v", "o", "up", "down")
 
 
-def loss(x: jax.Array, target: jax.Array) -> jax.Array:
+def loss(x: Any, target: jax.Array) -> jax.Array:
     """Return the mean squared error in float32."""
     return jnp.mean((x.astype(jnp.float32) - target.astype(jnp.float32)) ** 2)

@@ -8,12 +8,12 @@ round. The variants:
   added to the input is trained, so that the backward passes through every layer.
 - full: every parameter is trained.
 - per call: ``W + scaling * A@B`` is built on every call.
-- lora: `jaxlora.lora`.
+- naive: ``(x A) B`` is added to the output of each layer (not with ``--scan``).
+- qwix: the model as qwix adapts it, where it is installed.
+- lora: `jaxlora.lora`, in the form it chooses; with ``--forms`` in each form as well.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import optax
+import peers
+import report
 
 import jaxlora
 from jaxlora import table
@@ -32,9 +34,12 @@ from jaxlora import table
 
 def variants(options: argparse.Namespace) -> dict[str, tuple[Callable[..., Any], Any, Any]]:
     """Return for each variant its loss ``(trained, frozen, x, y)``, and what it trains and not."""
-    model = models.Transformer(options.layers, options.heads, options.hidden)
+    model = models.Transformer(
+        options.layers, options.heads, options.hidden, options.scan, options.remat
+    )
     x, _ = data(options)
     params = model.init(jax.random.key(0), x)
+    params = jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
     config = jaxlora.LoRAConfig(rank=options.rank, alpha=16, targets=models.TARGETS)
     adapted = jaxlora.init(jax.random.key(1), model.apply, params, x, config=config)
     base, adapters = jaxlora.split(adapted)
@@ -48,36 +53,34 @@ def variants(options: argparse.Namespace) -> dict[str, tuple[Callable[..., Any],
     def full(params, frozen, x, y):
         return models.loss(model.apply(params, x), y)
 
-    def per_call(adapters, base, x, y):
-        def build(leaf):
-            if not isinstance(leaf, jaxlora.LoRAWeight):
-                return leaf
-            return leaf.base + leaf.scaling * (leaf.a @ leaf.b)
+    def lora(form):
+        apply = jaxlora.lora(model.apply, strict=True, form=form)
 
-        params = jax.tree.map(
-            build,
-            jaxlora.bind(base, adapters),
-            is_leaf=lambda leaf: isinstance(leaf, jaxlora.LoRAWeight),
-        )
-        return models.loss(model.apply(params, x), y)
+        def loss(adapters, base, x, y):
+            return models.loss(apply(jaxlora.bind(base, adapters), x), y)
 
-    apply = jaxlora.lora(model.apply, strict=True)
+        return loss, adapters, base
 
-    def lora(adapters, base, x, y):
-        return models.loss(apply(jaxlora.bind(base, adapters), x), y)
-
-    return {
-        "floor": (floor, jnp.zeros(options.width), params),
+    found = {
+        "floor": (floor, jnp.zeros(options.width, options.dtype), params),
         "full": (full, params, ()),
-        "per call": (per_call, adapters, base),
-        "lora": (lora, adapters, base),
+        "per call": peers.per_call(model, adapters, base),
     }
+    if not options.scan:
+        found["naive"] = peers.naive(model, adapters, base)
+    if peers.has_qwix():
+        found["qwix"] = peers.qwix(model, params, x, options.rank, config.alpha)
+    found["lora"] = lora("auto")
+    if options.forms:
+        found |= {f"lora, {form}": lora(form) for form in ("factored", "weight-side")}
+    return found
 
 
 def data(options: argparse.Namespace) -> tuple[jax.Array, jax.Array]:
     """Return inputs and targets ``(batch, time, width)``."""
     shape = (options.batch, options.time, options.width)
-    return tuple(jax.random.normal(jax.random.key(seed), shape) for seed in (3, 4))
+    x, y = (jax.random.normal(jax.random.key(seed), shape, options.dtype) for seed in (3, 4))
+    return x, y
 
 
 class Step:
@@ -100,11 +103,12 @@ class Step:
         start = time.perf_counter()
         self.compiled = lowered.compile()
         self.compile_s = time.perf_counter() - start
-        memory = self.compiled.memory_analysis()
+        memory: Any = self.compiled.memory_analysis()
+        cost: Any = self.compiled.cost_analysis()
         self.figures = {
             "trace_s": self.trace_s,
             "compile_s": self.compile_s,
-            "gflops": self.compiled.cost_analysis()["flops"] / 1e9,
+            "gflops": cost["flops"] / 1e9,
             "temp_mb": memory.temp_size_in_bytes / 1e6,
             "argument_mb": memory.argument_size_in_bytes / 1e6,
         }
@@ -127,8 +131,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         name: Step(loss, copy(trained), frozen, x, y)
         for name, (loss, trained, frozen) in variants(options).items()
     }
-    programs = {step.compiled.as_text() for step in steps.values()}
-    if len(programs) != len(steps):
+    programs = {step.compiled.as_text() for name, step in steps.items() if "," not in name}
+    if len(programs) != sum("," not in name for name in steps):
         raise RuntimeError("two variants compiled to one program: nothing would be compared")
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
@@ -169,6 +173,13 @@ def main() -> None:
         "warmup": 2,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    for name, help_ in {
+        "scan": "scan over the blocks",
+        "remat": "compute each block again in the backward pass",
+        "forms": "measure every form of jaxlora's products",
+    }.items():
+        parser.add_argument(f"--{name}", action="store_true", help=help_)
+    parser.add_argument("--dtype", default="float32", help="of base and inputs, default float32")
     parser.add_argument("--out", type=Path, help="write JSON here")
     options = parser.parse_args()
 
@@ -176,15 +187,7 @@ def main() -> None:
     columns = list(next(iter(results.values())))
     rows = [[name, *(f"{row[c]:.2f}" for c in columns)] for name, row in results.items()]
     print(table.render(["variant", *columns], rows))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "device": jax.devices()[0].device_kind,
-            "options": {k: v for k, v in vars(options).items() if k != "out"},
-        }
-        options.out.write_text(json.dumps({**about, "variants": results}, indent=2) + "\n")
+    report.write(options, results)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Report:
     def __str__(self):
         rows = []
         for path, uses in self.uses.items():
-            low = [f"{u.operation} ({u.kind})" for u in uses if u.kind != tracing.MATERIALIZED]
+            low = [_told(use) for use in uses if use.kind != tracing.MATERIALIZED]
             dense = [
                 f"{u.operation} at {u.source}: {u.reason}" for u in self.materialized.get(path, ())
             ]
@@ -57,6 +57,11 @@ class Report:
         return f"{body}\n\nextra {self.cost.flops:,} FLOPs, {self.cost.bytes:,} bytes"
 
     __repr__ = __str__
+
+
+def _told(use: tracing.Use) -> str:
+    form = f", {use.form} in training" if use.form == "weight-side" else ""
+    return f"{use.operation} ({use.kind}{form})"
 
 
 def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Report:

@@ -4,6 +4,7 @@ A tree of parameters and the same tree with `LoRAWeight` nodes in it differ only
 so every function here is one pass over the leaves by path.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -105,15 +106,18 @@ def _is_factor(keys: Any) -> bool:
     return getattr(keys[-1], "name", None) in ("a", "b")
 
 
-def merge(params: Any, *, with_error: bool = False) -> Any:
+def merge(params: Any, *, with_error: bool = False, donate: bool = False) -> Any:
     """Fold the product of the factors into the weights.
 
     ``W = round(base + scaling * a b)``, summed in float32 (float64 for a float64 base) and
-    rounded once to the dtype of the base. One weight at a time is in memory twice.
+    rounded once to the dtype of the base.
 
     Args:
         params: a tree with `LoRAWeight` nodes.
         with_error: also return the rounding error made.
+        donate: give up each adapted weight of params as soon as it is merged, so that no more
+            than one is in memory twice. Their arrays are deleted, as those that are donated to a
+            function under `jax.jit`, also where an error is raised.
 
     Returns:
         A plain tree with the structure, shapes and dtypes of the base. With ``with_error`` a
@@ -136,7 +140,7 @@ def merge(params: Any, *, with_error: bool = False) -> Any:
     errors = {}
     for path, leaf in leaves.items():
         if isinstance(leaf, LoRAWeight):
-            leaves[path], errors[path] = _fold(path, leaf, 1)
+            leaves[path], errors[path] = _fold(path, leaf, 1, donate=donate)
     plain = treedef.unflatten(leaves.values())
     return (plain, errors) if with_error else plain
 
@@ -207,21 +211,33 @@ def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> part
     return part
 
 
-def _fold(path: str, node: LoRAWeight, sign: int) -> tuple[Any, Any]:
+def _fold(path: str, node: LoRAWeight, sign: int, *, donate: bool = False) -> tuple[Any, Any]:
     """Return ``base + sign * delta`` and its rounding error; raise if it is not finite."""
-    placed = (sharding.of(node.plain), None, None)
-    folded, error, finite = jax.jit(_folded, static_argnums=1, out_shardings=placed)(node, sign)
-    if not isinstance(finite, Tracer) and not finite:
+    plain, dtype = node.plain, node.dtype
+    run = jax.jit(
+        _folded,
+        static_argnums=2,
+        out_shardings=(sharding.of(plain), None, None),
+        donate_argnums=0 if donate else (),
+    )
+    folded, error, finite = run(plain, node.over(None), sign)
+    if not isinstance(finite["sum"], Tracer) and not finite["sum"]:
         what = "merged" if sign > 0 else "unmerged"
-        arrays = [("base", node.plain), *((n, getattr(k, n)) for k in node.layers for n in "ab")]
-        found = dict.fromkeys(name for name, array in arrays if not jnp.isfinite(array).all())
-        where = f"{' and '.join(found)} hold NaN or inf" if found else f"it overflows {node.dtype}"
+        found = [name for name in ("base", "a", "b") if not finite[name]]
+        where = f"{' and '.join(found)} hold NaN or inf" if found else f"it overflows {dtype}"
         raise ValueError(f"the {what} weight {path!r} is not finite: {where}")
     return folded, error
 
 
-def _folded(node: LoRAWeight, sign: int) -> tuple[Any, Any, Any]:
-    exact = node.plain.astype(merge_dtype(node.dtype)) + sign * node.delta()
+def _folded(plain: Any, nodes: LoRAWeight, sign: int) -> tuple[Any, Any, dict[str, Any]]:
+    node = nodes.over(plain)
+    exact = plain.astype(merge_dtype(node.dtype)) + sign * node.delta()
     folded = exact.astype(node.dtype)
     error = jnp.max(jnp.abs(exact - folded.astype(exact.dtype)))
-    return folded, error, jnp.isfinite(folded).all()
+    arrays = {"sum": [folded], "base": [plain]}
+    arrays |= {name: [getattr(layer, name) for layer in node.layers] for name in ("a", "b")}
+    return folded, error, {n: _all_finite(found) for n, found in arrays.items()}
+
+
+def _all_finite(arrays: Sequence[Any]) -> Any:
+    return jnp.all(jnp.stack([jnp.isfinite(array).all() for array in arrays]))

@@ -161,6 +161,11 @@ class LoRAWeight:
         """The frozen weight, beneath every node."""
         return self.layers[0].base
 
+    def over(self, plain: Any) -> "LoRAWeight":
+        """Return the same nodes over another frozen weight."""
+        below = self.base.over(plain) if isinstance(self.base, LoRAWeight) else plain
+        return dataclasses.replace(self, base=below)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""

@@ -25,6 +25,7 @@ class Program:
         shape: shape of its weight.
         x_shape: shape of its input.
         dtype: dtype of both.
+        form: form of its products, as of `jaxlora.lora`.
     """
 
     told: str
@@ -32,6 +33,7 @@ class Program:
     shape: tuple[int, ...]
     x_shape: tuple[int, ...]
     dtype: Any
+    form: Any = "auto"
 
 
 def _along(vector, d, ndim):
@@ -207,8 +209,9 @@ def programs(draw):
     told, chain, shaped = draw(shape_operations(shape))
     spec, consume, x_shape = draw(products(shaped))
     flows, fn, shape = draw(around(lambda w, x: consume(chain(w), x), shape))
+    form = draw(st.sampled_from(["factored", "weight-side"]))
     story = f"{shape}: {', '.join(told)}; {spec}; {', '.join(flows)}"
-    return Program(story, lambda params, x: fn(params["w"], x), shape, x_shape, dtype)
+    return Program(story, lambda params, x: fn(params["w"], x), shape, x_shape, dtype, form)
 
 
 @st.composite

@@ -76,8 +76,8 @@ def test_benchmark_measures_every_variant(tmp_path):
     small = ["--layers=1", "--width=16", "--hidden=32", "--heads=2", "--batch=2", "--time=8"]
     file = tmp_path / "step.json"
     run("benchmarks/train_step.py", *small, "--rank=2", "--rounds=2", "--out", file)
-    variants = json.loads(file.read_text())["variants"]
-    assert set(variants) == {"floor", "full", "per call", "lora"}
+    variants = json.loads(file.read_text())["results"]
+    assert set(variants) == {"floor", "full", "per call", "naive", "lora"}
     assert variants["floor"]["over_floor"] == 1
     assert variants["floor"]["gflops"] < variants["lora"]["gflops"]
 

@@ -51,7 +51,7 @@ def assert_law(program):
     config = jaxlora.LoRAConfig(rank=1, alpha=0.5, targets=("w",))
     init = functools.partial(jaxlora.init, jax.random.key(0), program.fn, config=config)
     params = jax.eval_shape(init, shapes, x)
-    fn = jaxlora.lora(program.fn, strict=True)
+    fn = jaxlora.lora(program.fn, strict=True, form=program.form)
 
     @jax.jit
     def both(params, x):

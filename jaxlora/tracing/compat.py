@@ -49,7 +49,8 @@ def where(eqn: Any) -> tuple[str, str]:
     """Return the operation and the user's line of an equation; None is the end of the program."""
     if eqn is None:
         return "output", "the end of the program"
-    return eqn.primitive.name, source_info_util.summarize(eqn.source_info)
+    line = source_info_util.summarize(eqn.source_info)
+    return eqn.primitive.name, line or "an unknown line"
 
 
 def line(eqn: Any) -> tuple[str, int]:

@@ -5,13 +5,14 @@ dtype of the operation. The weight is never formed.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from jax import lax
 
-from jaxlora.tracing import axes, compat, placement
-from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
+from jaxlora.tracing import axes, compat, forms, placement
+from jaxlora.tracing.interpreter import CONTRACTED, Form, Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, RANK, LowRank, Role
 from jaxlora.tracing.product import chain
 
@@ -27,7 +28,7 @@ class _Operand:
     @property
     def free(self) -> list[int]:
         """The dimensions that only this side has."""
-        return [d for d in range(self.value.base.ndim) if d not in (*self.summed, *self.batch)]
+        return [d for d in range(len(self.value.shape)) if d not in (*self.summed, *self.batch)]
 
 
 @rule("dot_general")
@@ -39,14 +40,36 @@ def dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     (lhs_summed, rhs_summed), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     lhs = _weight_or_array(walk, eqn, _Operand(lhs, lhs_summed, lhs_batch), rhs)
     rhs = _weight_or_array(walk, eqn, _Operand(rhs, rhs_summed, rhs_batch), lhs)
-    base = [value.base if isinstance(value, LowRank) else value for value in (lhs, rhs)]
-    (y,) = compat.bind(eqn, base)
     left, right = _Operand(lhs, lhs_summed, lhs_batch), _Operand(rhs, rhs_summed, rhs_batch)
     if isinstance(lhs, LowRank):
-        y = _add_product(walk, eqn, y, left, right, weight_is_left=True)
-    elif isinstance(rhs, LowRank):
-        y = _add_product(walk, eqn, y, right, left, weight_is_left=False)
-    return [y]
+        return [_product(walk, eqn, left, right, weight_is_left=True)]
+    if isinstance(rhs, LowRank):
+        return [_product(walk, eqn, right, left, weight_is_left=False)]
+    return compat.bind(eqn, [lhs, rhs])
+
+
+def _product(
+    walk: Walk, eqn: Any, operand: _Operand, other: _Operand, *, weight_is_left: bool
+) -> Any:
+    """Return the product of x and a weight, in the form that is cheaper."""
+
+    def bind(x, w):
+        return compat.bind(eqn, [w, x] if weight_is_left else [x, w])[0]
+
+    def term(walk, x, weight):
+        sides = dataclasses.replace(operand, value=weight), dataclasses.replace(other, value=x)
+        return _term(walk, eqn, *sides, weight_is_left=weight_is_left)
+
+    weight, x = operand.value, other.value
+    if _form(walk, eqn, operand) == "weight-side":
+        return forms.weight_side(walk, x, weight, bind, term)
+    return forms.with_term(walk, bind(x, weight.base), x, weight, term)
+
+
+def _form(walk: Walk, eqn: Any, operand: _Operand) -> Form:
+    weight, taken = operand.value, (*operand.free, *operand.batch)
+    tokens = math.prod(eqn.outvars[0].aval.shape) // math.prod(weight.shape[d] for d in taken)
+    return forms.choose(walk, weight, tokens)
 
 
 def _weight_or_array(walk: Walk, eqn: Any, operand: _Operand, other: Any) -> Any:
@@ -64,14 +87,13 @@ def _weight_or_array(walk: Walk, eqn: Any, operand: _Operand, other: Any) -> Any
     if is_lesser or (isinstance(other, LowRank) and value.is_rows()):
         return walk.densify(eqn, value, "both operands are adapted weights")
     stack |= value.indexed - in_ - out
-    walk.record(eqn, value, CONTRACTED, in_=in_, out=out, stack=stack)
+    form = "" if value.is_probe else _form(walk, eqn, operand)
+    walk.record(eqn, value, CONTRACTED, in_=in_, out=out, stack=stack, form=form)
     return value.base if value.is_probe else value
 
 
-def _add_product(
-    walk: Walk, eqn: Any, y: Any, operand: _Operand, other: _Operand, *, weight_is_left: bool
-) -> Any:
-    """Return y plus the product of x with the factors, with a name for each piece of an axis."""
+def _term(walk: Walk, eqn: Any, operand: _Operand, other: _Operand, *, weight_is_left: bool) -> Any:
+    """Return the product of x with the factors, with a name for each piece of an axis."""
     weight, x = operand.value, other.value
     names = [[("w", d, i) for i in range(len(dim))] for d, dim in enumerate(weight.dims)]
     x_names: list[list[Any]] = [[("x", d)] for d in range(x.ndim)]
@@ -91,25 +113,24 @@ def _add_product(
     a_names = [*weight.piece_labels(names, "a"), RANK]
     b_names = [*weight.piece_labels(names, "b"), RANK]
 
-    with walk.scope(weight):
-        x = placement.reshape(weight.input(x), x_sizes)
-        known = {*a_names, *b_names, *out_names}
-        gone = [i for i, name in enumerate(flat_names) if name not in known]
-        if gone:  # the weight repeats along what is summed
-            x, flat_names = x.sum(gone), [name for name in flat_names if name in known]
-        kept = [i for i, n in enumerate(out_names) if n in {*flat_names, *a_names, *b_names}]
-        a, b = weight.factors(weight.base.dtype)
-        product = chain(
-            x,
-            a,
-            b,
-            names=tuple(map(tuple, (flat_names, a_names, b_names, (out_names[i] for i in kept)))),
-            precision=eqn.params["precision"],
-            dtype=eqn.params["preferred_element_type"],
-            named=walk.named,
-        )
-        product = placement.repeated(product, kept, [sizes[name] for name in out_names])
-        return y + placement.like(product, y).astype(y.dtype)
+    x = placement.reshape(weight.input(x), x_sizes)
+    known = {*a_names, *b_names, *out_names}
+    gone = [i for i, name in enumerate(flat_names) if name not in known]
+    if gone:  # the weight repeats along what is summed
+        x, flat_names = x.sum(gone), [name for name in flat_names if name in known]
+    kept = [i for i, n in enumerate(out_names) if n in {*flat_names, *a_names, *b_names}]
+    a, b = weight.factors(weight.base.dtype)
+    product = chain(
+        x,
+        a,
+        b,
+        names=tuple(map(tuple, (flat_names, a_names, b_names, (out_names[i] for i in kept)))),
+        precision=eqn.params["precision"],
+        dtype=eqn.params["preferred_element_type"],
+        named=walk.named,
+    )
+    product = placement.repeated(product, kept, [sizes[name] for name in out_names])
+    return product
 
 
 def _flat(groups: Sequence[Sequence[Sequence[Any]]]) -> list[Any]:

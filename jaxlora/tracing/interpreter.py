@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -23,6 +23,7 @@ Rule = Callable[..., list[Any]]
 _RULES: dict[str, Rule] = {}
 
 CHECKPOINT_NAME = "lora"
+Form = Literal["auto", "factored", "weight-side"]
 CONTRACTED, LOOKED_UP, MATERIALIZED = "contracted", "looked up", "materialized"
 
 
@@ -43,6 +44,7 @@ class Use:
         in_: axes contracted or looked up along.
         out: axes left in the result.
         reason: why the weight was materialized.
+        form: the form of a product where it is differentiated, see `jaxlora.lora`.
     """
 
     path: str
@@ -53,6 +55,7 @@ class Use:
     in_: frozenset = frozenset()
     out: frozenset = frozenset()
     reason: str = ""
+    form: str = ""
 
 
 def rule(*primitives: str) -> Callable[[Rule], Rule]:
@@ -70,13 +73,22 @@ class Walk:
 
     Attributes:
         strict: raise where a weight would be materialized.
+        form: form of the products, see `jaxlora.tracing.forms`.
         is_linear: the program is a derivative, to be transposed, and so nothing in it is named.
         uses: the uses met so far, or None where they are not wanted.
         numbers: with uses, the number by which `cost.scope` knows the paths of a weight.
     """
 
-    def __init__(self, *, strict: bool = False, record: bool = False, is_linear: bool = False):
+    def __init__(
+        self,
+        *,
+        strict: bool = False,
+        form: Form = "auto",
+        record: bool = False,
+        is_linear: bool = False,
+    ):
         self.strict, self.is_linear = strict, is_linear
+        self.form: Form = form
         self.uses: dict[Any, Use] | None = {} if record else None
         self.numbers: dict[tuple[str, ...], int] = {}
         self.warned: dict[Any, Any] = {}  # the registry of `warnings`: each line is told of once
@@ -113,7 +125,7 @@ class Walk:
 
     def derivative(self) -> "Walk":
         """Return a walk as this, for programs that have to stay linear."""
-        walk = Walk(strict=self.strict, is_linear=True)
+        walk = Walk(strict=self.strict, form=self.form, is_linear=True)
         walk.uses, walk.numbers, walk.warned = self.uses, self.numbers, self.warned
         return walk
 
@@ -154,7 +166,13 @@ class Walk:
         return jax.named_scope(cost.scope(number))
 
     def record(
-        self, eqn: Any, weight: LowRank, kind: str, reason: str = "", **axes_of: Any
+        self,
+        eqn: Any,
+        weight: LowRank,
+        kind: str,
+        reason: str = "",
+        form: str = "",
+        **axes_of: Any,
     ) -> None:
         """Write down a use of a weight; a lookup tells its axes from what was picked."""
         if self.uses is None:
@@ -168,7 +186,7 @@ class Walk:
             axes_of["stack"] |= weight.scanned
         for path in weight.origin.paths:
             found = {name: _axes_of(path, labels) for name, labels in axes_of.items()}
-            use = Use(path, *where, kind, reason=reason, **found)
+            use = Use(path, *where, kind, reason=reason, form=form, **found)
             self.uses.setdefault((id(eqn), use), use)
 
     def _complain(self, eqn: Any, weight: LowRank, reason: str) -> None:

@@ -97,6 +97,11 @@ class LowRank:
         return self.a is None
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight as it is here."""
+        return self.base.shape
+
+    @property
     def size(self) -> int:
         """Number of elements."""
         return self.base.size

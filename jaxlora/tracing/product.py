@@ -96,6 +96,15 @@ def _contract_in_place(
     return jnp.transpose(product, [names.index(n) for n in out_names])
 
 
+def _rank_first(factor: Any, names: Sequence[Name]) -> tuple[Any, Sequence[Name]]:
+    """Return a factor with its rank axis first, and so its gradient, and their names.
+
+    The gradient is then a product of shape (rank, in), which the CPU computes faster than
+    (in, rank); without the barrier the compiler makes the one of the other.
+    """
+    return jax.lax.optimization_barrier(jnp.moveaxis(factor, -1, 0)), (names[-1], *names[:-1])
+
+
 @functools.partial(jax.jit, static_argnames=("names", "precision", "dtype", "named"), inline=True)
 def chain(
     x: Any,
@@ -133,6 +142,7 @@ def chain(
 
     if shared(second) > shared(first):
         first, second = second, first
+    first = _rank_first(*first)
     wanted = {*second[1], *out_names}
     h_names = [n for n in dict.fromkeys((*x_names, *first[1])) if n in wanted]
     h = named(contract(x, x_names, *first, h_names, precision, dtype))

@@ -6,6 +6,7 @@ handed to the function as it is, and so is every other leaf of what it returns.
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from jaxlora import paths
 from jaxlora.tracing import boundary
-from jaxlora.tracing.interpreter import Walk
+from jaxlora.tracing.interpreter import Form, Walk
 from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import LoRAWeight
 
@@ -83,7 +84,7 @@ def _is_weight(leaf: Any) -> bool:
     return isinstance(leaf, LoRAWeight)
 
 
-def lora(fn: F, *, strict: bool = False) -> F:
+def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:
     """Make a function accept adapted weights wherever it takes arrays.
 
     Where the function consumes a weight ``W``, the result computes ``x W + scaling * (x a) b``
@@ -94,13 +95,17 @@ def lora(fn: F, *, strict: bool = False) -> F:
     Args:
         fn: any function of pytrees, as ``model.apply`` or a loss.
         strict: raise where a weight would have to be made dense.
+        form: how a differentiated product is computed: ``"factored"``, never a weight-sized
+            array; ``"weight-side"``, the weight in effect made for it in each pass, which is
+            cheaper for many tokens; or ``"auto"``, the cheaper one by its shapes, the second only
+            where no bits are lost, for weights of float32 and wider and without dropout.
 
     Returns:
         A function of the same signature. Without a `LoRAWeight` among its arguments it is fn.
 
     Raises:
-        ValueError: with strict, at a call in which a weight reaches an operation without a
-            low-rank rule. Without strict this is a `MaterializationWarning`.
+        ValueError: there is no such form; with strict, at a call in which a weight reaches an
+            operation without a low-rank rule. Without strict this is a `MaterializationWarning`.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> def model(params, x):
@@ -111,7 +116,9 @@ def lora(fn: F, *, strict: bool = False) -> F:
     >>> bool((jaxlora.lora(model)(adapted, x) == model(params, x)).all())
     True
     """
-    walk = Walk(strict=strict)
+    if form not in typing.get_args(Form):
+        raise ValueError(f"form must be one of {typing.get_args(Form)}: got {form!r}")
+    walk = Walk(strict=strict, form=form)
 
     @functools.wraps(fn)
     def fn_lora(*args, **kwargs):

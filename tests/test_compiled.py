@@ -1,0 +1,144 @@
+"""What the compiler makes of a training step: bounds on the program, not on its time."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+import jaxlora
+
+LAYERS, WIDTH, HIDDEN, RANK = 2, 64, 256, 4
+TOKENS = (4, 96)  # batch and time; 384 tokens, so that no activation has the size of a weight
+
+
+def step_of(form, dtype=jnp.float32):
+    """Return the adapted loss of the benchmark's model, its gradient, and their arguments."""
+    model = models.Transformer(LAYERS, heads=2, hidden=HIDDEN)
+    x = jax.random.normal(jax.random.key(0), (*TOKENS, WIDTH))
+    params = jax.tree.map(lambda w: w.astype(dtype), model.init(jax.random.key(1), x))
+    config = jaxlora.LoRAConfig(rank=RANK, targets=models.TARGETS)
+    base, adapters = jaxlora.split(
+        jaxlora.init(jax.random.key(2), model.apply, params, x, config=config)
+    )
+    keys = iter(jax.random.split(jax.random.key(3), 2 * len(adapters)))
+    adapters = jax.tree.map(lambda f: 0.1 * jax.random.normal(next(keys), f.shape), adapters)
+    apply = jaxlora.lora(model.apply, strict=True, form=form)
+
+    def loss(adapters, base, x):
+        return models.loss(apply(jaxlora.bind(base, adapters), x), x)
+
+    return jax.value_and_grad(loss), (adapters, base, x)
+
+
+def compiled(fn, *args) -> Any:
+    return jax.jit(fn).lower(*args).compile()
+
+
+def arrays_made(program, *sizes):
+    """Return the results of operations in optimized HLO that have as many elements as these."""
+    found = []
+    for line in program.splitlines():
+        made = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]+)\]\S* ([\w-]+)\(", line)
+        if made and np.prod([int(n) for n in made[3].split(",")]) in sizes:
+            found.append((made[4], line.strip()[:120]))
+    return found
+
+
+WEIGHTS = (WIDTH * WIDTH, WIDTH * HIDDEN)
+ACTIVATIONS = tuple(int(np.prod(TOKENS)) * size for size in (WIDTH, HIDDEN))
+
+
+@pytest.mark.parametrize("form", ["auto", "factored", "weight-side"])
+def test_no_activation_is_transposed(form):
+    fn, args = step_of(form)
+    program = compiled(fn, *args).as_text()
+    transposed = [
+        line
+        for kind, line in arrays_made(program, *ACTIVATIONS)
+        if kind == "transpose" and "dimensions={1,0}" in line
+    ]
+    copied = re.findall(rf"= f32\[(?:{WIDTH}|{HIDDEN}),{np.prod(TOKENS)}\]", program)
+    assert not transposed
+    assert not copied
+
+
+def test_factored_step_makes_no_array_of_the_size_of_a_weight():
+    fn, args = step_of("factored")
+    program = compiled(fn, *args).as_text()
+    kinds = {kind for kind, _ in arrays_made(program, *WEIGHTS)}
+    assert kinds <= {"parameter", "bitcast", "get-tuple-element"}
+
+
+def test_weight_side_step_keeps_no_weight_between_the_passes():
+    fn, args = step_of("weight-side")
+    factored, _ = step_of("factored")
+    temporary = [compiled(fn, *args).memory_analysis().temp_size_in_bytes for fn in (fn, factored)]
+    assert temporary[0] <= temporary[1] + 2 * 4 * max(WEIGHTS)
+
+
+@pytest.mark.parametrize("form", ["factored", "weight-side"])
+def test_operations_of_a_step(form):
+    fn, args = step_of(form)
+    model = models.Transformer(LAYERS, heads=2, hidden=HIDDEN)
+
+    def floor(vector, params, x):
+        return models.loss(model.apply(params, x + vector.reshape(1, 1, -1)), x)
+
+    base = compiled(jax.value_and_grad(floor), jnp.zeros(WIDTH), args[1], args[2])
+    tokens = np.prod(TOKENS)
+    sides = LAYERS * np.array(
+        [4 * 2 * WIDTH + 2 * (WIDTH + HIDDEN), 4 * WIDTH**2 + 2 * WIDTH * HIDDEN]
+    )
+    extra = {
+        "factored": 6 * tokens * RANK * sides[0],
+        "weight-side": 4 * tokens * RANK * sides[0] + 4 * RANK * sides[1],
+    }[form]
+    got = compiled(fn, *args).cost_analysis()["flops"]
+    assert got <= (base.cost_analysis()["flops"] + extra) * 1.03
+
+
+@pytest.mark.parametrize("form", ["auto", "factored", "weight-side"])
+def test_forms_agree_with_autodiff_of_the_plain_formula(form):
+    fn, (adapters, base, x) = step_of(form)
+    model = models.Transformer(LAYERS, heads=2, hidden=HIDDEN)
+
+    def plain(adapters):
+        merged = jaxlora.merge(jaxlora.bind(base, adapters))
+        return models.loss(model.apply(merged, x), x)
+
+    value, grads = jax.jit(fn)(adapters, base, x)
+    wanted, wanted_grads = jax.jit(jax.value_and_grad(plain))(adapters)
+    assert_allclose(value, wanted, rtol=1e-5)
+    for got, right in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted_grads), strict=True):
+        assert jnp.linalg.norm(got - right) <= 1e-5 * jnp.linalg.norm(right)
+
+
+def test_the_form_is_the_cheaper_one_that_is_exact():
+    def fn(params, x):
+        return x @ params["w"]
+
+    def form_of(tokens, dtype=jnp.float32, **options):
+        params = {"w": jnp.zeros((8, 8), dtype)}
+        params = jaxlora.init(
+            jax.random.key(0),
+            fn,
+            params,
+            jnp.zeros((tokens, 8), dtype),
+            config=jaxlora.LoRAConfig(rank=2),
+        )
+        (use,) = jaxlora.explain(fn, params, jnp.zeros((tokens, 8), dtype)).uses["w"]
+        return use.form
+
+    assert form_of(tokens=8) == "factored"  # N (d + k) = 2 d k
+    assert form_of(tokens=9) == "weight-side"
+    assert form_of(tokens=9, dtype=jnp.bfloat16) == "factored"
+
+
+def test_unknown_form_is_refused():
+    with pytest.raises(ValueError, match=r"form must be one of .*: got 'dense'"):
+        jaxlora.lora(lambda x: x, form="dense")  # pyright: ignore[reportArgumentType]
