@@ -56,9 +56,9 @@ def _product(
     def bind(x, w):
         return compat.bind(eqn, [w, x] if weight_is_left else [x, w])[0]
 
-    def term(walk, x, weight):
+    def term(walk, x, weight, moving=""):
         sides = dataclasses.replace(operand, value=weight), dataclasses.replace(other, value=x)
-        return _term(walk, eqn, *sides, weight_is_left=weight_is_left)
+        return _term(walk, eqn, *sides, moving, weight_is_left=weight_is_left)
 
     weight, x = operand.value, other.value
     if _form(walk, eqn, operand) == "weight-side":
@@ -92,7 +92,15 @@ def _weight_or_array(walk: Walk, eqn: Any, operand: _Operand, other: Any) -> Any
     return value.base if value.is_probe else value
 
 
-def _term(walk: Walk, eqn: Any, operand: _Operand, other: _Operand, *, weight_is_left: bool) -> Any:
+def _term(
+    walk: Walk,
+    eqn: Any,
+    operand: _Operand,
+    other: _Operand,
+    moving: str,
+    *,
+    weight_is_left: bool,
+) -> Any:
     """Return the product of x with the factors, with a name for each piece of an axis."""
     weight, x = operand.value, other.value
     names = [[("w", d, i) for i in range(len(dim))] for d, dim in enumerate(weight.dims)]
@@ -128,6 +136,7 @@ def _term(walk: Walk, eqn: Any, operand: _Operand, other: _Operand, *, weight_is
         precision=eqn.params["precision"],
         dtype=eqn.params["preferred_element_type"],
         named=walk.named,
+        moving=moving,
     )
     product = placement.repeated(product, kept, [sizes[name] for name in out_names])
     return product

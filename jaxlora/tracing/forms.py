@@ -57,7 +57,7 @@ def weight_side(
     x: Any,
     weight: LowRank,
     bind: Callable[[Any, Any], Any],
-    term: Callable[[Walk, Any, LowRank], Any],
+    term: Callable[..., Any],
 ) -> Any:
     """Return the product of x with a weight that is made for it, in each pass anew.
 
@@ -66,7 +66,8 @@ def weight_side(
         x: the input.
         weight: the weight.
         bind: the program's own product of an input and an array in the weight's place.
-        term: ``term(walk, x, weight)``, the low-rank term of the factors alone.
+        term: ``term(walk, x, weight)``, the low-rank term of the factors alone; with
+            ``moving="a"`` or ``"b"`` where that factor is a tangent.
     """
 
     def of(base, a, b):
@@ -91,9 +92,9 @@ def weight_side(
             yield bind(x, dbase)
         with walk.scope(weight):
             if not isinstance(da, SymbolicZero):
-                yield _like(term(walk.derivative(), x, of(base, da, b)), y)
+                yield _like(term(walk, x, of(base, da, b), moving="a"), y)
             if not isinstance(db, SymbolicZero):
-                yield _like(term(walk, x, of(base, a, db)), y)
+                yield _like(term(walk, x, of(base, a, db), moving="b"), y)
 
     def jvp(primals, tangents):
         y = differentiated(*primals)

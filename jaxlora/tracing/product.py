@@ -105,7 +105,9 @@ def _rank_first(factor: Any, names: Sequence[Name]) -> tuple[Any, Sequence[Name]
     return jax.lax.optimization_barrier(jnp.moveaxis(factor, -1, 0)), (names[-1], *names[:-1])
 
 
-@functools.partial(jax.jit, static_argnames=("names", "precision", "dtype", "named"), inline=True)
+@functools.partial(
+    jax.jit, static_argnames=("names", "precision", "dtype", "named", "moving"), inline=True
+)
 def chain(
     x: Any,
     a: Any,
@@ -115,6 +117,7 @@ def chain(
     precision: Any,
     dtype: Any,
     named: Callable[[jax.Array], jax.Array],
+    moving: str = "",
 ) -> jax.Array:
     """Return x times two factors, the one that shares more with x first.
 
@@ -128,22 +131,23 @@ def chain(
         precision: as in `jax.lax.dot_general`.
         dtype: dtype of both products.
         named: done to the rank-sized product.
+        moving: ``"a"`` or ``"b"`` where that is a tangent, so that what it makes gets no name.
 
     Returns:
         Array with one axis for each of out_names; no array of the size of ``first @ second`` is
         made on the way.
     """
     x_names, a_names, b_names, out_names = names
-    first, second = (a, a_names), (b, b_names)
+    factors = {"a": (a, a_names), "b": (b, b_names)}
 
-    def shared(factor):
-        array, its_names = factor
+    def shared(name):
+        array, its_names = factors[name]
         return math.prod(s for n, s in zip(its_names, array.shape, strict=True) if n in x_names)
 
-    if shared(second) > shared(first):
-        first, second = second, first
-    first = _rank_first(*first)
+    start, end = ("b", "a") if shared("b") > shared("a") else ("a", "b")
+    first, second = _rank_first(*factors[start]), factors[end]
     wanted = {*second[1], *out_names}
     h_names = [n for n in dict.fromkeys((*x_names, *first[1])) if n in wanted]
-    h = named(contract(x, x_names, *first, h_names, precision, dtype))
+    h = contract(x, x_names, *first, h_names, precision, dtype)
+    h = h if moving == start else named(h)
     return contract(h.astype(second[0].dtype), h_names, *second, out_names, precision, dtype)
