@@ -156,10 +156,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run the benchmark."""
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the options of the model and the measurement."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, default in {
         "layers": 6,
@@ -181,8 +181,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", action="store_true", help=help_)
     parser.add_argument("--dtype", default="float32", help="of base and inputs, default float32")
     parser.add_argument("--out", type=Path, help="write JSON here")
-    options = parser.parse_args()
+    return parser
 
+
+def main() -> None:
+    """Run the benchmark."""
+    options = parser(__doc__).parse_args()
     results = measure(options)
     columns = list(next(iter(results.values())))
     rows = [[name, *(f"{row[c]:.2f}" for c in columns)] for name, row in results.items()]
