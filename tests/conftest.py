@@ -11,5 +11,14 @@ def strict():
 
 
 @pytest.fixture
+def compile_fast():
+    """Compile with few optimizations: for programs that are compiled to run once."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
 def key():
     return jax.random.key(0)

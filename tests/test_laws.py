@@ -14,6 +14,8 @@ from numpy.testing import assert_array_equal
 import jaxlora
 from jaxlora import paths
 
+runs_once = pytest.mark.usefixtures("compile_fast")
+
 
 def pytest_generate_tests(metafunc):
     """Try each law on each case; another list of cases imports the laws and has a hook as this."""
@@ -73,6 +75,7 @@ def loss(fn, *args):
     return sum(map(weighted, arrays(fn(*args))), jnp.float32(0))
 
 
+@runs_once
 def test_fresh_adapters_leave_the_output_equal(make, compile, key):
     case = make()
     got = compile(jaxlora.lora(case.fn, strict=True))(case.init(key), *case.args)
@@ -84,6 +87,7 @@ def test_fresh_adapters_leave_the_output_equal(make, compile, key):
             assert_array_equal(x, y)
 
 
+@runs_once
 def test_low_rank_output_equals_merged(make, compile, key):
     case = make()
     params = case.trained(key)
@@ -92,6 +96,7 @@ def test_low_rank_output_equals_merged(make, compile, key):
     assert_close(got, wanted, case.epsilon, ulps=32)
 
 
+@runs_once
 def test_low_rank_gradients_equal_merged(make, key):
     case = make()
     base, adapters = jaxlora.split(case.trained(key))
@@ -109,6 +114,7 @@ def test_low_rank_gradients_equal_merged(make, key):
     assert_close(got, wanted, case.epsilon, ulps=128)
 
 
+@runs_once
 def test_merge_then_unmerge_gives_the_base_back(make, key):
     case = make()
     base, adapters = jaxlora.split(case.trained(key))
@@ -120,6 +126,7 @@ def test_merge_then_unmerge_gives_the_base_back(make, key):
     assert sum(moved) == len(adapters)
 
 
+@runs_once
 def test_base_gets_no_gradient_and_no_optimizer_state(make, key):
     case = make()
     params = case.trained(key)
@@ -140,6 +147,7 @@ def test_base_gets_no_gradient_and_no_optimizer_state(make, key):
     assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == 2 * factors
 
 
+@runs_once
 def test_same_key_gives_the_same_adapters(make, key):
     case = make()
     _, one = jaxlora.split(case.init(key))
@@ -181,6 +189,7 @@ def test_no_more_operations_than_the_factors_need(make_counted, key):
     assert told.flops == pytest.approx(extra + outputs, rel=0.05)  # b is scaled at every use
 
 
+@runs_once
 def test_adapters_of_equal_shape_compile_once(make, key):
     case = make()
     fn = jax.jit(jaxlora.lora(case.fn))
