@@ -11,7 +11,8 @@ forward and a backward pass, beyond the product with the base:
   between the passes). The gradients of the factors come from x and g; the weight's is not formed.
 
 By either count the second is cheaper where N·(d + k) > 2·d·k. It is not used where it would not
-be exact: where the sum would be rounded to a dtype narrower than float32, or x has dropout.
+be exact: where the sum would be rounded to a dtype narrower than float32, or x has dropout. Nor is
+it on a mesh of several devices, which would have to gather the weight in effect for each pass.
 Without differentiation there is no backward pass to save on, and the form is factored.
 """
 
@@ -49,7 +50,9 @@ def choose(walk: Walk, weight: LowRank, tokens: int) -> Form:
     is_exact = weight.base.dtype == merge_dtype(weight.base.dtype)
     is_known = isinstance(tokens, int)  # and not the symbol of a size that `jax.export` leaves open
     pays = is_known and tokens * (in_ + out) > 2 * in_ * out
-    return "weight-side" if is_exact and pays else "factored"
+    mesh = jax.typeof(weight.base).sharding.mesh
+    is_spread = not mesh.empty and mesh.size > 1
+    return "weight-side" if is_exact and pays and not is_spread else "factored"
 
 
 def weight_side(

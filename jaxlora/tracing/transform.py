@@ -98,7 +98,8 @@ def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:
         form: how a differentiated product is computed: ``"factored"``, never a weight-sized
             array; ``"weight-side"``, the weight in effect made for it in each pass, which is
             cheaper for many tokens; or ``"auto"``, the cheaper one by its shapes, the second only
-            where no bits are lost, for weights of float32 and wider and without dropout.
+            on one device and where no bits are lost: for weights of float32 and wider, without
+            dropout.
 
     Returns:
         A function of the same signature. Without a `LoRAWeight` among its arguments it is fn.
