@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from cases import Case, normal
-from jax import export, lax
+from jax import lax
 from jax.experimental import io_callback
 from numpy.testing import assert_allclose
 
@@ -89,26 +89,6 @@ def test_derivative_equals_that_of_merged_weights(params, name):
     wanted = jax.jit(merged)(adapters)
     assert any(x.any() for x in jax.tree.leaves(wanted))
     close(jax.jit(low_rank)(adapters), wanted)
-
-
-def test_exported_function_takes_base_factors_and_any_batch_and_has_gradients(params):
-    leaves, treedef = jax.tree.flatten(params)
-    (rows,) = export.symbolic_shape("rows")
-    fn = jax.jit(lambda leaves, x: jaxlora.lora(mlp)(treedef.unflatten(leaves), x))
-    data = export.export(fn)(leaves, jax.ShapeDtypeStruct((rows, 8), X.dtype))
-    again = export.deserialize(data.serialize(vjp_order=1))
-    close(again.call(leaves, X[:2]), mlp(jaxlora.merge(params), X[:2]))
-
-    grad = jax.grad(lambda leaves: jnp.sum(jnp.sin(again.call(leaves, X))))
-    nodes: Any = treedef.unflatten(grad(leaves))
-    for path, wanted in gradients(mlp, params)[1].items():
-        close((nodes[path].a, nodes[path].b), (wanted.a, wanted.b))
-        assert not nodes[path].base.any()
-
-
-def test_exported_function_holds_adapted_weights(params):
-    data = export.export(jax.jit(lambda x: jaxlora.lora(mlp)(params, x)))(X).serialize()
-    close(export.deserialize(data).call(X), mlp(jaxlora.merge(params), X))
 
 
 @pytest.mark.parametrize("whole_tree", [False, True])

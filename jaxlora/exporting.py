@@ -1,0 +1,56 @@
+"""Let `jax.export` write functions that take adapted weights: the static parts of nodes as JSON."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from jax import export
+
+from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Roles
+
+
+def _fields(kind: type, *, static: bool) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind) if bool(f.metadata.get("static")) == static]
+
+
+def _written(values: Iterable[Any]) -> bytes:
+    """Return the static fields of a node, in order."""
+    return json.dumps(list(values), default=dataclasses.asdict).encode()
+
+
+def _read_weight(data: bytes) -> tuple[Any, ...]:
+    roles, alpha, part, dropout_rate = _tuples(json.loads(data))
+    return Roles(**roles), alpha, part, dropout_rate
+
+
+def _read_adapter(data: bytes) -> tuple[Any, ...]:
+    roles, alpha, base = _tuples(json.loads(data))
+    return Roles(**roles), alpha, Fingerprint(**base)
+
+
+def _tuples(value: Any) -> Any:
+    """Return what JSON gives with tuples for its lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _register(kind: type, read: Any) -> None:
+    static, arrays = _fields(kind, static=True), _fields(kind, static=False)
+
+    def build(aux_data, children):
+        fields = dict(zip(static, aux_data, strict=True)) | dict(zip(arrays, children, strict=True))
+        return kind(**fields)
+
+    export.register_pytree_node_serialization(
+        kind,
+        serialized_name=f"jaxlora.{kind.__name__}",
+        serialize_auxdata=_written,
+        deserialize_auxdata=read,
+        from_children=build,
+    )
+
+
+_register(LoRAWeight, _read_weight)
+_register(Adapter, _read_adapter)
