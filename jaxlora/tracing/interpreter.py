@@ -92,7 +92,7 @@ class Walk:
         self.uses: dict[Any, Use] | None = {} if record else None
         self.numbers: dict[tuple[str, ...], int] = {}
         self.warned: dict[Any, Any] = {}  # the registry of `warnings`: each line is told of once
-        self.stopped: dict[Any, Any] = {}  # of the program being run: what it stops, by result
+        self.values: dict[Any, tuple[Any, bool]] = {}  # of the program being run, see `_values`
         self.compiled = functools.lru_cache(maxsize=256)(self._compiled)
 
     def run(self, jaxpr: Any, *args: Any) -> list[Any]:
@@ -101,7 +101,7 @@ class Walk:
         env = dict(zip(program.constvars, compat.consts(jaxpr), strict=True))
         env.update(zip(program.invars, args, strict=True))
         last = _last_uses(program)
-        outer, self.stopped = self.stopped, _stopped(program)
+        outer, self.values = self.values, _values(program)
 
         def read(atom):
             return atom.val if isinstance(atom, compat.Literal) else env[atom]
@@ -112,7 +112,7 @@ class Walk:
                 env.update(zip(eqn.outvars, self._step(eqn, values), strict=True))
             for var in last.get(i, ()):
                 env.pop(var, None)
-        self.stopped = outer
+        self.values = outer
         return [read(atom) for atom in program.outvars]
 
     def _step(self, eqn: Any, values: list[Any]) -> list[Any]:
@@ -219,10 +219,32 @@ def _axes_of(path: str, labels: Any) -> frozenset:
     )
 
 
-def _stopped(program: Any) -> dict[Any, Any]:
-    """Return the variable that each ``stop_gradient`` of a program is of."""
-    eqns = [eqn for eqn in program.eqns if eqn.primitive.name == "stop_gradient"]
-    return {eqn.outvars[0]: eqn.invars[0] for eqn in eqns}
+def _values(program: Any) -> dict[Any, tuple[Any, bool]]:
+    """Return what the variables of a program stand for, for those that select between them.
+
+    Returns:
+        By variable: the first that is computed in the same way, whatever stops a gradient or
+        selects between one and the same, and whether a gradient is stopped on the way.
+    """
+    if all(eqn.primitive.name != "select_n" for eqn in program.eqns):
+        return {}
+    values: dict[Any, tuple[Any, bool]] = {}
+    first: dict[Any, Any] = {}
+    for eqn in program.eqns:
+        has_literal = any(isinstance(atom, compat.Literal) for atom in eqn.invars)
+        if has_literal or eqn.effects or compat.inner_jaxprs(eqn):
+            continue
+        name = eqn.primitive.name
+        inputs = [values.get(atom, (atom, False)) for atom in eqn.invars]
+        cases = {value for value, _ in inputs[name == "select_n" :]}
+        if name == "stop_gradient" or (name == "select_n" and len(cases) == 1):
+            is_stopped = name == "stop_gradient" or all(stopped for _, stopped in inputs[1:])
+            values[eqn.outvars[0]] = (*cases, is_stopped)
+            continue
+        for i, var in enumerate(eqn.outvars):
+            way = (i, name, str(eqn.params), *(value for value, _ in inputs))
+            values[var] = (first.setdefault(way, var), any(stopped for _, stopped in inputs))
+    return values
 
 
 def _last_uses(program: Any) -> dict[int, list[Any]]:

@@ -43,10 +43,11 @@ def stop_gradient(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
 @rule("select_n")
 def select(walk: Walk, eqn: Any, which: Any, *cases: Any) -> list[Any]:
     """Select between one weight and itself, as a ``cond`` under `jax.vmap` does."""
-    if len({walk.stopped.get(atom, atom) for atom in eqn.invars[1:]}) > 1:
+    found = [walk.values.get(atom, (atom, False)) for atom in eqn.invars[1:]]
+    if len({value for value, _ in found}) > 1:
         return walk.without_rule(eqn, [which, *cases], "it selects between different values")
-    found = [atom in walk.stopped for atom in eqn.invars[1:]]
-    return [cases[found.index(False) if False in found else 0]]
+    stopped = [is_stopped for _, is_stopped in found]
+    return [cases[stopped.index(False) if False in stopped else 0]]
 
 
 @rule("optimization_barrier")
