@@ -36,7 +36,6 @@ def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     groups = params["feature_group_count"]
     stack, out = _stack_and_out(kernel, out_dim, groups)
     in_ = kernel.labels(in_dim, *window)
-    runs_back = not kernel.is_probe and Role.OUT in in_
     if params["batch_group_count"] != 1:
         return walk.without_rule(eqn, [x, kernel], "it has batch groups")
     fits = not in_ & out if kernel.is_probe else _fits(kernel, numbers, groups)
@@ -46,13 +45,13 @@ def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     (y,) = compat.bind(eqn, [x, kernel.base])
     if kernel.is_probe:
         return [y]
+    product = _from_rank if _runs_back(kernel, numbers) else _to_rank
     numbers = lax.ConvDimensionNumbers(
         numbers.lhs_spec, tuple(range(kernel.base.ndim)), numbers.out_spec
     )
     shape = jax.ShapeDtypeStruct([kernel.base.shape[d] for d in order], kernel.base.dtype)
     kernel = kernel.transposed(shape, order)  # channels first: (out, in, *window)
     with walk.scope(kernel):
-        product = _from_rank if runs_back else _to_rank
         return [y + product(walk, params, numbers, kernel.input(x), kernel).astype(y.dtype)]
 
 
@@ -70,14 +69,21 @@ def _stack_and_out(kernel: LowRank, out_dim: int, groups: int) -> tuple[frozense
 def _fits(kernel: LowRank, numbers: Any, groups: int) -> bool:
     """Tell whether the factors are those of a convolution and a product, in either order."""
     out_dim, in_dim, *window = numbers.rhs_spec
-    runs_back = kernel.labels(in_dim) == {Role.OUT}
-    first, rest = _first_piece(kernel.dims[out_dim], Role.OUT if runs_back else Role.STACK)
-    if runs_back:
-        ends = first == groups and {label for label, _ in rest} <= {Role.IN}
+    stack, rest = _first_piece(kernel.dims[out_dim], Role.STACK)
+    if _runs_back(kernel, numbers):
+        split, rest = _first_piece(rest, Role.OUT)
+        ends = stack * split == groups and {label for label, _ in rest} <= {Role.IN}
     else:
-        ends = (groups == 1 or groups % first == 0) and {label for label, _ in rest} <= {Role.OUT}
+        ends = (groups == 1 or groups % stack == 0) and {label for label, _ in rest} <= {Role.OUT}
         ends = ends and kernel.labels(in_dim) <= {Role.IN}
     return ends and kernel.labels(*window) <= {Role.IN}
+
+
+def _runs_back(kernel: LowRank, numbers: Any) -> bool:
+    """Tell whether a convolution runs from the out channels of a kernel to its in channels."""
+    out_dim, in_dim, *_ = numbers.rhs_spec
+    labels = kernel.labels(in_dim)  # none where each group has one channel
+    return labels == {Role.OUT} or (not labels and Role.IN in kernel.labels(out_dim))
 
 
 def _first_piece(dim: axes.Dim, role: Role) -> tuple[int, axes.Dim]:
@@ -106,6 +112,7 @@ def _to_rank(walk: Walk, params: Any, numbers: Any, x: Any, kernel: LowRank) -> 
 def _from_rank(walk: Walk, params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
     """Return the convolution by ``a`` of the product of ``x`` and ``b``."""
     groups, channel = params["feature_group_count"], numbers.lhs_spec[1]
+    stack, _ = _first_piece(kernel.dims[0], Role.STACK)
     window = kernel.base.shape[2:]
     a, b = kernel.factors(kernel.base.dtype)
     x = x.reshape(*x.shape[:channel], groups, -1, *x.shape[channel + 1 :])
@@ -114,8 +121,8 @@ def _from_rank(walk: Walk, params: Any, numbers: Any, x: Any, kernel: LowRank) -
     wanted = [name if name != "in" else RANK for name in names]
     h = _mixed(params, x, names, b.reshape(groups, -1, kernel.rank), ["group", "in", RANK], wanted)
     h = walk.named(h.reshape(*h.shape[:channel], -1, *h.shape[channel + 2 :]))
-    a = jnp.moveaxis(a.reshape(1, -1, *window, kernel.rank), -1, 2)
-    a = jnp.broadcast_to(a, (groups, *a.shape[1:])).reshape(-1, *a.shape[2:])
+    a = jnp.moveaxis(a.reshape(stack, 1, -1, *window, kernel.rank), -1, 3)
+    a = jnp.broadcast_to(a, (stack, groups // stack, *a.shape[2:])).reshape(-1, *a.shape[3:])
     return _convolved(params, numbers, h.astype(a.dtype), a)
 
 

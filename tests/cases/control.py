@@ -145,3 +145,41 @@ def weights_returned():
         return {"y": x @ params["w"], "w": params["w"], "turned": params["w"].T, "step": 3}
 
     return Case(fn, {"w": normal(0, 8, 6)}, (normal(1, 5, 8),))
+
+
+@case
+def gradient_of_a_cond_over_layers():
+    def layer(w, x):
+        grouped = w.reshape(2, 4, 6)
+        return jax.lax.cond(
+            x.sum() > 0,
+            lambda w, x: jnp.einsum("gio,gi->o", w, x.reshape(2, 4)),
+            lambda w, x: jnp.einsum("gio,gi->o", w, 2 * x.reshape(2, 4)),
+            grouped,
+            x,
+        )
+
+    def fn(params, x):
+        slope = jax.grad(lambda x, w: jnp.sum(jnp.sin(layer(w, x))))
+        return jax.vmap(slope)(x, params["w"])
+
+    return Case(fn, {"w": normal(0, 3, 8, 6)}, (normal(1, 3, 8),), compiled=True)
+
+
+@case
+def gradient_of_convolutions_over_layers():
+    def layer(w, x, groups):
+        numbers = ("NCX", "IOX", "NCX")
+        return jax.lax.conv_general_dilated(
+            x, w, (1,), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        )
+
+    def fn(params, x):
+        def slope(x, w, v):
+            y = layer(v, layer(w, x, 1), 2)
+            return jnp.sum(jnp.sin(y))
+
+        return jax.vmap(jax.grad(slope))(x, params["dense"], params["depthwise"])
+
+    params = {"dense": normal(0, 3, 3, 2, 3), "depthwise": normal(1, 3, 1, 2, 3)}
+    return Case(fn, params, (normal(2, 3, 2, 3, 5),), rank=1)
