@@ -12,8 +12,6 @@ import jax
 import report
 import train_step
 
-from jaxlora import table
-
 _NOT_MADE = ("parameter", "bitcast", "get-tuple-element", "tuple")
 
 
@@ -49,10 +47,7 @@ def main() -> None:
     """Run the benchmark."""
     options = train_step.parser(__doc__).parse_args()
     results = measure(options)
-    columns = list(next(iter(results.values())))
-    rows = [[name, *(f"{row[c]:.2f}" for c in columns)] for name, row in results.items()]
-    print(table.render(["variant", *columns], rows))
-    report.write(options, results)
+    report.finish(options, results)
 
 
 if __name__ == "__main__":

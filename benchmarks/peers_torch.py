@@ -8,10 +8,10 @@ is added to the input, through the frozen model.
 import argparse
 import json
 import platform
-import statistics
 import time
 from pathlib import Path
 
+import interleaved
 import peft
 import torch
 from torch import nn
@@ -97,26 +97,7 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Run all interleaved, and return the figures of each."""
-    compared = steps(options)
-    times: dict[str, list[float]] = {name: [] for name in compared}
-    names = list(compared)
-    for i in range(options.warmup + options.rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            seconds = compared[name].run()
-            if i >= options.warmup:
-                times[name].append(seconds)
-
-    def ratio(name, to):
-        return statistics.median(a / b for a, b in zip(times[name], times[to], strict=True))
-
-    return {
-        name: {
-            "step_ms": 1e3 * statistics.median(times[name]),
-            "over_floor": ratio(name, "floor"),
-            "over_full": ratio(name, "full"),
-        }
-        for name in compared
-    }
+    return interleaved.measure(steps(options), options.rounds, options.warmup)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Write what a benchmark measured, and on what."""
+"""Show and write what a benchmark measured, and on what."""
 
 import argparse
 import json
@@ -6,6 +6,16 @@ import platform
 from typing import Any
 
 import jax
+
+from jaxlora import table
+
+
+def finish(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+    """Print a row of figures for each variant, and write them."""
+    columns = list(next(iter(results.values())))
+    rows = [[name, *(f"{row[c]:.2f}" for c in columns)] for name, row in results.items()]
+    print(table.render(["variant", *columns], rows))
+    write(options, results)
 
 
 def write(options: argparse.Namespace, results: Any) -> None:

@@ -14,12 +14,12 @@ round. The variants:
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import interleaved
 import jax
 import jax.numpy as jnp
 import models
@@ -29,7 +29,6 @@ import peers
 import report
 
 import jaxlora
-from jaxlora import table
 
 
 def variants(options: argparse.Namespace) -> dict[str, tuple[Callable[..., Any], Any, Any]]:
@@ -134,26 +133,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     programs = {step.compiled.as_text() for name, step in steps.items() if "," not in name}
     if len(programs) != sum("," not in name for name in steps):
         raise RuntimeError("two variants compiled to one program: nothing would be compared")
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for i in range(options.warmup + options.rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            seconds = steps[name].run()
-            if i >= options.warmup:
-                times[name].append(seconds)
-
-    def ratio(name, to):
-        return statistics.median(a / b for a, b in zip(times[name], times[to], strict=True))
-
-    return {
-        name: {
-            "step_ms": 1e3 * statistics.median(times[name]),
-            "over_floor": ratio(name, "floor"),
-            "over_full": ratio(name, "full"),
-            **steps[name].figures,
-        }
-        for name in steps
-    }
+    timed = interleaved.measure(steps, options.rounds, options.warmup)
+    return {name: {**timed[name], **steps[name].figures} for name in steps}
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -188,10 +169,7 @@ def main() -> None:
     """Run the benchmark."""
     options = parser(__doc__).parse_args()
     results = measure(options)
-    columns = list(next(iter(results.values())))
-    rows = [[name, *(f"{row[c]:.2f}" for c in columns)] for name, row in results.items()]
-    print(table.render(["variant", *columns], rows))
-    report.write(options, results)
+    report.finish(options, results)
 
 
 if __name__ == "__main__":
