@@ -202,6 +202,9 @@ def _roles_of(use: tracing.Use, ndim: int) -> Roles | None:
     out = (use.out & every) - in_
     stack = (use.stack & every) - in_ - out
     rest = every - stack - in_ - out  # axes of size 1, which no operation shows
+    if use.kind == tracing.LOOKED_UP and len(in_) > 1 and not out:  # single elements
+        out = frozenset({max(in_)})
+        in_ -= out
     if in_ and not out:
         out = rest
     else:

@@ -22,7 +22,8 @@ class Cost:
 
     Attributes:
         flops: operations, a multiplication and an addition counting as two.
-        bytes: bytes read and written by the extra operations, each as if it ran by itself.
+        bytes: bytes that the operations read and write, each as if it ran by itself; what only
+            moves elements is not counted.
     """
 
     flops: int = 0
@@ -61,8 +62,8 @@ def _costs(program: Any, outer: int | None) -> Iterator[tuple[int, Cost]]:
         for jaxpr in inner:
             for at, cost in _costs(compat.opened(jaxpr), number):
                 yield at, cost * times
-        if number is not None and not inner:
-            yield number, Cost(_flops(eqn), _bytes(eqn))
+        if number is not None and not inner and (flops := _flops(eqn)):
+            yield number, Cost(flops, _bytes(eqn))
 
 
 def _flops(eqn: Any) -> int:
@@ -83,12 +84,7 @@ def _flops(eqn: Any) -> int:
     return 2 * out * math.prod(eqn.invars[0].aval.shape[d] for d in summed)
 
 
-_FREE = ("reshape", "broadcast_in_dim", "squeeze", "expand_dims", "name", "copy", "stop_gradient")
-
-
 def _bytes(eqn: Any) -> int:
-    if eqn.primitive.name in _FREE:
-        return 0
     atoms = {id(atom): atom.aval for atom in (*eqn.invars, *eqn.outvars)}
     arrays = [aval for aval in atoms.values() if hasattr(aval, "dtype")]
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays)

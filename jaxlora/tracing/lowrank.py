@@ -119,7 +119,8 @@ class LowRank:
     def is_rows(self) -> bool:
         """Whether these are rows looked up in a weight, and so no weight any more."""
         if self.is_probe:
-            return bool(self.picked) and bool(self.labels(*range(len(self.dims))) - self.picked)
+            rest = self.labels(*range(len(self.dims))) - self.picked
+            return bool(self.picked) and (bool(rest) or len(self.indexed) > 1)
         return bool(self.indexed - {Role.STACK}) or Role.IN in self.windows
 
     @property

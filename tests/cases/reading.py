@@ -209,3 +209,17 @@ def stack_of_one():
     return Case(
         fn, {"layers": normal(0, 1, 8, 8), "experts": normal(1, 1, 8, 6)}, (normal(2, 5, 8),)
     )
+
+
+@case
+def single_elements():
+    def fn(params, rows, columns):
+        picked = params["table"][rows, columns]
+        return jnp.tanh(picked), params["table"][rows[:, None], columns[None]] * 2
+
+    return Case(
+        fn,
+        {"table": normal(0, 6, 5)},
+        (jnp.array([1, 5, 2]), jnp.array([0, 4, 4])),
+        targets=("table",),
+    )
