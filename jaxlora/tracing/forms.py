@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxlora.tracing import axes, placement
@@ -101,8 +102,8 @@ def weight_side(
 
     def jvp(primals, tangents):
         y = differentiated(*primals)
-        dy, *others = tangent(y, primals, tangents)
-        return y, sum(others, dy)
+        parts = list(tangent(y, primals, tangents)) or [jnp.zeros_like(y)]
+        return y, sum(parts[1:], parts[0])
 
     differentiated = jax.custom_jvp(made)
     product = jax.custom_jvp(factored)
