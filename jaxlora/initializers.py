@@ -18,8 +18,8 @@ InitializerName = Literal["uniform", "normal", "kaiming"]
 
 def uniform(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
     """Draw from the uniform distribution on ±1/√in, the default of loralib and PEFT."""
-    bound = 1 / math.sqrt(shape[0])
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+    # one product, last: with one rounding the bits are the same however operations are fused
+    return jax.random.uniform(key, shape, dtype, -1, 1) * (1 / math.sqrt(shape[0]))
 
 
 def normal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:

@@ -1,7 +1,13 @@
-"""Make every test strict: no silent promotion of dtypes or ranks."""
+"""Make every test strict, with no silent promotion of dtypes or ranks, and fast.
+
+Most programs of the tests are compiled to run once. All are compiled alike: compiled programs stay
+in caches, and an operation that is optimized rounds otherwise than one that is not.
+"""
 
 import jax
 import pytest
+
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)
@@ -11,12 +17,10 @@ def strict():
 
 
 @pytest.fixture
-def compile_fast():
-    """Compile with few optimizations: for programs that are compiled to run once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def compiled():
+    """Return a function that compiles another for some arguments, optimized as by default."""
+    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    return lambda fn, *args: jax.jit(fn).lower(*args).compile(options)
 
 
 @pytest.fixture

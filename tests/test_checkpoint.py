@@ -147,7 +147,7 @@ def data_files(path):
 
 
 LOADING = """
-import sys, jaxlora
+import sys, conftest, jaxlora  # conftest: so that the base has the same bits
 from cases.layers_linen import linen_attention
 import jax
 base, _ = jaxlora.split(linen_attention().trained(jax.random.key(0)))

@@ -1,7 +1,6 @@
 """What the compiler makes of a training step: bounds on the program, not on its time."""
 
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +34,6 @@ def step_of(form, dtype=jnp.float32):
     return jax.value_and_grad(loss), (adapters, base, x)
 
 
-def compiled(fn, *args) -> Any:
-    return jax.jit(fn).lower(*args).compile()
-
-
 def arrays_made(program, *sizes):
     """Return the results of operations in optimized HLO that have as many elements as these."""
     found = []
@@ -54,7 +49,7 @@ ACTIVATIONS = tuple(int(np.prod(TOKENS)) * size for size in (WIDTH, HIDDEN))
 
 
 @pytest.mark.parametrize("form", ["auto", "factored", "weight-side"])
-def test_no_activation_is_transposed(form):
+def test_no_activation_is_transposed(form, compiled):
     fn, args = step_of(form)
     program = compiled(fn, *args).as_text()
     transposed = [
@@ -67,14 +62,14 @@ def test_no_activation_is_transposed(form):
     assert not copied
 
 
-def test_factored_step_makes_no_array_of_the_size_of_a_weight():
+def test_factored_step_makes_no_array_of_the_size_of_a_weight(compiled):
     fn, args = step_of("factored")
     program = compiled(fn, *args).as_text()
     kinds = {kind for kind, _ in arrays_made(program, *WEIGHTS)}
     assert kinds <= {"parameter", "bitcast", "get-tuple-element"}
 
 
-def test_weight_side_step_keeps_no_weight_between_the_passes():
+def test_weight_side_step_keeps_no_weight_between_the_passes(compiled):
     fn, args = step_of("weight-side")
     factored, _ = step_of("factored")
     temporary = [compiled(fn, *args).memory_analysis().temp_size_in_bytes for fn in (fn, factored)]
@@ -82,7 +77,7 @@ def test_weight_side_step_keeps_no_weight_between_the_passes():
 
 
 @pytest.mark.parametrize("form", ["factored", "weight-side"])
-def test_operations_of_a_step(form):
+def test_operations_of_a_step(form, compiled):
     fn, args = step_of(form)
     model = models.Transformer(LAYERS, heads=2, hidden=HIDDEN)
 

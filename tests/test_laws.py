@@ -1,7 +1,6 @@
 """The laws that every program keeps, each tried on every case of `cases`."""
 
 import functools
-from typing import Any
 
 import cases
 import jax
@@ -13,8 +12,6 @@ from numpy.testing import assert_array_equal
 
 import jaxlora
 from jaxlora import paths
-
-runs_once = pytest.mark.usefixtures("compile_fast")
 
 
 def pytest_generate_tests(metafunc):
@@ -44,12 +41,6 @@ def arrays(tree):
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
-def flops(fn, *args):
-    """Return the number of operations of a compiled function, as XLA counts them."""
-    cost: Any = jax.jit(fn).lower(*args).compile().cost_analysis()
-    return cost["flops"]
-
-
 def cache_size(fn):
     """Return how many times a jitted function was compiled."""
     return fn._cache_size()
@@ -75,7 +66,6 @@ def loss(fn, *args):
     return sum(map(weighted, arrays(fn(*args))), jnp.float32(0))
 
 
-@runs_once
 def test_fresh_adapters_leave_the_output_equal(make, compile, key):
     case = make()
     got = compile(jaxlora.lora(case.fn, strict=True))(case.init(key), *case.args)
@@ -87,7 +77,6 @@ def test_fresh_adapters_leave_the_output_equal(make, compile, key):
             assert_array_equal(x, y)
 
 
-@runs_once
 def test_low_rank_output_equals_merged(make, compile, key):
     case = make()
     params = case.trained(key)
@@ -96,7 +85,6 @@ def test_low_rank_output_equals_merged(make, compile, key):
     assert_close(got, wanted, case.epsilon, ulps=32)
 
 
-@runs_once
 def test_low_rank_gradients_equal_merged(make, key):
     case = make()
     base, adapters = jaxlora.split(case.trained(key))
@@ -114,7 +102,6 @@ def test_low_rank_gradients_equal_merged(make, key):
     assert_close(got, wanted, case.epsilon, ulps=128)
 
 
-@runs_once
 def test_merge_then_unmerge_gives_the_base_back(make, key):
     case = make()
     base, adapters = jaxlora.split(case.trained(key))
@@ -126,7 +113,6 @@ def test_merge_then_unmerge_gives_the_base_back(make, key):
     assert sum(moved) == len(adapters)
 
 
-@runs_once
 def test_base_gets_no_gradient_and_no_optimizer_state(make, key):
     case = make()
     params = case.trained(key)
@@ -147,7 +133,6 @@ def test_base_gets_no_gradient_and_no_optimizer_state(make, key):
     assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == 2 * factors
 
 
-@runs_once
 def test_same_key_gives_the_same_adapters(make, key):
     case = make()
     _, one = jaxlora.split(case.init(key))
@@ -172,7 +157,7 @@ def test_one_target_more_changes_no_other(make, key):
         assert_array_equal(adapters[path].a, all_adapters[path].a)
 
 
-def test_no_more_operations_than_the_factors_need(make_counted, key):
+def test_no_more_operations_than_the_factors_need(make_counted, compiled, key):
     case = make_counted()
     params = case.init(key)
 
@@ -182,14 +167,13 @@ def test_no_more_operations_than_the_factors_need(make_counted, key):
             _, in_, out = (np.prod(sizes) for sizes in node.roles.sizes(node.shape))
             extra += 2 * case.tokens[path] * case.rank * (in_ + out)
             outputs += case.tokens[path] * out + node.b.size  # the sum, and scaling b
-    base = flops(case.fn, case.params, *case.args)
-    low_rank = flops(jaxlora.lora(case.fn), params, *case.args)
+    base = compiled(case.fn, case.params, *case.args).cost_analysis()["flops"]
+    low_rank = compiled(jaxlora.lora(case.fn), params, *case.args).cost_analysis()["flops"]
     assert low_rank == pytest.approx(base + extra + outputs, rel=0.01)
     told = jaxlora.explain(case.fn, params, *case.args).cost
     assert told.flops == pytest.approx(extra + outputs, rel=0.05)  # b is scaled at every use
 
 
-@runs_once
 def test_adapters_of_equal_shape_compile_once(make, key):
     case = make()
     fn = jax.jit(jaxlora.lora(case.fn))
@@ -216,7 +200,7 @@ def test_explain_finds_every_use_low_rank(make, key):
     assert all(report.uses.values())
 
 
-def test_operations_of_a_layer_of_real_size(key):
+def test_operations_of_a_layer_of_real_size(compiled, key):
     """The base's operations plus 2 tokens rank (in + out) for each site, within 1 %."""
     tokens, rank, width, hidden = 1024, 8, 384, 1536
 
@@ -228,4 +212,6 @@ def test_operations_of_a_layer_of_real_size(key):
     config = jaxlora.LoRAConfig(rank=rank)
     adapted = jaxlora.init(key, fn, params, x, config=config)
     extra = 2 * (2 * tokens * rank * (width + hidden))
-    assert flops(jaxlora.lora(fn), adapted, x) == pytest.approx(flops(fn, params, x) + extra, 0.01)
+    base = compiled(fn, params, x).cost_analysis()["flops"]
+    low_rank = compiled(jaxlora.lora(fn), adapted, x).cost_analysis()["flops"]
+    assert low_rank == pytest.approx(base + extra, 0.01)

@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import programs
-import pytest
 from hypothesis import HealthCheck, assume, given, seed, settings
 
 import jaxlora
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 TIMES = int(os.environ.get("PROPERTY_EXAMPLES", "1"))
 
 

@@ -131,12 +131,12 @@ def test_each_of_many_adapters_is_what_it_is_alone(params, many):
         close(got[i], mlp(jaxlora.merge(one), X))
 
 
-def test_base_is_multiplied_once_for_many_adapters(many):
+def test_base_is_multiplied_once_for_many_adapters(many, compiled):
     stacked, axes = many
     fn = jax.vmap(jaxlora.lora(mlp), in_axes=(axes, None))
     for weight in WEIGHTS.values():
         assert sum(weight.shape in shapes for shapes in products(fn, stacked, X)) == 1
-    text: Any = jax.jit(fn).lower(stacked, X).compile().as_text()
+    text = compiled(fn, stacked, X).as_text()
     sizes = [np.prod([*map(int, s.split(","))]) for s in re.findall(r"f32\[([\d,]+)\]", text)]
     assert max(sizes) < 3 * WEIGHTS["up"].size  # and there is no base for each adapter
 
