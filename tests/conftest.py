@@ -1,12 +1,24 @@
 """Make every test strict, with no silent promotion of dtypes or ranks, and fast.
 
 Most programs of the tests are compiled to run once. All are compiled alike: compiled programs stay
-in caches, and an operation that is optimized rounds otherwise than one that is not.
+in caches, and an operation that is optimized rounds otherwise than one that is not. All processes
+of a run share what they compile.
 """
+
+import os
+import tempfile
 
 import jax
 import pytest
 
+FOLDER = "JAX_COMPILATION_CACHE_DIR"
+if FOLDER not in os.environ:  # else this is a worker, or started by a test
+    folder = tempfile.TemporaryDirectory()
+    os.environ[FOLDER] = folder.name
+
+jax.config.update("jax_compilation_cache_dir", os.environ[FOLDER])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -63,9 +63,8 @@ def assert_law(program):
 
     draw = np.random.default_rng(0).normal
     params = jax.tree.map(lambda s: np.asarray(draw(size=s.shape), s.dtype), params)
-    x = np.asarray(
-        draw(size=x.shape) / np.sqrt(x.size), x.dtype
-    )  # sums, and their sines, are small
+    # so small that sums, and their sines, are small
+    x = np.asarray(draw(size=x.shape) / np.sqrt(x.size), x.dtype)
     with jax.numpy_dtype_promotion("standard"):
         got, wanted = both(params, x)
     epsilon = float(jnp.finfo(program.dtype).eps)
