@@ -61,7 +61,8 @@ class Report:
 
 def _told(use: tracing.Use) -> str:
     form = f", {use.form} in training" if use.form == "weight-side" else ""
-    return f"{use.operation} ({use.kind}{form})"
+    sharing = f", input shared by {use.sharing}" if use.sharing > 1 else ""
+    return f"{use.operation} ({use.kind}{form}{sharing})"
 
 
 def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Report:

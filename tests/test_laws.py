@@ -171,12 +171,12 @@ def test_no_more_operations_than_the_factors_need(make_counted, compiled, key):
         if path in case.tokens:
             _, in_, out = (np.prod(sizes) for sizes in node.roles.sizes(node.shape))
             extra += 2 * case.tokens[path] * case.rank * (in_ + out)
-            outputs += case.tokens[path] * out + node.b.size  # the sum, and scaling b
+            outputs += case.tokens[path] * out + node.a.size  # the sum, and scaling a
     base = compiled(case.fn, case.params, *case.args).cost_analysis()["flops"]
     low_rank = compiled(jaxlora.lora(case.fn), params, *case.args).cost_analysis()["flops"]
     assert low_rank == pytest.approx(base + extra + outputs, rel=0.01)
     told = jaxlora.explain(case.fn, params, *case.args).cost
-    assert told.flops == pytest.approx(extra + outputs, rel=0.05)  # b is scaled at every use
+    assert told.flops == pytest.approx(extra + outputs, rel=0.05)  # a is scaled at every use
 
 
 def test_adapters_of_equal_shape_compile_once(make, key):

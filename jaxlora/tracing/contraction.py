@@ -4,31 +4,14 @@ Each runs the program's own operation on the base and adds the low-rank term, co
 dtype of the operation. The weight is never formed.
 """
 
-import dataclasses
-import math
-from collections.abc import Sequence
 from typing import Any
 
 from jax import lax
 
-from jaxlora.tracing import axes, compat, forms, placement
-from jaxlora.tracing.interpreter import CONTRACTED, Form, Walk, rule
-from jaxlora.tracing.lowrank import CARRIES, RANK, LowRank, Role
-from jaxlora.tracing.product import chain
-
-
-@dataclasses.dataclass(frozen=True)
-class _Operand:
-    """One side of a product: its value, and which of its dimensions are summed or in the batch."""
-
-    value: Any
-    summed: Sequence[int]
-    batch: Sequence[int]
-
-    @property
-    def free(self) -> list[int]:
-        """The dimensions that only this side has."""
-        return [d for d in range(len(self.value.shape)) if d not in (*self.summed, *self.batch)]
+from jaxlora.tracing import compat, forms
+from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
+from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
+from jaxlora.tracing.term import Sides, Term
 
 
 @rule("dot_general")
@@ -37,113 +20,83 @@ def dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
 
     With ``m`` tokens the low-rank term costs 2·m·rank·(in + out) operations.
     """
-    (lhs_summed, rhs_summed), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-    lhs = _weight_or_array(walk, eqn, _Operand(lhs, lhs_summed, lhs_batch), rhs)
-    rhs = _weight_or_array(walk, eqn, _Operand(rhs, rhs_summed, rhs_batch), lhs)
-    left, right = _Operand(lhs, lhs_summed, lhs_batch), _Operand(rhs, rhs_summed, rhs_batch)
-    if isinstance(lhs, LowRank):
-        return [_product(walk, eqn, left, right, weight_is_left=True)]
-    if isinstance(rhs, LowRank):
-        return [_product(walk, eqn, right, left, weight_is_left=False)]
-    return compat.bind(eqn, [lhs, rhs])
+    values = [_weight_or_array(walk, eqn, 0, lhs, rhs)]
+    values.append(_weight_or_array(walk, eqn, 1, rhs, values[0]))
+    for side, value in enumerate(values):
+        if isinstance(value, LowRank):
+            return [_product(walk, eqn, values[1 - side], value, side)]
+    return compat.bind(eqn, values)
 
 
-def _product(
-    walk: Walk, eqn: Any, operand: _Operand, other: _Operand, *, weight_is_left: bool
-) -> Any:
-    """Return the product of x and a weight, in the form that is cheaper."""
-
-    def bind(x, w):
-        return compat.bind(eqn, [w, x] if weight_is_left else [x, w])[0]
-
-    def term(walk, x, weight, moving=""):
-        sides = dataclasses.replace(operand, value=weight), dataclasses.replace(other, value=x)
-        return _term(walk, eqn, *sides, moving, weight_is_left=weight_is_left)
-
-    weight, x = operand.value, other.value
-    if _form(walk, eqn, operand) == "weight-side":
-        return forms.weight_side(walk, x, weight, bind, term)
-    return forms.with_term(walk, bind(x, weight.base), x, weight, term)
-
-
-def _form(walk: Walk, eqn: Any, operand: _Operand) -> Form:
-    weight, taken = operand.value, (*operand.free, *operand.batch)
-    tokens = math.prod(eqn.outvars[0].aval.shape) // math.prod(weight.shape[d] for d in taken)
-    return forms.choose(walk, weight, tokens)
-
-
-def _weight_or_array(walk: Walk, eqn: Any, operand: _Operand, other: Any) -> Any:
-    """Return the weight if the product can take it as one, else an array; write down the use."""
-    value = operand.value
+def _weight_or_array(walk: Walk, eqn: Any, side: int, value: Any, other: Any) -> Any:
+    """Return the weight if the product can take it as one, else an array; tell a probe's use."""
     if not isinstance(value, LowRank):
         return value
-    groups = (operand.summed, operand.free, operand.batch)
-    in_, free, batch = (value.labels(*group) for group in groups)
-    out, stack = free - in_, batch - in_ - free
+    in_, out, stack = _axes_used(eqn, side, value)
     picked = value.indexed & (in_ | out)
     if (picked and value.is_rows()) or (value.is_probe and value.indexed and not (in_ and out)):
         return walk.densify(eqn, value, "")
     is_lesser = isinstance(other, LowRank) and not other.is_rows() and other.size >= value.size
     if is_lesser or (isinstance(other, LowRank) and value.is_rows()):
         return walk.densify(eqn, value, "both operands are adapted weights")
-    stack |= value.indexed - in_ - out
-    form = "" if value.is_probe else _form(walk, eqn, operand)
-    walk.record(eqn, value, CONTRACTED, in_=in_, out=out, stack=stack, form=form)
-    return value.base if value.is_probe else value
+    if not value.is_probe:
+        return value
+    walk.record(eqn, value, CONTRACTED, in_=in_, out=out, stack=stack)
+    return value.base
 
 
-def _term(
-    walk: Walk,
-    eqn: Any,
-    operand: _Operand,
-    other: _Operand,
-    moving: str,
-    *,
-    weight_is_left: bool,
-) -> Any:
-    """Return the product of x with the factors, with a name for each piece of an axis."""
-    weight, x = operand.value, other.value
-    names = [[("w", d, i) for i in range(len(dim))] for d, dim in enumerate(weight.dims)]
-    x_names: list[list[Any]] = [[("x", d)] for d in range(x.ndim)]
-    x_sizes = [[size] for size in x.shape]
-    shared = [*zip(other.summed, operand.summed, strict=True)]
-    shared += zip(other.batch, operand.batch, strict=True)
-    for x_dim, dim in shared:
-        x_names[x_dim] = names[dim]
-        x_sizes[x_dim] = [size for _, size in weight.dims[dim]]
-    x_free = [x_names[d] for d in range(x.ndim) if d not in (*other.summed, *other.batch)]
-    free = [names[d] for d in operand.free]
-    sides = (free, x_free) if weight_is_left else (x_free, free)
-    out_names = _flat([[names[d] for d in operand.batch], *sides])
-    flat_names, sizes = _flat([x_names]), dict(zip(_flat([x_names]), _flat([x_sizes]), strict=True))
-    pieces = zip(_flat([names]), axes.pieces(weight.dims), strict=True)
-    sizes |= {name: size for name, (_, size) in pieces}
-    a_names = [*weight.piece_labels(names, "a"), RANK]
-    b_names = [*weight.piece_labels(names, "b"), RANK]
+def _narrowed(
+    walk: Walk, eqn: Any, side: int, term: Term, weight: LowRank, x: Any
+) -> tuple[Any, int]:
+    """Return the product of the input and the first factor, and how many products share it.
 
-    x = placement.reshape(weight.input(x), x_sizes)
-    known = {*a_names, *b_names, *out_names}
-    gone = [i for i, name in enumerate(flat_names) if name not in known]
-    if gone:  # the weight repeats along what is summed
-        x, flat_names = x.sum(gone), [name for name in flat_names if name in known]
-    kept = [i for i, n in enumerate(out_names) if n in {*flat_names, *a_names, *b_names}]
-    a, b = weight.factors(weight.base.dtype)
-    product = chain(
-        x,
-        a,
-        b,
-        names=tuple(map(tuple, (flat_names, a_names, b_names, (out_names[i] for i in kept)))),
-        precision=eqn.params["precision"],
-        dtype=eqn.params["preferred_element_type"],
-        named=walk.named,
-        moving=moving,
-    )
-    product = placement.repeated(product, kept, [sizes[name] for name in out_names])
-    return product
+    It is made at the first of them, for all at once; a product that shares nothing has None.
+    """
+    frame = walk.frame
+    if id(eqn) in frame.narrowed:
+        return frame.narrowed.pop(id(eqn))
+    if weight.has_dropout:
+        return None, 1
+    group, start = {id(eqn): weight}, term.start(weight)
+    readers = iter(frame.readers.get((id(eqn), 1 - side), ()))
+    next((other for other, _ in readers if other is eqn), None)  # those before have run
+    for other, at in readers:
+        found = frame.env.get(other.invars[1 - at])
+        if not isinstance(found, LowRank) or found.is_rows():
+            continue
+        if Term.of(other, 1 - at, found, x).start(found) == start:
+            group[id(other)] = found
+    if len(group) == 1:
+        return None, 1
+    with walk.scope(*group.values()):
+        products = term.narrow(walk, x, [*group.values()])
+    frame.narrowed.update((at, (h, len(group))) for at, h in zip(group, products, strict=True))
+    return frame.narrowed.pop(id(eqn))
 
 
-def _flat(groups: Sequence[Sequence[Sequence[Any]]]) -> list[Any]:
-    return [name for group in groups for names in group for name in names]
+def _axes_used(eqn: Any, side: int, weight: LowRank) -> tuple[frozenset, frozenset, frozenset]:
+    """Return the labels of a weight that are summed, free, and in the batch or picked."""
+    groups = Sides.of(eqn, side).weight
+    in_, free, batch = (weight.labels(*dims) for dims in groups)
+    out = free - in_
+    return in_, out, (batch - in_ - free) | (weight.indexed - in_ - out)
+
+
+def _product(walk: Walk, eqn: Any, x: Any, weight: LowRank, side: int) -> Any:
+    """Return the product of x and a weight, in the form that is cheaper."""
+
+    def bind(x, w):
+        return compat.bind(eqn, [x, w] if side else [w, x])[0]
+
+    term = Term.of(eqn, side, weight, x)
+    h, sharing = _narrowed(walk, eqn, side, term, weight, x)
+    form = forms.choose(walk, weight, term, is_shared=h is not None)
+    in_, out, stack = _axes_used(eqn, side, weight)
+    how: Any = {"form": form, "sharing": sharing}
+    walk.record(eqn, weight, CONTRACTED, in_=in_, out=out, stack=stack, **how)
+    if form == "weight-side":
+        return forms.weight_side(walk, x, weight, h, bind, term)
+    return forms.with_term(walk, bind(x, weight.base), x, weight, h, term)
 
 
 @rule("ragged_dot_general")

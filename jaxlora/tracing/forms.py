@@ -10,7 +10,10 @@ forward and a backward pass, beyond the product with the base:
   (x and g twice, for ``a`` and ``b``; the weight read and written twice, for it is not kept
   between the passes). The gradients of the factors come from x and g; the weight's is not formed.
 
-By either count the second is cheaper where N·(d + k) > 2·d·k. It is not used where it would not
+By either count the second is cheaper where N·(d + k) > 2·d·k. Where several products share x, so
+that ``x a`` of all and the gradient of x through it are made at once, the weight in effect is made
+for the forward pass alone: that moves 2·d·k elements in the place of 2·N·k, and is cheaper where
+N > d. It is not used where it would not
 be exact: where the sum would be rounded to a dtype narrower than float32, or x has dropout. Nor is
 it on a mesh of several devices, which would have to gather the weight in effect for each pass.
 Without differentiation there is no backward pass to save on, and the form is factored.
@@ -27,20 +30,21 @@ from jax.custom_derivatives import SymbolicZero
 from jaxlora.tracing import axes, placement
 from jaxlora.tracing.interpreter import Form, Walk
 from jaxlora.tracing.lowrank import LowRank, Role
+from jaxlora.tracing.term import Term
 from jaxlora.weight import merge_dtype
 
 
-def choose(walk: Walk, weight: LowRank, tokens: int) -> Form:
-    """Return the form of the product of some tokens with a weight.
+def choose(walk: Walk, weight: LowRank, term: Term, *, is_shared: bool) -> Form:
+    """Return the form of the product of an input with a weight.
 
     Args:
         walk: tells the user's choice, and whether the program is to be transposed.
         weight: the weight.
-        tokens: rows of the input for each entry of the weight's stack.
+        term: the low-rank term.
+        is_shared: whether other products share that of the input and the first factor.
     """
     labels = [label for label, _ in axes.pieces(weight.dims)]
-    has_dropout = weight.keys is not None and weight.origin.dropout_rate > 0
-    if walk.is_linear or has_dropout or axes.REPEATED in labels:
+    if walk.is_linear or weight.has_dropout or axes.REPEATED in labels:
         return "factored"
     if walk.form != "auto":
         return walk.form
@@ -48,57 +52,62 @@ def choose(walk: Walk, weight: LowRank, tokens: int) -> Form:
         math.prod(size for label, size in axes.pieces(weight.dims) if label == role)
         for role in (Role.IN, Role.OUT)
     )
+    if term.order == ("b", "a"):
+        in_, out = out, in_
     is_exact = weight.base.dtype == merge_dtype(weight.base.dtype)
-    is_known = isinstance(tokens, int)  # and not the symbol of a size that `jax.export` leaves open
-    pays = is_known and tokens * (in_ + out) > 2 * in_ * out
+    is_known = isinstance(
+        term.tokens, int
+    )  # not the symbol of a size that `jax.export` leaves open
+    more, less = (term.tokens, in_) if is_shared else (term.tokens * (in_ + out), 2 * in_ * out)
     mesh = jax.typeof(weight.base).sharding.mesh
     is_spread = not mesh.empty and mesh.size > 1
-    return "weight-side" if is_exact and pays and not is_spread else "factored"
+    return "weight-side" if is_exact and is_known and more > less and not is_spread else "factored"
 
 
 def weight_side(
-    walk: Walk,
-    x: Any,
-    weight: LowRank,
-    bind: Callable[[Any, Any], Any],
-    term: Callable[..., Any],
+    walk: Walk, x: Any, weight: LowRank, h: Any, bind: Callable[[Any, Any], Any], term: Term
 ) -> Any:
-    """Return the product of x with a weight that is made for it, in each pass anew.
+    """Return the product of x with a weight that is made for it.
 
     Args:
         walk: the walk.
         x: the input.
         weight: the weight.
+        h: the product of x and the first factor, where other products share it; the weight is
+            then made for the forward pass alone, and h tells the gradients of x and that factor.
         bind: the program's own product of an input and an array in the weight's place.
-        term: ``term(walk, x, weight)``, the low-rank term of the factors alone; with
-            ``moving="a"`` or ``"b"`` where that factor is a tangent.
+        term: the low-rank term.
     """
+    is_shared = h is not None
 
     def of(base, a, b):
         return weight.replace(base=base, a=a, b=b)
 
-    def effective(base, a, b):
+    def made(x, base, a, b, h):
         with walk.scope(weight):
-            return jax.lax.optimization_barrier(of(base, a, b).dense(merge_dtype(base.dtype)))
+            dense = of(base, a, b).dense(merge_dtype(base.dtype))
+            effective = jax.lax.optimization_barrier(dense)
+        return bind(x, effective)
 
-    def made(x, base, a, b):
-        return bind(x, effective(base, a, b))
-
-    def factored(x, base, a, b):
-        return with_term(walk, bind(x, base), x, of(base, a, b), term)
+    def factored(x, base, a, b, h):
+        return with_term(walk, bind(x, base), x, of(base, a, b), h, term)
 
     def tangent(y, primals, tangents):
-        x, base, a, b = primals
-        dx, dbase, da, db = tangents
-        if not isinstance(dx, SymbolicZero):
-            yield jax.checkpoint(made)(dx, base, a, b)
-        if not isinstance(dbase, SymbolicZero):
+        x, base, a, b, h = primals
+        dx, dbase, da, db, dh = tangents
+        if _moves(dx):
+            yield bind(dx, base) if is_shared else jax.checkpoint(made)(dx, base, a, b, h)
+        if _moves(dbase):
             yield bind(x, dbase)
+        moved = {"a": (da, of(base, da, b)), "b": (db, of(base, a, db))}
+        if is_shared:
+            del moved[term.order[0]]
         with walk.scope(weight):
-            if not isinstance(da, SymbolicZero):
-                yield _like(term(walk, x, of(base, da, b), moving="a"), y)
-            if not isinstance(db, SymbolicZero):
-                yield _like(term(walk, x, of(base, a, db), moving="b"), y)
+            if is_shared and _moves(dh):
+                yield _like(term(walk, x, of(base, a, b), dh), y)
+            for name, (factor, changed) in moved.items():
+                if _moves(factor):
+                    yield _like(term(walk, x, changed, h, moving=name), y)
 
     def jvp(primals, tangents):
         y = differentiated(*primals)
@@ -109,13 +118,17 @@ def weight_side(
     product = jax.custom_jvp(factored)
     for function in (differentiated, product):
         function.defjvp(jvp, symbolic_zeros=True)
-    return product(x, weight.base, weight.a, weight.b)
+    return product(x, weight.base, weight.a, weight.b, h)
 
 
-def with_term(walk: Walk, y: Any, x: Any, weight: LowRank, term: Callable[..., Any]) -> Any:
+def with_term(walk: Walk, y: Any, x: Any, weight: LowRank, h: Any, term: Term) -> Any:
     """Return the product with the base plus the low-rank term."""
     with walk.scope(weight):
-        return y + _like(term(walk, x, weight), y)
+        return y + _like(term(walk, x, weight, h), y)
+
+
+def _moves(tangent: Any) -> bool:
+    return not isinstance(tangent, SymbolicZero)
 
 
 def _like(product: Any, y: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlora.tracing import compat, cost
+from jaxlora.tracing import compat, cost, grouping
 from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import merge_dtype
 
@@ -45,6 +45,8 @@ class Use:
         out: axes left in the result.
         reason: why the weight was materialized.
         form: the form of a product where it is differentiated, see `jaxlora.lora`.
+        sharing: the number of products of one input that share the product with their first
+            factors, this among them.
     """
 
     path: str
@@ -56,6 +58,7 @@ class Use:
     out: frozenset = frozenset()
     reason: str = ""
     form: str = ""
+    sharing: int = 1
 
 
 def rule(*primitives: str) -> Callable[[Rule], Rule]:
@@ -68,6 +71,24 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
     return register
 
 
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What is known of the program that is being run.
+
+    Attributes:
+        env: values of the variables.
+        readers: the products that read one input, see `grouping.Plan`.
+        values: what the variables stand for, see `_values`.
+        narrowed: by id of an equation, the product of its input and the first factor, and how
+            many equations share that, where it was made for several.
+    """
+
+    env: dict[Any, Any]
+    readers: dict[tuple[int, int], list[tuple[Any, int]]]
+    values: dict[Any, tuple[Any, bool]]
+    narrowed: dict[int, tuple[Any, int]] = dataclasses.field(default_factory=dict)
+
+
 class Walk:
     """One way to evaluate programs: what to do where there is no rule, and what to write down.
 
@@ -76,6 +97,7 @@ class Walk:
         form: form of the products, see `jaxlora.tracing.forms`.
         is_linear: the program is a derivative, to be transposed, and so nothing in it is named.
         uses: the uses met so far, or None where they are not wanted.
+        frame: the program being run.
         numbers: with uses, the number by which `cost.scope` knows the paths of a weight.
     """
 
@@ -92,7 +114,7 @@ class Walk:
         self.uses: dict[Any, Use] | None = {} if record else None
         self.numbers: dict[tuple[str, ...], int] = {}
         self.warned: dict[Any, Any] = {}  # the registry of `warnings`: each line is told of once
-        self.values: dict[Any, tuple[Any, bool]] = {}  # of the program being run, see `_values`
+        self.frame = Frame({}, {}, {})
         self.compiled = functools.lru_cache(maxsize=256)(self._compiled)
 
     def run(self, jaxpr: Any, *args: Any) -> list[Any]:
@@ -100,19 +122,20 @@ class Walk:
         program = compat.opened(jaxpr)
         env = dict(zip(program.constvars, compat.consts(jaxpr), strict=True))
         env.update(zip(program.invars, args, strict=True))
-        last = _last_uses(program)
-        outer, self.values = self.values, _values(program)
+        plan = grouping.plan(program)
+        last = _last_uses(plan.eqns, program.outvars)
+        outer, self.frame = self.frame, Frame(env, plan.readers, _values(program))
 
         def read(atom):
             return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
-        for i, eqn in enumerate(program.eqns):
+        for i, eqn in enumerate(plan.eqns):
             values = [read(atom) for atom in eqn.invars]
             with compat.scope(eqn):
                 env.update(zip(eqn.outvars, self._step(eqn, values), strict=True))
             for var in last.get(i, ()):
                 env.pop(var, None)
-        self.values = outer
+        self.frame = outer
         return [read(atom) for atom in program.outvars]
 
     def _step(self, eqn: Any, values: list[Any]) -> list[Any]:
@@ -158,11 +181,12 @@ class Walk:
         with self.scope(value):
             return value.dense(dtype)
 
-    def scope(self, weight: LowRank) -> Any:
-        """Return the name scope of what is added to the program for a weight."""
+    def scope(self, *weights: LowRank) -> Any:
+        """Return the name scope of what is added to the program for some weights."""
         if self.uses is None:
             return jax.named_scope(CHECKPOINT_NAME)
-        number = self.numbers.setdefault(weight.origin.paths, len(self.numbers))
+        paths = tuple(path for weight in weights for path in weight.origin.paths)
+        number = self.numbers.setdefault(paths, len(self.numbers))
         return jax.named_scope(cost.scope(number))
 
     def record(
@@ -172,6 +196,7 @@ class Walk:
         kind: str,
         reason: str = "",
         form: str = "",
+        sharing: int = 1,
         **axes_of: Any,
     ) -> None:
         """Write down a use of a weight; a lookup tells its axes from what was picked."""
@@ -186,7 +211,7 @@ class Walk:
             axes_of["stack"] |= weight.scanned
         for path in weight.origin.paths:
             found = {name: _axes_of(path, labels) for name, labels in axes_of.items()}
-            use = Use(path, *where, kind, reason=reason, form=form, **found)
+            use = Use(path, *where, kind, reason=reason, form=form, sharing=sharing, **found)
             self.uses.setdefault((id(eqn), use), use)
 
     def _complain(self, eqn: Any, weight: LowRank, reason: str) -> None:
@@ -247,11 +272,11 @@ def _values(program: Any) -> dict[Any, tuple[Any, bool]]:
     return values
 
 
-def _last_uses(program: Any) -> dict[int, list[Any]]:
+def _last_uses(eqns: Sequence[Any], outvars: Sequence[Any]) -> dict[int, list[Any]]:
     """Return the variables that no later equation reads, by index of equation."""
-    kept = {atom for atom in program.outvars if not isinstance(atom, compat.Literal)}
+    kept = {atom for atom in outvars if not isinstance(atom, compat.Literal)}
     last = {}
-    for i, eqn in enumerate(program.eqns):
+    for i, eqn in enumerate(eqns):
         for atom in (*eqn.invars, *eqn.outvars):
             if not isinstance(atom, compat.Literal) and atom not in kept:
                 last[atom] = i

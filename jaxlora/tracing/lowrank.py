@@ -111,6 +111,11 @@ class LowRank:
         """Number of columns of the factors."""
         return self.a.shape[-1]
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the low-rank path's input has dropout."""
+        return self.keys is not None and self.origin.dropout_rate > 0
+
     def labels(self, *dims: int) -> frozenset:
         """Return the roles that dimensions are made of; in a probe, the original axes."""
         found = axes.labels([self.dims[d] for d in dims])
@@ -190,16 +195,20 @@ class LowRank:
         named = zip(axes.pieces(self.dims), (name for dim in dims for name in dim), strict=True)
         return [name for (label, _), name in named if label in CARRIES[factor]]
 
-    def factors(self, dtype: Any) -> tuple[Any, Any]:
-        """Return ``a`` and ``scaling * b``, scaled as they are stored and then cast."""
+    def factors(self, dtype: Any, scaled: str = "b") -> tuple[Any, Any]:
+        """Return ``a`` and ``b``, one of them scaled as it is stored and then cast."""
         scale = scaling(self.origin.alpha, self.rank)
-        return self.a.astype(dtype), (self.b.astype(merge_dtype(dtype)) * scale).astype(dtype)
+        first, second = (
+            (f.astype(merge_dtype(dtype)) * scale if name == scaled else f).astype(dtype)
+            for name, f in (("a", self.a), ("b", self.b))
+        )
+        return first, second
 
     def input(self, x: Any) -> Any:
         """Return the low-rank path's input: floating, and with dropout if the weight has it."""
         if not jnp.issubdtype(x.dtype, jnp.floating):
             x = x.astype(self.base.dtype)
-        if self.keys is None or self.origin.dropout_rate == 0:
+        if not self.has_dropout:
             return x
         keep = 1 - self.origin.dropout_rate
         mask = jax.random.bernoulli(self.keys.reshape(-1)[0], keep, x.shape)

@@ -96,58 +96,80 @@ def _contract_in_place(
     return jnp.transpose(product, [names.index(n) for n in out_names])
 
 
-def _rank_first(factor: Any, names: Sequence[Name]) -> tuple[Any, Sequence[Name]]:
-    """Return a factor with its rank axis first, and so its gradient, and their names.
+@jax.custom_jvp
+def _rows(factor: jax.Array) -> jax.Array:
+    """Return a factor with its rank axis first.
 
-    The gradient is then a product of shape (rank, in), which the CPU computes faster than
-    (in, rank); without the barrier the compiler makes the one of the other.
+    So its gradient is a product of shape (rank, in), which the CPU computes faster than (in, rank);
+    without the barrier, which the gradient alone meets, the compiler makes the one of the other.
     """
-    return jax.lax.optimization_barrier(jnp.moveaxis(factor, -1, 0)), (names[-1], *names[:-1])
+    return jnp.moveaxis(factor, -1, 0)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("names", "precision", "dtype", "named", "moving"), inline=True
-)
-def chain(
+@_rows.defjvp
+def _rows_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _rows(*primals), jax.lax.optimization_barrier(_rows(*tangents))
+
+
+@functools.partial(jax.jit, static_argnames=("names", "precision", "dtype", "named"), inline=True)
+def narrow(
     x: Any,
-    a: Any,
-    b: Any,
+    firsts: Sequence[Any],
     *,
     names: tuple[tuple[Name, ...], ...],
     precision: Any,
     dtype: Any,
-    named: Callable[[jax.Array], jax.Array],
-    moving: str = "",
+    named: Callable[[jax.Array], jax.Array] | None,
+) -> Sequence[jax.Array]:
+    """Return the rank-sized products of x and each of some factors, made as one product.
+
+    Args:
+        x: the input, which is read once.
+        firsts: factors whose axes have the same names and, but for the last, the rank, sizes.
+        names: names of the axes of x, of each factor and of each result.
+        precision: as in `jax.lax.dot_general`.
+        dtype: dtype of the products.
+        named: done to the whole, if to be named.
+    """
+    x_names, first_names, h_names = names
+    rank_first = (first_names[-1], *first_names[:-1])
+    rows = [_rows(first) for first in firsts]
+    whole = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
+    h = contract(x, x_names, whole, rank_first, h_names, precision, dtype)
+    h = h if named is None else named(h)
+    return jax.lax.split(h, [len(row) for row in rows], h_names.index(first_names[-1]))
+
+
+@functools.partial(jax.jit, static_argnames=("names", "precision", "dtype", "named"), inline=True)
+def chain(
+    x: Any,
+    first: Any,
+    second: Any,
+    *,
+    names: tuple[tuple[Name, ...], ...],
+    precision: Any,
+    dtype: Any,
+    named: Callable[[jax.Array], jax.Array] | None,
 ) -> jax.Array:
-    """Return x times two factors, the one that shares more with x first.
+    """Return x times two factors; no array of the size of ``first @ second`` is made on the way.
 
     It is traced and differentiated once for all sites of equal shapes.
 
     Args:
         x: the input.
-        a: a factor.
-        b: the other factor.
-        names: names of the axes of x, of a, of b and of the result.
+        first: the factor that takes x to the rank, or None where x is that product already.
+        second: the other factor.
+        names: names of the axes of x, of first, of the rank-sized product, of second and of the
+            result.
         precision: as in `jax.lax.dot_general`.
         dtype: dtype of both products.
-        named: done to the rank-sized product.
-        moving: ``"a"`` or ``"b"`` where that is a tangent, so that what it makes gets no name.
-
-    Returns:
-        Array with one axis for each of out_names; no array of the size of ``first @ second`` is
-        made on the way.
+        named: done to the rank-sized product, if to be named.
     """
-    x_names, a_names, b_names, out_names = names
-    factors = {"a": (a, a_names), "b": (b, b_names)}
-
-    def shared(name):
-        array, its_names = factors[name]
-        return math.prod(s for n, s in zip(its_names, array.shape, strict=True) if n in x_names)
-
-    start, end = ("b", "a") if shared("b") > shared("a") else ("a", "b")
-    first, second = _rank_first(*factors[start]), factors[end]
-    wanted = {*second[1], *out_names}
-    h_names = [n for n in dict.fromkeys((*x_names, *first[1])) if n in wanted]
-    h = contract(x, x_names, *first, h_names, precision, dtype)
-    h = h if moving == start else named(h)
-    return contract(h.astype(second[0].dtype), h_names, *second, out_names, precision, dtype)
+    x_names, first_names, h_names, second_names, out_names = names
+    if first is None:
+        h = x
+    else:
+        how: Any = {"precision": precision, "dtype": dtype, "named": named}
+        (h,) = narrow(x, [first], names=(x_names, first_names, h_names), **how)
+    h = h.astype(second.dtype)
+    return contract(h, h_names, second, second_names, out_names, precision, dtype)

@@ -43,7 +43,7 @@ def stop_gradient(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
 @rule("select_n")
 def select(walk: Walk, eqn: Any, which: Any, *cases: Any) -> list[Any]:
     """Select between one weight and itself, as a ``cond`` under `jax.vmap` does."""
-    found = [walk.values.get(atom, (atom, False)) for atom in eqn.invars[1:]]
+    found = [walk.frame.values.get(atom, (atom, False)) for atom in eqn.invars[1:]]
     if len({value for value, _ in found}) > 1:
         return walk.without_rule(eqn, [which, *cases], "it selects between different values")
     stopped = [is_stopped for _, is_stopped in found]

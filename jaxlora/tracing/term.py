@@ -1,0 +1,177 @@
+"""The low-rank term of a product with a weight: a name for each piece of each axis.
+
+The axes of the input, the factors and the result are cut into the pieces of the weight's axes, so
+that the term is two products of arrays with named axes, whatever the program did to the weight.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxlora.tracing import axes, placement
+from jaxlora.tracing.interpreter import Walk
+from jaxlora.tracing.lowrank import RANK, LowRank
+from jaxlora.tracing.product import Name, chain, narrow
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """The dimensions of the two operands of a `dot_general`, by what becomes of them.
+
+    Attributes:
+        weight: dimensions of the weight that are summed, that only it has, and in the batch.
+        x: the same of the other operand.
+    """
+
+    weight: tuple[Sequence[int], Sequence[int], Sequence[int]]
+    x: tuple[Sequence[int], Sequence[int], Sequence[int]]
+
+    @classmethod
+    def of(cls, eqn: Any, side: int) -> "Sides":
+        """Return the dimensions where the weight is the operand of this position."""
+        summed, batch = eqn.params["dimension_numbers"]
+        groups = []
+        for at in (side, 1 - side):
+            taken = (*summed[at], *batch[at])
+            free = [d for d in range(len(eqn.invars[at].aval.shape)) if d not in taken]
+            groups.append((summed[at], free, batch[at]))
+        return cls(*groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """How the input of one product meets the factors of its weight.
+
+    Attributes:
+        order: the factors by name, the one that shares more with the input first.
+        tokens: rows of the input for each entry of the weight's stack.
+        x_sizes: the pieces of each dimension of the input.
+        repeated: the pieces of the input along which the weight repeats.
+        names: of the input, the first factor, the rank-sized product, the second factor and the
+            result, each but the pieces along which nothing changes.
+        out_sizes: the pieces of the result.
+        out_kept: those that have names.
+        precision: of the products, as in `jax.lax.dot_general`.
+        dtype: dtype of the products.
+    """
+
+    order: tuple[str, str]
+    tokens: int
+    x_sizes: tuple[tuple[int, ...], ...]
+    repeated: tuple[int, ...]
+    names: tuple[tuple[Name, ...], ...]
+    out_sizes: tuple[int, ...]
+    out_kept: tuple[int, ...]
+    precision: Any
+    dtype: Any
+
+    @classmethod
+    def of(cls, eqn: Any, side: int, weight: LowRank, x: Any) -> "Term":
+        """Return the term of a product whose operand of this position is the weight."""
+        sides = Sides.of(eqn, side)
+        w_names, x_names, x_sizes = _names(sides, weight, x)
+        free = [[w_names[d] for d in sides.weight[1]], [x_names[d] for d in sides.x[1]]]
+        out = _flat([w_names[d] for d in sides.weight[2]], *(free if side == 0 else free[::-1]))
+        names = _flat(x_names)
+        sizes = dict(zip(_flat(w_names), [n for _, n in axes.pieces(weight.dims)], strict=True))
+        sizes |= zip(names, _flat(x_sizes), strict=True)
+
+        carried = {f: [*weight.piece_labels(w_names, f), RANK] for f in ("a", "b")}
+        shares = {f: math.prod(sizes[n] for n in carried[f] if n in names) for f in carried}
+        order = ("b", "a") if shares["b"] > shares["a"] else ("a", "b")
+        first, second = (carried[f] for f in order)
+        known = {*first, *second, *out}
+        kept = [i for i, n in enumerate(out) if n in {*names, *first, *second}]
+        x_kept = [n for n in names if n in known]
+        h = [n for n in dict.fromkeys((*x_kept, *first)) if n in {*second, *out}]
+        taken = math.prod(weight.shape[d] for group in sides.weight[1:] for d in group)
+        return cls(
+            order,
+            math.prod(eqn.outvars[0].aval.shape) // taken,
+            tuple(map(tuple, x_sizes)),
+            tuple(i for i, n in enumerate(names) if n not in known),
+            tuple(map(tuple, (x_kept, first, h, second, [out[i] for i in kept]))),
+            tuple(sizes[n] for n in out),
+            tuple(kept),
+            eqn.params["precision"],
+            eqn.params["preferred_element_type"],
+        )
+
+    def start(self, weight: LowRank) -> Any:
+        """Return what is equal in terms whose rank-sized products can be made as one."""
+        first = getattr(weight, self.order[0])
+        how = (self.precision, self.dtype, weight.base.dtype, weight.has_dropout)
+        where = (first.shape[:-1], placement.explicit(first))
+        return self.order, self.x_sizes, self.names[:3], how, where
+
+    def narrow(self, walk: Walk, x: Any, weights: Sequence[LowRank]) -> Sequence[jax.Array]:
+        """Return the products of the input with the first factor of each weight, made as one."""
+        return narrow(
+            self._input(weights[0], x),
+            [self._factors(weight)[0] for weight in weights],
+            names=self.names[:3],
+            precision=self.precision,
+            dtype=self.dtype,
+            named=walk.named,
+        )
+
+    def __call__(
+        self, walk: Walk, x: Any, weight: LowRank, h: Any = None, moving: str = ""
+    ) -> jax.Array:
+        """Return the term.
+
+        Args:
+            walk: the walk.
+            x: the input.
+            weight: the weight.
+            h: the product of the input and the first factor, where it is known.
+            moving: ``"a"`` or ``"b"`` where that is a tangent, so that what it makes gets no name.
+        """
+        first, second = self._factors(weight)
+        product = chain(
+            self._input(weight, x) if h is None else h,
+            first if h is None else None,
+            second,
+            names=self.names,
+            precision=self.precision,
+            dtype=self.dtype,
+            named=None if moving == self.order[0] else walk.named,
+        )
+        return placement.repeated(product, self.out_kept, self.out_sizes)
+
+    def _input(self, weight: LowRank, x: Any) -> Any:
+        x = placement.reshape(weight.input(x), self.x_sizes)
+        return x.sum(self.repeated) if self.repeated else x
+
+    def _factors(self, weight: LowRank) -> tuple[Any, Any]:
+        # the first is copied in any case, see `narrow`: the scaling takes no kernel of its own
+        factors = weight.factors(weight.base.dtype, scaled=self.order[0])
+        found = dict(zip("ab", factors, strict=True))
+        return found[self.order[0]], found[self.order[1]]
+
+
+def _names(
+    sides: Sides, weight: LowRank, x: Any
+) -> tuple[list[list[Name]], list[list[Name]], list[list[int]]]:
+    """Return names for the pieces of the weight and of x, and the sizes of those of x.
+
+    Dimensions that meet in the product have the same pieces, and their names are those of x, so
+    that weights of other dimensions have the same names there.
+    """
+    of_weight: list[list[Name]] = [
+        [("w", d, i) for i in range(len(dim))] for d, dim in enumerate(weight.dims)
+    ]
+    of_x: list[list[Name]] = [[("x", d, 0)] for d in range(x.ndim)]
+    x_sizes = [[size] for size in x.shape]
+    for group in (0, 2):
+        for d, dim in zip(sides.x[group], sides.weight[group], strict=True):
+            x_sizes[d] = [size for _, size in weight.dims[dim]]
+            of_x[d] = of_weight[dim] = [("x", d, i) for i in range(len(x_sizes[d]))]
+    return of_weight, of_x, x_sizes
+
+
+def _flat(*groups: Sequence[Sequence[Any]]) -> list[Any]:
+    return [name for group in groups for names in group for name in names]
