@@ -49,7 +49,7 @@ def weight_first(params, x):
 
 def scanned(params, x):
     def layer(x, w):
-        return x + jnp.tanh(x @ w["q"]) * (x @ w["k"]), None
+        return x + jnp.tanh(x @ w["q"]) * jnp.sin(x @ w["k"]), None
 
     return jax.lax.scan(layer, x, params)[0]
 
