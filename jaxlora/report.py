@@ -87,9 +87,9 @@ def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -
     >>> print(jaxlora.explain(model, params, x))
     path  low-rank at               extra FLOPs  extra bytes  materialized at
     ----  ------------------------  -----------  -----------  ---------------
-    w     dot_general (contracted)  37           200
+    w     dot_general (contracted)  38           208
     <BLANKLINE>
-    extra 37 FLOPs, 200 bytes
+    extra 38 FLOPs, 208 bytes
     """
     leaves, _ = paths.flatten(params)
     adapted = [path for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)]
