@@ -195,14 +195,14 @@ class LowRank:
         named = zip(axes.pieces(self.dims), (name for dim in dims for name in dim), strict=True)
         return [name for (label, _), name in named if label in CARRIES[factor]]
 
-    def factors(self, dtype: Any, scaled: str = "b") -> tuple[Any, Any]:
-        """Return ``a`` and ``b``, one of them scaled as it is stored and then cast."""
-        scale = scaling(self.origin.alpha, self.rank)
-        first, second = (
-            (f.astype(merge_dtype(dtype)) * scale if name == scaled else f).astype(dtype)
-            for name, f in (("a", self.a), ("b", self.b))
-        )
-        return first, second
+    def factors(self, dtype: Any) -> tuple[Any, Any]:
+        """Return ``a`` and ``scaling * b``, scaled as they are stored and then cast."""
+        return self.a.astype(dtype), self.scaled("b", dtype)
+
+    def scaled(self, name: str, dtype: Any) -> Any:
+        """Return one factor scaled as it is stored and then cast."""
+        factor = getattr(self, name).astype(merge_dtype(dtype))
+        return (factor * scaling(self.origin.alpha, self.rank)).astype(dtype)
 
     def input(self, x: Any) -> Any:
         """Return the low-rank path's input: floating, and with dropout if the weight has it."""

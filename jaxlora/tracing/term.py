@@ -111,7 +111,7 @@ class Term:
         """Return the products of the input with the first factor of each weight, made as one."""
         return narrow(
             self._input(weights[0], x),
-            [self._factors(weight)[0] for weight in weights],
+            [weight.scaled(self.order[0], weight.base.dtype) for weight in weights],
             names=self.names[:3],
             precision=self.precision,
             dtype=self.dtype,
@@ -130,11 +130,11 @@ class Term:
             h: the product of the input and the first factor, where it is known.
             moving: ``"a"`` or ``"b"`` where that is a tangent, so that what it makes gets no name.
         """
-        first, second = self._factors(weight)
+        dtype = weight.base.dtype
         product = chain(
             self._input(weight, x) if h is None else h,
-            first if h is None else None,
-            second,
+            weight.scaled(self.order[0], dtype) if h is None else None,
+            getattr(weight, self.order[1]).astype(dtype),
             names=self.names,
             precision=self.precision,
             dtype=self.dtype,
@@ -145,12 +145,6 @@ class Term:
     def _input(self, weight: LowRank, x: Any) -> Any:
         x = placement.reshape(weight.input(x), self.x_sizes)
         return x.sum(self.repeated) if self.repeated else x
-
-    def _factors(self, weight: LowRank) -> tuple[Any, Any]:
-        # the first is copied in any case, see `narrow`: the scaling takes no kernel of its own
-        factors = weight.factors(weight.base.dtype, scaled=self.order[0])
-        found = dict(zip("ab", factors, strict=True))
-        return found[self.order[0]], found[self.order[1]]
 
 
 def _names(
