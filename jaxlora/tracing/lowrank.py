@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.tracing import axes, placement
-from jaxlora.tracing.product import contract
-from jaxlora.weight import Roles, merge_dtype, scaling
+from jaxlora.tracing.product import contract, scaled
+from jaxlora.weight import Roles, scaling
 
 _meta = {"static": True}
 
@@ -195,14 +195,14 @@ class LowRank:
         named = zip(axes.pieces(self.dims), (name for dim in dims for name in dim), strict=True)
         return [name for (label, _), name in named if label in CARRIES[factor]]
 
-    def factors(self, dtype: Any) -> tuple[Any, Any]:
-        """Return ``a`` and ``scaling * b``, scaled as they are stored and then cast."""
-        return self.a.astype(dtype), self.scaled("b", dtype)
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank product, alpha / rank."""
+        return scaling(self.origin.alpha, self.rank)
 
-    def scaled(self, name: str, dtype: Any) -> Any:
-        """Return one factor scaled as it is stored and then cast."""
-        factor = getattr(self, name).astype(merge_dtype(dtype))
-        return (factor * scaling(self.origin.alpha, self.rank)).astype(dtype)
+    def factors(self, dtype: Any) -> tuple[Any, Any]:
+        """Return ``a`` and ``scale * b``, scaled as they are stored and then cast."""
+        return self.a.astype(dtype), scaled(self.b, self.scale, dtype)
 
     def input(self, x: Any) -> Any:
         """Return the low-rank path's input: floating, and with dropout if the weight has it."""

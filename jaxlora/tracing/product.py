@@ -6,6 +6,7 @@ with all tokens flattened into one axis it does not. So every product here is fl
 ``(batch, m, k) x (batch, k, n)``, whatever the axes of the program.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.tracing import placement
+from jaxlora.weight import merge_dtype
 
 Name = Hashable
 
@@ -111,45 +113,67 @@ def _rows_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return _rows(*primals), jax.lax.optimization_barrier(_rows(*tangents))
 
 
-@functools.partial(jax.jit, static_argnames=("names", "precision", "dtype", "named"), inline=True)
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How a product with factors is computed.
+
+    Attributes:
+        precision: as in `jax.lax.dot_general`.
+        dtype: dtype of the products.
+        factor_dtype: what the factors are cast to.
+        named: done to the rank-sized product, if to be named.
+    """
+
+    precision: Any
+    dtype: Any
+    factor_dtype: Any
+    named: Callable[[jax.Array], jax.Array] | None
+
+
+def scaled(factor: jax.Array, scale: float, dtype: Any) -> jax.Array:
+    """Return a factor scaled as it is stored, or in float32 if that is wider, and then cast."""
+    return (factor.astype(merge_dtype(dtype)) * scale).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("names", "scales", "how"), inline=True)
 def narrow(
     x: Any,
     firsts: Sequence[Any],
     *,
     names: tuple[tuple[Name, ...], ...],
-    precision: Any,
-    dtype: Any,
-    named: Callable[[jax.Array], jax.Array] | None,
+    scales: tuple[float, ...],
+    how: How,
 ) -> Sequence[jax.Array]:
-    """Return the rank-sized products of x and each of some factors, made as one product.
+    """Return the rank-sized products of x and each of some scaled factors, made as one product.
+
+    The scaling and the copy with the rank first are one operation.
 
     Args:
         x: the input, which is read once.
         firsts: factors whose axes have the same names and, but for the last, the rank, sizes.
         names: names of the axes of x, of each factor and of each result.
-        precision: as in `jax.lax.dot_general`.
-        dtype: dtype of the products.
-        named: done to the whole, if to be named.
+        scales: of each factor.
+        how: how it is computed.
     """
     x_names, first_names, h_names = names
     rank_first = (first_names[-1], *first_names[:-1])
-    rows = [_rows(first) for first in firsts]
+    pairs = zip(firsts, scales, strict=True)
+    rows = [_rows(scaled(first, scale, how.factor_dtype)) for first, scale in pairs]
     whole = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
-    h = contract(x, x_names, whole, rank_first, h_names, precision, dtype)
-    h = h if named is None else named(h)
+    h = contract(x, x_names, whole, rank_first, h_names, how.precision, how.dtype)
+    h = h if how.named is None else how.named(h)
     return jax.lax.split(h, [len(row) for row in rows], h_names.index(first_names[-1]))
 
 
-@functools.partial(jax.jit, static_argnames=("names", "precision", "dtype", "named"), inline=True)
+@functools.partial(jax.jit, static_argnames=("names", "scale", "how"), inline=True)
 def chain(
     x: Any,
     first: Any,
     second: Any,
     *,
     names: tuple[tuple[Name, ...], ...],
-    precision: Any,
-    dtype: Any,
-    named: Callable[[jax.Array], jax.Array] | None,
+    scale: float,
+    how: How,
 ) -> jax.Array:
     """Return x times two factors; no array of the size of ``first @ second`` is made on the way.
 
@@ -161,15 +185,12 @@ def chain(
         second: the other factor.
         names: names of the axes of x, of first, of the rank-sized product, of second and of the
             result.
-        precision: as in `jax.lax.dot_general`.
-        dtype: dtype of both products.
-        named: done to the rank-sized product, if to be named.
+        scale: of first.
+        how: how it is computed.
     """
-    x_names, first_names, h_names, second_names, out_names = names
-    if first is None:
-        h = x
-    else:
-        how: Any = {"precision": precision, "dtype": dtype, "named": named}
-        (h,) = narrow(x, [first], names=(x_names, first_names, h_names), **how)
-    h = h.astype(second.dtype)
-    return contract(h, h_names, second, second_names, out_names, precision, dtype)
+    _, _, h_names, second_names, out_names = names
+    h = x
+    if first is not None:
+        (h,) = narrow(x, [first], names=names[:3], scales=(scale,), how=how)
+    h, second = h.astype(how.factor_dtype), second.astype(how.factor_dtype)
+    return contract(h, h_names, second, second_names, out_names, how.precision, how.dtype)

@@ -14,7 +14,7 @@ import jax
 from jaxlora.tracing import axes, placement
 from jaxlora.tracing.interpreter import Walk
 from jaxlora.tracing.lowrank import RANK, LowRank
-from jaxlora.tracing.product import Name, chain, narrow
+from jaxlora.tracing.product import How, Name, chain, narrow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +111,10 @@ class Term:
         """Return the products of the input with the first factor of each weight, made as one."""
         return narrow(
             self._input(weights[0], x),
-            [weight.scaled(self.order[0], weight.base.dtype) for weight in weights],
+            [getattr(weight, self.order[0]) for weight in weights],
             names=self.names[:3],
-            precision=self.precision,
-            dtype=self.dtype,
-            named=walk.named,
+            scales=tuple(weight.scale for weight in weights),
+            how=self._how(walk, weights[0]),
         )
 
     def __call__(
@@ -130,21 +129,24 @@ class Term:
             h: the product of the input and the first factor, where it is known.
             moving: ``"a"`` or ``"b"`` where that is a tangent, so that what it makes gets no name.
         """
-        dtype = weight.base.dtype
+        first, second = (getattr(weight, factor) for factor in self.order)
         product = chain(
             self._input(weight, x) if h is None else h,
-            weight.scaled(self.order[0], dtype) if h is None else None,
-            getattr(weight, self.order[1]).astype(dtype),
+            first if h is None else None,
+            second,
             names=self.names,
-            precision=self.precision,
-            dtype=self.dtype,
-            named=None if moving == self.order[0] else walk.named,
+            scale=weight.scale,
+            how=self._how(walk, weight, is_named=moving != self.order[0]),
         )
         return placement.repeated(product, self.out_kept, self.out_sizes)
 
     def _input(self, weight: LowRank, x: Any) -> Any:
         x = placement.reshape(weight.input(x), self.x_sizes)
         return x.sum(self.repeated) if self.repeated else x
+
+    def _how(self, walk: Walk, weight: LowRank, *, is_named: bool = True) -> How:
+        named = walk.named if is_named else None
+        return How(self.precision, self.dtype, weight.base.dtype, named)
 
 
 def _names(
