@@ -73,9 +73,9 @@ def assert_law(program):
     for y, z, near in zip(*map(jax.tree.leaves, (got, wanted, nearby)), strict=True):
         assert (y.shape, y.dtype) == (z.shape, z.dtype)
         y, z, near = (np.asarray(array, np.float64) for array in (y, z, near))
-        finite = np.isfinite(z) & np.isfinite(near)  # float16 overflows
-        moves = np.abs(z[finite] - near[finite]).max(initial=0)
-        size = np.abs(z[finite]).max(initial=0)
+        size, moves = np.abs(z).max(initial=0), np.abs(z - near).max(initial=0)
+        # where float16 is near its end, which of the two programs overflows is chance
+        assume(size + 10 * moves < float(jnp.finfo(program.dtype).max) / 10)
         atol = 100 * epsilon * (size + 1) + 10 * moves
         np.testing.assert_allclose(y, z, rtol=0, atol=atol)
 
