@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 from cases import Case, normal
+from counts import products
 from jax import lax
 from jax.experimental import io_callback
 from numpy.testing import assert_allclose
 
 import jaxlora
-from jaxlora.tracing import compat
 
 X = normal(1, 5, 8)
 WEIGHTS = {"up": normal(0, 8, 12), "down": normal(2, 12, 8)}
@@ -50,19 +50,6 @@ def gradients(fn, params):
     base, adapters = jaxlora.split(params)
     low_rank, merged = of_adapters(lambda params, x: jnp.sum(jnp.sin(fn(params, x))), base)
     return jax.grad(low_rank)(adapters), jax.grad(merged)(adapters)
-
-
-def products(fn, *args):
-    """Return for each product in a traced function the shapes of its operands and its result."""
-
-    def shapes(program):
-        for eqn in compat.opened(program).eqns:
-            if eqn.primitive.name == "dot_general":
-                yield tuple(var.aval.shape for var in (*eqn.invars, *eqn.outvars))
-            for inner in compat.inner_jaxprs(eqn):
-                yield from shapes(inner)
-
-    return list(shapes(jax.make_jaxpr(fn)(*args)))
 
 
 def hessian_product(f):  # in reverse over reverse

@@ -89,7 +89,7 @@ def used_twice():
     def fn(params, x):
         return jnp.tanh(x @ params["w"]) @ params["w"].T
 
-    return Case(fn, {"w": normal(0, 8, 6)}, (normal(1, 50, 8),), tokens={"w": 100})
+    return Case(fn, {"w": normal(0, 8, 6)}, (normal(1, 5, 8),), tokens={"w": 10})
 
 
 @case
