@@ -9,11 +9,14 @@ round. The variants:
 - full: every parameter is trained.
 - per call: ``W + scaling * A@B`` is built on every call.
 - naive: ``(x A) B`` is added to the output of each layer (not with ``--scan``).
+- nnx.LoRA: the model in Flax NNX with its own layer (not with ``--scan`` and ``--remat``).
 - qwix: the model as qwix adapts it, where it is installed.
-- lora: `jaxlora.lora`, in the form it chooses; with ``--forms`` in each form as well.
+- lora: `jaxlora.lora`, in the form it chooses for each product; factored and weight-side, if named:
+  in that form.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +29,15 @@ import models
 import numpy as np
 import optax
 import peers
+import peers_nnx
 import report
 
 import jaxlora
 
+FORMS = ("factored", "weight-side")
 
-def variants(options: argparse.Namespace) -> dict[str, tuple[Callable[..., Any], Any, Any]]:
+
+def variants(options: argparse.Namespace) -> dict[str, peers.Variant]:
     """Return for each variant its loss ``(trained, frozen, x, y)``, and what it trains and not."""
     model = models.Transformer(
         options.layers, options.heads, options.hidden, options.scan, options.remat
@@ -39,7 +45,7 @@ def variants(options: argparse.Namespace) -> dict[str, tuple[Callable[..., Any],
     x, _ = data(options)
     params = model.init(jax.random.key(0), x)
     params = jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
-    config = jaxlora.LoRAConfig(rank=options.rank, alpha=16, targets=models.TARGETS)
+    config = jaxlora.LoRAConfig(rank=options.rank, alpha=16, targets=options.targets)
     adapted = jaxlora.init(jax.random.key(1), model.apply, params, x, config=config)
     base, adapters = jaxlora.split(adapted)
     # as after some training: with b = 0 half of the backward would be zero
@@ -60,26 +66,40 @@ def variants(options: argparse.Namespace) -> dict[str, tuple[Callable[..., Any],
 
         return loss, adapters, base
 
-    found = {
-        "floor": (floor, jnp.zeros(options.width, options.dtype), params),
-        "full": (full, params, ()),
-        "per call": peers.per_call(model, adapters, base),
+    make: dict[str, Callable[[], peers.Variant]] = {
+        "floor": lambda: (floor, jnp.zeros(options.width, options.dtype), params),
+        "full": lambda: (full, params, ()),
+        "per call": lambda: peers.per_call(model, adapters, base),
+        "naive": lambda: peers.naive(model, adapters, base),
+        "nnx.LoRA": lambda: peers_nnx.nnx_lora(options),
+        "qwix": lambda: peers.qwix(model, params, x, options.rank, config.alpha),
+        "lora": lambda: lora("auto"),
+        **{form: functools.partial(lora, form) for form in FORMS},
     }
-    if not options.scan:
-        found["naive"] = peers.naive(model, adapters, base)
-    if peers.has_qwix():
-        found["qwix"] = peers.qwix(model, params, x, options.rank, config.alpha)
-    found["lora"] = lora("auto")
-    if options.forms:
-        found |= {f"lora, {form}": lora(form) for form in ("factored", "weight-side")}
-    return found
+    return {name: make[name]() for name in options.variants or possible(options)}
+
+
+def possible(options: argparse.Namespace) -> list[str]:
+    """Return the variants there are of this model in this environment; forms have to be named."""
+    names = ["floor", "full", "per call"]
+    names += ["naive"] * (not options.scan)
+    names += ["nnx.LoRA"] * (not options.scan and not options.remat)
+    names += ["qwix"] * peers.has_qwix()
+    return [*names, "lora"]
 
 
 def data(options: argparse.Namespace) -> tuple[jax.Array, jax.Array]:
-    """Return inputs and targets ``(batch, time, width)``."""
+    """Return inputs and targets ``(batch, time, width)``, the batch over the devices."""
     shape = (options.batch, options.time, options.width)
     x, y = (jax.random.normal(jax.random.key(seed), shape, options.dtype) for seed in (3, 4))
-    return x, y
+    return placed((x, y), options, "data")
+
+
+def placed(tree: Any, options: argparse.Namespace, *spec: str) -> Any:
+    """Return copies of arrays on the devices of the options."""
+    mesh = jax.sharding.Mesh(jax.devices()[: options.devices], ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.device_put(jax.tree.map(jnp.copy, tree), sharding)
 
 
 class Step:
@@ -125,13 +145,12 @@ class Step:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Compile all variants, run them interleaved, and return the figures of each."""
     x, y = data(options)
-    copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731  (a step donates its state)
-    steps = {
-        name: Step(loss, copy(trained), frozen, x, y)
+    steps = {  # of copies, for a step donates its state
+        name: Step(loss, *placed((trained, frozen), options), x, y)
         for name, (loss, trained, frozen) in variants(options).items()
     }
-    programs = {step.compiled.as_text() for name, step in steps.items() if "," not in name}
-    if len(programs) != sum("," not in name for name in steps):
+    apart = [name for name in steps if name not in FORMS]
+    if len({steps[name].compiled.as_text() for name in apart}) != len(apart):
         raise RuntimeError("two variants compiled to one program: nothing would be compared")
     timed = interleaved.measure(steps, options.rounds, options.warmup)
     return {name: {**timed[name], **steps[name].figures} for name in steps}
@@ -150,6 +169,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "batch": 8,
         "time": 128,
         "rank": 8,
+        "devices": 1,
         "rounds": 11,
         "warmup": 2,
     }.items():
@@ -157,9 +177,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     for name, help_ in {
         "scan": "scan over the blocks",
         "remat": "compute each block again in the backward pass",
-        "forms": "measure every form of jaxlora's products",
     }.items():
         parser.add_argument(f"--{name}", action="store_true", help=help_)
+    parser.add_argument(
+        "--targets", nargs="+", default=models.TARGETS, help="adapted layers, default all"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", help="with floor and full among them, default all that can run"
+    )
     parser.add_argument("--dtype", default="float32", help="of base and inputs, default float32")
     parser.add_argument("--out", type=Path, help="write JSON here")
     return parser
