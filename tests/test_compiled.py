@@ -62,6 +62,14 @@ def test_no_activation_is_transposed(form, compiled):
     assert not copied
 
 
+@pytest.mark.parametrize("form", ["auto", "factored", "weight-side"])
+def test_gradients_of_first_factors_have_the_rank_first(form, compiled):
+    fn, args = step_of(form)
+    program = compiled(fn, *args).as_text()
+    assert re.findall(rf"= f32\[{RANK},(?:{WIDTH}|{HIDDEN})\]\S* dot\(", program)
+    assert not re.findall(rf"= f32\[(?:{WIDTH}|{HIDDEN}),{RANK}\]\S* dot\(", program)
+
+
 def test_factored_step_makes_no_array_of_the_size_of_a_weight(compiled):
     fn, args = step_of("factored")
     program = compiled(fn, *args).as_text()

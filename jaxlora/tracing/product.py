@@ -108,9 +108,13 @@ def _rows(factor: jax.Array) -> jax.Array:
     return jnp.moveaxis(factor, -1, 0)
 
 
+def _tangent_rows(tangent: jax.Array) -> jax.Array:
+    return jax.lax.optimization_barrier(jnp.moveaxis(tangent, -1, 0))
+
+
 @_rows.defjvp
 def _rows_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return _rows(*primals), jax.lax.optimization_barrier(_rows(*tangents))
+    return _rows(*primals), _tangent_rows(*tangents)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +125,15 @@ class How:
         precision: as in `jax.lax.dot_general`.
         dtype: dtype of the products.
         factor_dtype: what the factors are cast to.
-        named: done to the rank-sized product, if to be named.
+        named: names the rank-sized product.
+        is_tangent: the first factor is a tangent, and so is the rank-sized product.
     """
 
     precision: Any
     dtype: Any
     factor_dtype: Any
-    named: Callable[[jax.Array], jax.Array] | None
+    named: Callable[[jax.Array], jax.Array]
+    is_tangent: bool = False
 
 
 def scaled(factor: jax.Array, scale: float, dtype: Any) -> jax.Array:
@@ -158,10 +164,11 @@ def narrow(
     x_names, first_names, h_names = names
     rank_first = (first_names[-1], *first_names[:-1])
     pairs = zip(firsts, scales, strict=True)
-    rows = [_rows(scaled(first, scale, how.factor_dtype)) for first, scale in pairs]
+    turn = _tangent_rows if how.is_tangent else _rows
+    rows = [turn(scaled(first, scale, how.factor_dtype)) for first, scale in pairs]
     whole = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
     h = contract(x, x_names, whole, rank_first, h_names, how.precision, how.dtype)
-    h = h if how.named is None else how.named(h)
+    h = h if how.is_tangent else how.named(h)
     return jax.lax.split(h, [len(row) for row in rows], h_names.index(first_names[-1]))
 
 

@@ -127,7 +127,7 @@ class Term:
             x: the input.
             weight: the weight.
             h: the product of the input and the first factor, where it is known.
-            moving: ``"a"`` or ``"b"`` where that is a tangent, so that what it makes gets no name.
+            moving: ``"a"`` or ``"b"`` where that is a tangent.
         """
         first, second = (getattr(weight, factor) for factor in self.order)
         product = chain(
@@ -136,7 +136,7 @@ class Term:
             second,
             names=self.names,
             scale=weight.scale,
-            how=self._how(walk, weight, is_named=moving != self.order[0]),
+            how=self._how(walk, weight, is_tangent=moving == self.order[0]),
         )
         return placement.repeated(product, self.out_kept, self.out_sizes)
 
@@ -144,9 +144,8 @@ class Term:
         x = placement.reshape(weight.input(x), self.x_sizes)
         return x.sum(self.repeated) if self.repeated else x
 
-    def _how(self, walk: Walk, weight: LowRank, *, is_named: bool = True) -> How:
-        named = walk.named if is_named else None
-        return How(self.precision, self.dtype, weight.base.dtype, named)
+    def _how(self, walk: Walk, weight: LowRank, *, is_tangent: bool = False) -> How:
+        return How(self.precision, self.dtype, weight.base.dtype, walk.named, is_tangent)
 
 
 def _names(
