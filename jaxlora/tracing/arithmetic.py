@@ -139,8 +139,10 @@ def stack(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
 
 @rule("concatenate")
 def concatenate(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
-    """Put weights side by side along an axis."""
-    return _joined(walk, eqn, values, values, eqn.params["dimension"])
+    """Put weights side by side along an axis; what has no size along it adds nothing."""
+    axis = eqn.params["dimension"]
+    parts = [value for value in values if value.shape[axis] != 0]
+    return parts if len(parts) == 1 else _joined(walk, eqn, values, parts, axis)
 
 
 def _joined(

@@ -141,6 +141,8 @@ class Walk:
     def _step(self, eqn: Any, values: list[Any]) -> list[Any]:
         if not any(isinstance(value, LowRank) for value in values):
             return compat.bind(eqn, values)
+        if eqn.outvars and all(0 in var.aval.shape for var in eqn.outvars):  # nothing of a weight
+            return compat.bind(eqn, [getattr(value, "base", value) for value in values])
         found = _RULES.get(eqn.primitive.name)
         if found is None:
             return self.without_rule(eqn, values, "it has no low-rank rule")

@@ -101,6 +101,16 @@ def rolled_and_padded():
 
 
 @case
+def axes_of_size_one_rolled():  # joins the part with one that is empty
+    def fn(params, x):
+        last_row, last_column = params["w"][7:], params["w"][:, 5:]
+        column = jnp.roll(last_column, 1, 1).reshape(-1)
+        return x[:, :1] @ jnp.roll(last_row, 1, 0), jnp.einsum("bi,i->b", x, column)
+
+    return Case(fn, {"w": normal(0, 8, 6)}, (normal(1, 5, 8),))
+
+
+@case
 def scaled_along_every_axis():
     def fn(params, x):
         w = params["scale"] * (2.0 * params["w"]) / jnp.arange(1.0, 9.0)[:, None]
