@@ -92,7 +92,7 @@ def main() -> None:
     layers = [8, 32, 80]
     parser.add_argument("--layers", type=int, nargs="+", default=layers, help=f"default {layers}")
     parser.add_argument("--rank", type=int, default=8, help="default 8")
-    parser.add_argument("--rounds", type=int, default=3, help="default 3")
+    parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--out", type=Path, help="write JSON here")
     options = parser.parse_args()
 
