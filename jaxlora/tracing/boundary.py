@@ -77,8 +77,11 @@ def leave(weight: LowRank) -> LoRAWeight | None:
 def _to_axis_order(factor: Any, axes_of: Sequence[int], shape: Sequence[int]) -> Any:
     """Sort the leading axes of a factor by the weight's axes, and drop those of size 1."""
     order = sorted(range(len(axes_of)), key=axes_of.__getitem__)
-    factor = factor.transpose(*order, *range(len(order), factor.ndim))
+    if order != list(range(len(order))):
+        factor = factor.transpose(*order, *range(len(order), factor.ndim))
     sizes = [shape[i] for i in sorted(axes_of) if shape[i] != 1]
+    if len(sizes) == len(order):
+        return factor
     return factor.reshape(*sizes, *factor.shape[len(order) :])
 
 

@@ -124,7 +124,7 @@ def weight_side(
 def with_term(walk: Walk, y: Any, x: Any, weight: LowRank, h: Any, term: Term) -> Any:
     """Return the product with the base plus the low-rank term."""
     with walk.scope(weight):
-        return y + _like(term(walk, x, weight, h), y)
+        return jax.lax.add(y, _like(term(walk, x, weight, h), y))
 
 
 def _moves(tangent: Any) -> bool:
@@ -132,4 +132,5 @@ def _moves(tangent: Any) -> bool:
 
 
 def _like(product: Any, y: Any) -> Any:
-    return placement.like(product, y).astype(y.dtype)
+    product = placement.like(product, y)
+    return product if product.dtype == y.dtype else product.astype(y.dtype)

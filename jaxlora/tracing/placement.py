@@ -79,7 +79,7 @@ def repeated(x: Any, kept: Sequence[int], sizes: Sequence[int]) -> Any:
 def like(x: Any, y: Any) -> Any:
     """Return x in the shape of y, and where y is."""
     if (sharding := explicit(y)) is None:
-        return x.reshape(y.shape)
+        return x if x.shape == y.shape else x.reshape(y.shape)
     if x.shape != y.shape:
         x = lax.reshape(x, y.shape, out_sharding=sharding)
     return x if explicit(x) == sharding else jax.sharding.reshard(x, sharding)
