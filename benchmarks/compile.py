@@ -9,6 +9,7 @@ adapted, at several numbers of layers, unrolled or as one scanned block:
 """
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -26,8 +27,9 @@ from jaxlora import table
 
 
 def seconds(fn: Callable[..., Any], *args: Any) -> tuple[float, float]:
-    """Return the seconds that tracing and compiling take, nothing remembered of before."""
+    """Return the seconds that tracing and compiling take, nothing left of what was before."""
     jax.clear_caches()
+    gc.collect()
     start = time.perf_counter()
     lowered = jax.jit(fn).lower(*args)
     traced = time.perf_counter()
