@@ -16,6 +16,7 @@ and merges them back into plain weights.
 >>> plain = jaxlora.merge(params)
 """
 
+from jaxlora import algebra
 from jaxlora import exporting as exporting
 from jaxlora.adapt import dropout, init
 from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
@@ -42,6 +43,7 @@ __all__ = [
     "Sites",
     "Summary",
     "Use",
+    "algebra",
     "bind",
     "dropout",
     "explain",

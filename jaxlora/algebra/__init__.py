@@ -1,0 +1,11 @@
+"""Sums, parts and reductions of adapters; every function returns new adapters.
+
+The product of an adapter, ``scaling * a b``, is what is added to its weight. Functions here say
+what becomes of that product; how it is shared out to ``a`` and ``b`` is theirs to choose.
+"""
+
+from jaxlora.algebra.arithmetic import delta, pad, scale, truncate
+from jaxlora.algebra.combine import add, combine
+from jaxlora.algebra.extract import Extracted, extract
+
+__all__ = ["Extracted", "add", "combine", "delta", "extract", "pad", "scale", "truncate"]

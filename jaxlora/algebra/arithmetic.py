@@ -1,0 +1,114 @@
+"""What becomes of one set of adapters: scaled, dense, of a larger or a smaller rank."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora import paths, svd
+from jaxlora.algebra import matrices
+from jaxlora.trees import Adapters
+from jaxlora.weight import Adapter, LoRAWeight, scaling
+
+
+def scale(adapters: Adapters, factor: Any) -> Adapters:
+    """Return adapters with their products times a number.
+
+    Args:
+        adapters: factors by path.
+        factor: the number, a scalar that may be traced; ``b`` takes it.
+
+    Raises:
+        ValueError: factor is no scalar.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
+    >>> base, adapters = jaxlora.split(params)
+    >>> half = jaxlora.bind(base, jaxlora.algebra.scale(adapters, 0.5))
+    """
+    if jnp.shape(factor) != ():
+        raise ValueError(f"factor must be a scalar: got an array of shape {jnp.shape(factor)}")
+    return {
+        path: dataclasses.replace(adapter, b=(adapter.b * factor).astype(adapter.b.dtype))
+        for path, adapter in adapters.items()
+    }
+
+
+def delta(params: Any, path: str) -> jax.Array:
+    """Return the product that is added to one weight, dense.
+
+    Args:
+        params: a tree with `LoRAWeight` nodes.
+        path: path of an adapted weight.
+
+    Returns:
+        ``scaling * a b`` in the shape of the weight, float32 or wider.
+
+    Raises:
+        ValueError: there is no such leaf, or it is not adapted.
+    """
+    leaves, _ = paths.flatten(params)
+    adapted = {name for name, leaf in leaves.items() if isinstance(leaf, LoRAWeight)}
+    if path not in adapted:
+        what = "is not adapted" if path in leaves else "is no leaf of params"
+        raise ValueError(f"{path!r} {what}; {paths.nearest(path, adapted)}")
+    return leaves[path].delta()
+
+
+def pad(adapters: Adapters, rank: int) -> Adapters:
+    """Return adapters of a larger rank with the same products, their new columns and rows zero.
+
+    Gradients of what is zero in both factors are zero too: this is for adapters of one shape,
+    which share a compiled program, and not for training further.
+
+    Args:
+        adapters: factors by path.
+        rank: rank of the result.
+
+    Raises:
+        ValueError: an adapter has a larger rank.
+    """
+
+    def padded(path: str, adapter: Adapter) -> Adapter:
+        if adapter.rank > rank:
+            raise ValueError(
+                f"rank must be at least that of every adapter: {path!r} has {adapter.rank}, "
+                f"got {rank}"
+            )
+        more = rank - adapter.rank
+        axis = len(adapter.roles.stack)
+        a = jnp.pad(adapter.a, [*[(0, 0)] * (adapter.a.ndim - 1), (0, more)])
+        b = jnp.pad(adapter.b, [(0, more * (i == axis)) for i in range(adapter.b.ndim)])
+        alpha = adapter.alpha * rank / adapter.rank
+        return dataclasses.replace(adapter, a=a, b=b, alpha=alpha)
+
+    return {path: padded(path, adapter) for path, adapter in adapters.items()}
+
+
+def truncate(adapters: Adapters, rank: int) -> Adapters:
+    """Return the adapters of at most this rank whose products are nearest to those given.
+
+    They come from the singular values of each product, which is not formed; both factors take
+    the square root of them. Adapters of this rank or a smaller one stay as they are.
+
+    Args:
+        adapters: factors by path.
+        rank: largest rank of the result, at least 1.
+
+    Raises:
+        ValueError: rank is below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1: got {rank}")
+    return {
+        path: _truncated(adapter, rank) if adapter.rank > rank else adapter
+        for path, adapter in adapters.items()
+    }
+
+
+def _truncated(adapter: Adapter, rank: int) -> Adapter:
+    decomposed = svd.of_product(*matrices.of(adapter), rank)
+    return matrices.adapter_of_svd(adapter, decomposed, scaling(adapter.alpha, adapter.rank))

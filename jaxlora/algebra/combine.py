@@ -1,0 +1,169 @@
+"""Several sets of adapters as one, as PEFT's ``add_weighted_adapter``."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora import svd
+from jaxlora.algebra import matrices, rules
+from jaxlora.algebra.rules import Majority, Rule
+from jaxlora.trees import Adapters
+from jaxlora.weight import Adapter, scaling
+
+Method = (
+    Rule
+    | Literal["cat", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]
+)
+METHODS = tuple(name for group in get_args(Method) for name in get_args(group))
+
+
+def add(*adapters: Adapters) -> Adapters:
+    """Return adapters whose products are the sums of those given, their ranks added up."""
+    return combine(adapters, [1.0] * len(adapters))
+
+
+def combine(
+    adapters: Sequence[Adapters],
+    weights: Sequence[float],
+    method: Method = "cat",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    majority: Majority | None = None,
+    key: jax.Array | None = None,
+) -> Adapters:
+    """Return one set of adapters for several, as PEFT's ``add_weighted_adapter``.
+
+    - ``"cat"``: the weighted sum of the products, exactly; ranks add up.
+    - ``"svd"``: the nearest to that sum of a rank.
+    - ``"linear"``: factors are summed, ``a`` and ``b`` apart, each times the square root of weight
+      and scaling: a rough approximation of the sum of products, but of the same rank.
+    - ``"magnitude_prune"``, ``"ties"``, ``"dare_linear"``, ``"dare_ties"``: the same, of
+      pruned factors, see `jaxlora.algebra.rules`.
+    - the same with ``"_svd"``: the products are pruned and summed, dense, and what is nearest to
+      that of a rank is taken.
+
+    A path that only some of the adapters have is combined from those.
+
+    Args:
+        adapters: sets of factors by path.
+        weights: one for each set, finite; may be negative.
+        method: how they are combined.
+        rank: of the result, for ``"svd"`` and ``"..._svd"``; default the largest of the ranks.
+        density: share of the elements that pruning keeps, in (0, 1].
+        majority: for ``"..ties"``, whether the sign of the sum (``"total"``, the default) or that
+            of more elements (``"frequency"``) wins.
+        key: random key, for ``"dare_..."``.
+
+    Returns:
+        Factors by path, with scaling 1.
+
+    Raises:
+        ValueError: an argument that the method needs is missing, one that it does not use is
+            given, adapters of one path are for different weights, or differ in rank where factors
+            are summed.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
+    >>> base, adapters = jaxlora.split(params)
+    >>> jaxlora.algebra.combine([adapters, adapters], [0.7, 0.3])
+    {'w': Adapter(a=(4, 2), b=(2, 3), alpha=2)}
+    """
+    _check(adapters, weights, method, rank, density, majority, key)
+    found: dict[str, list[tuple[Adapter, float]]] = {}
+    for group, weight in zip(adapters, weights, strict=True):
+        for path, adapter in group.items():
+            found.setdefault(path, []).append((adapter, weight))
+    keys = [None] * len(found) if key is None else jax.random.split(key, len(found))
+    how = (1.0 if density is None else density, majority or "total")
+    return {
+        path: _combined(path, pairs, method, rank, how, k)
+        for (path, pairs), k in zip(found.items(), keys, strict=True)
+    }
+
+
+def _check(adapters, weights, method, rank, density, majority, key) -> None:
+    """Raise for arguments that do not go together."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}: got {method!r}")
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(
+            f"there must be one weight for each of at least one set of adapters: got "
+            f"{len(adapters)} sets and {len(weights)} weights"
+        )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights must be finite: got {list(weights)}")
+    prunes = method not in ("linear", "cat", "svd")
+    for name, value, used, needed in (
+        ("rank", rank, method.endswith("svd"), False),
+        ("density", density, prunes, prunes),
+        ("majority", majority, "ties" in method, False),
+        ("key", key, method.startswith("dare"), method.startswith("dare")),
+    ):
+        if value is None and needed:
+            raise ValueError(f"the method {method!r} needs {name}")
+        if value is not None and not used:
+            raise ValueError(f"the method {method!r} does not use {name}: got {value!r}")
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1]: got {density}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1: got {rank}")
+    if majority is not None and majority not in get_args(Majority):
+        raise ValueError(f"majority must be one of {get_args(Majority)}: got {majority!r}")
+
+
+def _combined(
+    path: str,
+    pairs: Sequence[tuple[Adapter, float]],
+    method: Method,
+    rank: int | None,
+    how: tuple[float, Majority],
+    key: jax.Array | None,
+) -> Adapter:
+    """Return one adapter for several of one weight."""
+    first, ranks = pairs[0][0], [adapter.rank for adapter, _ in pairs]
+    for adapter, _ in pairs:
+        if (adapter.roles, adapter.base) != (first.roles, first.base):
+            raise ValueError(
+                f"the adapters of {path!r} are for different weights: {adapter.base} with "
+                f"{adapter.roles} and {first.base} with {first.roles}"
+            )
+    factors = [matrices.of(adapter) for adapter, _ in pairs]
+    weights = [weight for _, weight in pairs]
+    scalings = [scaling(adapter.alpha, adapter.rank) for adapter, _ in pairs]
+    scaled = [weight * scaling for weight, scaling in zip(weights, scalings, strict=True)]
+    if method in ("cat", "svd"):
+        a = jnp.concatenate([w * a for w, (a, _) in zip(scaled, factors, strict=True)], -1)
+        b = jnp.concatenate([b for _, b in factors], -2)
+        if method == "cat":
+            return matrices.adapter_of(first, a, b)
+        return matrices.adapter_of_svd(first, svd.of_product(a, b, rank or max(ranks)))
+    rule: Any = method.removesuffix("_svd")
+    if rule != method:
+        products = [s * (a @ b) for s, (a, b) in zip(scalings, factors, strict=True)]
+        total = _each_entry(products, weights, rule, how, key)
+        return matrices.adapter_of_svd(first, svd.truncated(total, rank or max(ranks)))
+    if len(set(ranks)) > 1:
+        raise ValueError(f"the method {method!r} needs equal ranks: {path!r} has {ranks}")
+    roots = [math.sqrt(abs(weight)) for weight in scaled]
+    signed = [math.copysign(root, weight) for root, weight in zip(roots, scaled, strict=True)]
+    keys = (None, None) if key is None else tuple(jax.random.split(key))
+    a = _each_entry([a for a, _ in factors], signed, rule, how, keys[0])
+    b = _each_entry([b for _, b in factors], roots, rule, how, keys[1])
+    return matrices.adapter_of(first, a, b)
+
+
+def _each_entry(
+    stacks: Sequence[jax.Array], weights: Sequence[float], rule: Rule, how: Any, key: Any
+) -> jax.Array:
+    """Return `rules.combined` of each entry of stacks of matrices."""
+    keys = None if key is None else jax.random.split(key, len(stacks[0]))
+    return jax.vmap(
+        lambda arrays, key: rules.combined(arrays, weights, rule, *how, key=key),
+        in_axes=(0, None if key is None else 0),
+    )(list(stacks), keys)

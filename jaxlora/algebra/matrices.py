@@ -1,0 +1,42 @@
+"""The factors of an adapter as matrices, one for each entry of a stack, and back."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora import sharding, svd
+from jaxlora.weight import Adapter
+
+
+def of(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
+    """Return ``a (stack, in, rank)`` and ``b (stack, rank, out)`` in float32."""
+    count = len(adapter.roles.stack)
+    stack = math.prod(adapter.a.shape[:count])
+    a = adapter.a.reshape(stack, -1, adapter.rank).astype(jnp.float32)
+    return a, adapter.b.reshape(stack, adapter.rank, -1).astype(jnp.float32)
+
+
+def adapter_of(adapter: Adapter, a: jax.Array, b: jax.Array) -> Adapter:
+    """Return the adapter with factors from `of`, of any rank, and scaling 1."""
+    count, rank = len(adapter.roles.stack), a.shape[-1]
+    a = a.reshape(*adapter.a.shape[:-1], rank).astype(adapter.a.dtype)
+    stack, out = adapter.b.shape[:count], adapter.b.shape[count + 1 :]
+    b = b.reshape(*stack, rank, *out).astype(adapter.b.dtype)
+    a, b = (_placed(x, like) for x, like in ((a, adapter.a), (b, adapter.b)))
+    return dataclasses.replace(adapter, a=a, b=b, alpha=float(rank))
+
+
+def _placed(x: jax.Array, like: Any) -> jax.Array:
+    """Return x where another array is; that of a factor holds for any rank."""
+    known = sharding.of(like)
+    return x if known is None else jax.device_put(x, known)
+
+
+def adapter_of_svd(adapter: Adapter, decomposed: svd.SVD, times: float = 1.0) -> Adapter:
+    """Return the adapter with factors from singular values times a number."""
+    u, s, v = decomposed
+    roots = jnp.sqrt(s * times)[..., None]
+    return adapter_of(adapter, u * roots.mT, roots * v)

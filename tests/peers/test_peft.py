@@ -1,0 +1,103 @@
+"""Combined adapters, against PEFT's ``add_weighted_adapter`` on the same factors."""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from numpy.testing import assert_allclose
+
+from jaxlora import Adapter, Roles, algebra
+from jaxlora.weight import Fingerprint
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    REASON = "install jaxlora[peft] to compare with PEFT"
+    torch = pytest.importorskip("torch", reason=REASON)
+    peft = pytest.importorskip("peft", reason=REASON)
+
+combine: Any = algebra.combine
+WEIGHTS = [0.9, -0.4, 0.3]
+LAYERS = ("up", "down")
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(8, 12), torch.nn.Linear(12, 6)
+
+
+def adapted(ranks):
+    """Return a model with an adapter of each rank, all factors drawn."""
+    torch.manual_seed(0)
+    configs = [
+        peft.LoraConfig(r=rank, lora_alpha=2 * rank + i, target_modules=list(LAYERS))
+        for i, rank in enumerate(ranks)
+    ]
+    model = peft.get_peft_model(Model(), configs[0], adapter_name="0")
+    for i, config in enumerate(configs[1:], start=1):
+        model.add_adapter(str(i), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    return model
+
+
+def adapters_of(model, name):
+    """Return an adapter of PEFT as ours; a kernel is ``(in, out)``, the factors are transposed."""
+    found = {}
+    for path in LAYERS:
+        layer = getattr(model.base_model.model, path)
+        a, b = (
+            jnp.asarray(group[name].weight.detach().numpy().T)
+            for group in (layer.lora_A, layer.lora_B)
+        )
+        base = Fingerprint((a.shape[0], b.shape[1]), "float32")
+        alpha = float(layer.scaling[name] * a.shape[1])
+        found[path] = Adapter(a, b, Roles((), (0,), (1,)), alpha, base)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("cat", {}),
+        ("linear", {}),
+        ("svd", {}),
+        ("svd", {"rank": 2}),
+        ("magnitude_prune", {"density": 0.7}),
+        ("ties", {"density": 0.7}),
+        ("ties", {"density": 0.7, "majority": "frequency"}),
+        ("magnitude_prune_svd", {"density": 0.7}),
+        ("ties_svd", {"density": 0.7, "rank": 2}),
+        ("ties_svd", {"density": 0.7, "majority": "frequency"}),
+        ("dare_linear", {"density": 1.0}),
+        ("dare_ties", {"density": 1.0}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The density")
+def test_combined_product_is_that_of_peft(method, options):
+    uses_factors = not method.endswith("svd") and method != "cat"
+    model = adapted((3, 3, 3) if uses_factors else (2, 3, 4))
+    ours = [adapters_of(model, str(i)) for i in range(3)]
+    renamed = {"rank": "svd_rank", "majority": "majority_sign_method"}
+    their_options: Any = {renamed.get(name, name): value for name, value in options.items()}
+    model.add_weighted_adapter(
+        ["0", "1", "2"],
+        WEIGHTS,
+        "combined",
+        combination_type=method,
+        **their_options,
+    )
+    key = jax.random.key(0) if method.startswith("dare") else None
+    combined = combine(ours, WEIGHTS, method, key=key, **options)
+    wanted = adapters_of(model, "combined")
+    for path, theirs in wanted.items():
+        got = combined[path]
+        assert (got.rank, got.alpha) == (theirs.rank, theirs.alpha)
+        assert_allclose(got.a @ got.b, theirs.a @ theirs.b, rtol=1e-4, atol=1e-4)
+        if uses_factors:
+            assert_allclose(got.a, theirs.a, rtol=1e-5, atol=1e-6)
+            assert_allclose(got.b, theirs.b, rtol=1e-5, atol=1e-6)
