@@ -6,8 +6,11 @@ and merged weights with Orbax, and checks both in a new process.
 """
 
 import argparse
+import contextlib
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,7 +156,7 @@ def train(options: argparse.Namespace, params: Any, sentences: Sentences) -> tup
     mean, state = trainable, tx.init(trainable)
     batches = training_batches(sentences, options.batch, options.seed)
     losses, times = [], []
-    try:
+    with interruption() as asked:
         for i in (bar := tqdm(range(options.steps), desc="training", unit="step")):
             batch = next(batches)
             start = time.perf_counter()
@@ -163,12 +166,23 @@ def train(options: argparse.Namespace, params: Any, sentences: Sentences) -> tup
             bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
             if (i + 1) % options.save_every == 0 or i + 1 == options.steps:
                 save(options.out, mean)
-    except KeyboardInterrupt:
-        print(f"\nstopped at step {len(losses)}; the last checkpoint is in {options.out}")
-        raise SystemExit(130) from None
+            if asked.is_set():
+                print(f"\nstopped at step {i + 1}; the last checkpoint is in {options.out}")
+                raise SystemExit(130)
     print(f"median step {np.median(times):.3f} s, first step with compilation {times[0]:.1f} s")
     plot(losses, options.out / "loss.png")
     return base, mean
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[threading.Event]:
+    """Give an event that Ctrl-C sets; raised while Orbax writes, the exception can be lost."""
+    asked = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def save(folder: Path, trainable: Trainable) -> None:
