@@ -33,7 +33,7 @@ BENCHMARKS = {  # environment, script and options
     "train_step_wide_remat_scan": ("jax", f"train_step.py {WIDE} --remat --scan"),
     "train_step_bfloat16": ("jax", "train_step.py --layers 3 --dtype bfloat16"),
     "peers_torch": ("torch", "peers_torch.py"),
-    "memory": ("jax", "memory.py"),
+    "memory": ("jax", "memory.py --variants floor full naive factored weight-side lora"),
     "merge": ("jax", "merge.py"),
     "scaling": ("jax", "scaling.py"),
     "compile": ("jax", "compile.py"),
