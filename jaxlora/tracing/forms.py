@@ -13,10 +13,14 @@ forward and a backward pass, beyond the product with the base:
 By either count the second is cheaper where N·(d + k) > 2·d·k. Where several products share x, so
 that ``x a`` of all and the gradient of x through it are made at once, the weight in effect is made
 for the forward pass alone: that moves 2·d·k elements in the place of 2·N·k, and is cheaper where
-N > d. It is not used where it would not
-be exact: where the sum would be rounded to a dtype narrower than float32, or x has dropout. Nor is
-it on a mesh of several devices, which would have to gather the weight in effect for each pass.
-Without differentiation there is no backward pass to save on, and the form is factored.
+N > d. It is not used where it would not be exact: where the sum would be rounded to a dtype
+narrower than float32, or x has dropout. Nor is it on a mesh of several devices, which would have
+to gather the weight in effect for each pass. Without differentiation there is no backward pass to
+save on, and the form is factored.
+
+A third form, ``[x | x a] [W; b]``, is not here: its forward pass copies x and W, 2·N·d + 2·d·k
+elements in the place of the 2·N·k that adding the term to y moves, so where weight-side is exact it
+always moves more than that, and its backward pass has to be parted again for W to have no gradient.
 """
 
 import math
