@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import initializers, parts, paths, sharding
-from jaxlora.config import LoRAConfig, select
+from jaxlora.config import LoRAConfig
+from jaxlora.selection import Target, select
 from jaxlora.sites import Site, find_sites
 from jaxlora.weight import LoRAWeight
 
@@ -59,8 +60,9 @@ def init(
         if isinstance(leaf, LoRAWeight):
             raise ValueError(f"the leaf {path!r} is adapted already: init needs a plain tree")
     sites = find_sites(fn, params, *args, **kwargs)
-    for path, part in select(config, sites):
-        leaves[path] = _fresh(key, sites[path], part, leaves[path], config)
+    for target in select(config, sites):
+        path = target.path
+        leaves[path] = _fresh(key, sites[path], target, leaves[path], config)
     return treedef.unflatten(leaves.values())
 
 
@@ -69,15 +71,14 @@ def _path_key(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def _fresh(
-    key: jax.Array, site: Site, part: parts.Part | None, base: Any, config: LoRAConfig
-) -> LoRAWeight:
+def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRAConfig) -> LoRAWeight:
+    _, part, rank, alpha = target
     whole = parts.shape(part, site.shape)
     stack, in_, _ = site.roles.sizes(whole)
     initializer = config.initializer
     if isinstance(initializer, str):
         initializer = initializers.NAMED[initializer]
-    shape, key = (math.prod(in_), config.rank), _path_key(key, parts.name(site.path, part))
+    shape, key = (math.prod(in_), rank), _path_key(key, parts.name(site.path, part))
     made = jax.eval_shape(lambda key: initializer(key, shape, config.dtype), key)
     if made.shape != shape or made.dtype != config.dtype:
         raise ValueError(
@@ -89,11 +90,11 @@ def _fresh(
         math.prod(stack),
         shape,
         config.dtype,
-        site.roles.factor_shapes(whole, config.rank),
+        site.roles.factor_shapes(whole, rank),
     )
     plain = base.plain if isinstance(base, LoRAWeight) else base
     a, b = sharding.make(_draw, factors, key, plain, sharding.factor_axes(site.roles, part))
-    return LoRAWeight(base, a, b, site.roles, float(config.alpha), part)
+    return LoRAWeight(base, a, b, site.roles, alpha, part)
 
 
 class _Factors(NamedTuple):

@@ -44,6 +44,19 @@ def init(params=PARAMS, fn=model, x=X, **config):
         ({"targets": "all-linear", "rank": 7}, "nothing to adapt"),
         ({"targets": ("bias",)}, "no leaf that a supported operation consumes .*'bias': reaches"),
         ({"targets": ("unused",)}, "'block/unused': the program does not use it"),
+        ({"layers": ()}, r"layers must be indices from 0, at least one: got \(\)"),
+        ({"layers": [-1]}, "layers must be indices from 0"),
+        ({"layers": [3]}, r"the targets have no layers \[3\]: they have \[\]"),
+        ({"rank_pattern": {"query": 0}}, r"rank_pattern\['query'\] must be at least 1: got 0"),
+        ({"rank_pattern": {"query": 7}}, "rank 7 is too large for 'block/query'"),
+        (
+            {"rank_pattern": {"qeury": 2}},
+            "names 'qeury', which is no target; nearest: 'block/query'",
+        ),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern is no regular expression"),
+        ({"rank_pattern": {"query": 2, "block": 1}}, "rank_pattern must name 'block/query' once"),
+        ({"alpha_pattern": {"query": -1.0}}, r"alpha_pattern\['query'\] must be finite and pos"),
+        ({"alpha_pattern": {"bias": 1.0}}, "alpha_pattern names 'bias', which is no target"),
         (
             {"initializer": lambda key, shape, dtype: jnp.ones(3)},
             "must return .* for 'block/query'",
@@ -56,7 +69,19 @@ def test_bad_choice_is_refused(config, message):
 
 
 @pytest.mark.parametrize(
-    "config", [{"rank": 2.0}, {"rank": True}, {"alpha": "8"}, {"targets": (1,)}, {"exclude": None}]
+    "config",
+    [
+        {"rank": 2.0},
+        {"rank": True},
+        {"alpha": "8"},
+        {"targets": (1,)},
+        {"exclude": None},
+        {"layers": 3},
+        {"layers": [1.0]},
+        {"rank_pattern": {"query": 2.0}},
+        {"rank_pattern": [("query", 2)]},
+        {"alpha_pattern": {1: 2.0}},
+    ],
 )
 def test_choice_of_a_wrong_type_is_refused(config):
     with pytest.raises(TypeError, match="must be"):

@@ -8,7 +8,8 @@ from cases import normal
 from cases.layers_linen import linen_layers, linen_tied_embedding
 
 import jaxlora
-from jaxlora.config import matches, select
+from jaxlora import parts
+from jaxlora.selection import matches, select
 
 PATHS = [
     "params/block_0/query/kernel",
@@ -62,7 +63,7 @@ def test_all_linear_takes_every_product_and_no_lookup_or_smaller_side():
     sites = jaxlora.find_sites(model, params, jnp.ones((5, 8)), jnp.arange(5))
     assert sites["table"].is_lookup
     config = jaxlora.LoRAConfig(rank=3)
-    assert select(config, sites) == [("big", None)]
+    assert [target.path for target in select(config, sites)] == ["big"]
 
 
 def test_exclude_wins():
@@ -109,3 +110,88 @@ def test_factors_have_the_dtype_asked_for(key):
     )
     assert params["w"].a.dtype == params["w"].b.dtype == jnp.bfloat16
     assert params["w"].base.dtype == jnp.float32
+
+
+def test_rank_stabilized_scales_by_the_root_of_the_rank(key):
+    config = jaxlora.LoRAConfig(rank=4, alpha=6, rank_stabilized=True)
+    assert config.scaling == 3.0  # 6 / √4
+    params = {"w": normal(0, 8, 6)}
+    params = jaxlora.init(key, lambda p, x: x @ p["w"], params, normal(1, 5, 8), config=config)
+    assert params["w"].scaling == 3.0
+
+
+def stacked(params, x):
+    def layer(x, w):
+        return jnp.tanh(x @ w["up"]) @ w["down"], None
+
+    return jax.lax.scan(layer, x, params["layers"])[0] @ params["head"]
+
+
+STACKED = {
+    "layers": {"up": normal(0, 6, 8, 12), "down": normal(1, 6, 12, 8)},
+    "head": normal(2, 8, 4),
+}
+
+
+def chosen(fn, params, *args, **config):
+    sites = jaxlora.find_sites(fn, params, *args)
+    return {
+        parts.name(*target[:2]): target[2:]
+        for target in select(jaxlora.LoRAConfig(**{"rank": 2, "alpha": 8.0, **config}), sites)
+    }
+
+
+def test_patterns_give_other_ranks_and_alphas():
+    case = linen_layers()
+    found = chosen(
+        case.fn,
+        case.params,
+        *case.args,
+        rank_pattern={"up": 4, "params/block_0/down/kernel": 3},
+        alpha_pattern={r".*block_[01]/.*": 16.0},
+    )
+    assert found["params/block_0/up/kernel"] == (4, 16.0)
+    assert found["params/block_2/up/kernel"] == (4, 8.0)
+    assert found["params/block_0/down/kernel"] == (3, 16.0)
+    assert found["params/block_2/down/kernel"] == (2, 8.0)
+
+
+def test_patterns_of_a_stabilized_rank_scale_by_its_root():
+    pattern = {"rank_pattern": {"head": 4}}
+    found = chosen(stacked, STACKED, normal(3, 5, 8), rank_stabilized=True, **pattern)
+    assert found["head"] == (4, 16.0)  # 8 / √4 is 16 / 4
+
+
+def test_rank_pattern_decides_what_all_linear_can_hold():
+    found = chosen(stacked, STACKED, normal(3, 5, 8), rank=6, rank_pattern={"head": 4})
+    assert list(found) == ["head", "layers/down", "layers/up"]
+    assert "head" not in chosen(stacked, STACKED, normal(3, 5, 8), rank=6)
+
+
+def test_layers_are_numbers_in_paths():
+    case = linen_layers()
+    found = chosen(case.fn, case.params, *case.args, layers=[0, 2], targets=("up",))
+    assert list(found) == ["params/block_0/up/kernel", "params/block_2/up/kernel"]
+
+
+def test_layers_are_entries_of_a_stack():
+    found = chosen(stacked, STACKED, normal(3, 5, 8), layers=[5, 1, 2], targets=("up",))
+    assert list(found) == ["layers/up[1:3, :, :]", "layers/up[5:6, :, :]"]
+    every = chosen(stacked, STACKED, normal(3, 5, 8), layers=range(6))
+    assert list(every) == ["layers/down", "layers/up"]  # the head is in no layer
+    cut = chosen(stacked, STACKED, normal(3, 5, 8), layers=[3], targets=("up[3:, 0:5]",))
+    assert list(cut) == ["layers/up[3:4, 0:5, :]"]
+
+
+def test_layers_left_alone_do_not_change(key):
+    x = normal(3, 5, 8)
+    config = jaxlora.LoRAConfig(rank=2, layers=range(2, 6))
+    params = jaxlora.init(key, stacked, STACKED, x, config=config)
+    base, adapters = jaxlora.split(params)
+    adapters = jax.tree.map(jnp.ones_like, adapters)
+    merged = jaxlora.merge(params := jaxlora.bind(base, adapters))
+    for name in ("up", "down"):
+        changed = np.abs(merged["layers"][name] - STACKED["layers"][name]).max((1, 2)) > 0
+        assert changed.tolist() == [False] * 2 + [True] * 4
+    y, plain = jaxlora.lora(stacked, strict=True)(params, x), stacked(merged, x)
+    np.testing.assert_allclose(y, plain, rtol=1e-4, atol=1e-4 * np.abs(plain).max())
