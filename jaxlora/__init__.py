@@ -16,7 +16,7 @@ and merges them back into plain weights.
 >>> plain = jaxlora.merge(params)
 """
 
-from jaxlora import algebra
+from jaxlora import algebra, optim
 from jaxlora import exporting as exporting
 from jaxlora.adapt import dropout, init
 from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
@@ -54,6 +54,7 @@ __all__ = [
     "lora",
     "mask",
     "merge",
+    "optim",
     "save_adapters",
     "save_merged",
     "split",

@@ -1,15 +1,26 @@
-"""Restrict an optimizer to the factors.
+"""Optimizers for the factors: restricted to them, and with a treatment of their own for each.
+
+All are optax transforms and chain with any other. Those that tell the factors apart take adapters
+from `jaxlora.split`, a tree with `LoRAWeight` nodes inside `freeze`, or the factors of a
+`jaxlora.nnx.Adapted`.
 
 Optax is imported where it is used, so that importing this library takes little more than JAX.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
+from jaxlora import paths
+from jaxlora.algebra import matrices
 from jaxlora.trees import mask
+from jaxlora.weight import LoRAWeight
 
 if TYPE_CHECKING:
     import optax
@@ -55,3 +66,148 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
 
 def _not_factors(params: Any) -> Any:
     return jax.tree.map(lambda is_factor: not is_factor, mask(params))
+
+
+def scale_rates(*, a: float = 1.0, b: float = 1.0) -> optax.GradientTransformation:
+    """Multiply the updates of each factor, and so its learning rate, by a number.
+
+    LoRA+ (Hayou et al. 2024, arXiv:2402.12354) gives ``b`` a larger one: ``b=16`` after the
+    optimizer. A weight decay before this is multiplied too, as in PEFT's parameter groups.
+
+    Args:
+        a: for the factors on the input side, finite and positive.
+        b: for the factors on the output side.
+
+    Raises:
+        ValueError: a number is not finite and positive; at ``init``, a tree without factors.
+
+    >>> import jax.numpy as jnp, jaxlora, optax
+    >>> tx = optax.chain(optax.sgd(0.5), jaxlora.optim.scale_rates(b=16))
+    >>> factors = {"w": {"a": jnp.ones(()), "b": jnp.ones(())}}
+    >>> updates, _ = tx.update(factors, tx.init(factors))
+    >>> float(updates["w"]["a"]), float(updates["w"]["b"])
+    (-0.5, -8.0)
+    """
+    import optax
+
+    rates = _checked({"a": a, "b": b}, "a rate", least=math.ulp(0.0))
+
+    def update(updates, state, params=None):
+        del params
+        return _by_factor(lambda name, u: u * rates[name], updates), state
+
+    return optax.GradientTransformation(_init_stateless, update)
+
+
+def decay_factors(*, a: float = 0.0, b: float = 0.0) -> optax.GradientTransformation:
+    """Add to the updates of each factor a multiple of the factor, a weight decay of its own.
+
+    It stands where `optax.add_decayed_weights` would, before the learning rate.
+
+    Args:
+        a: for the factors on the input side, finite and not negative.
+        b: for the factors on the output side.
+
+    Raises:
+        ValueError: a number is not finite or negative; at ``init``, a tree without factors; at
+            ``update``, no params.
+    """
+    import optax
+
+    decays = _checked({"a": a, "b": b}, "a decay", least=0.0)
+
+    def update(updates, state, params=None):
+        _need(params)
+        return _by_factor(lambda name, u, p: u + decays[name] * p, updates, params), state
+
+    return optax.GradientTransformation(_init_stateless, update)
+
+
+def precondition(damping: float = 1e-6) -> optax.GradientTransformation:
+    """Precondition the gradient of each factor by the other, a Riemannian metric of the product.
+
+    ``da (b b^T + damping)^-1`` and ``(a^T a + damping)^-1 db`` (Zhang and Pilanci 2024,
+    arXiv:2402.02347, algorithm 1), computed in float32. Up to the damping the step of the product
+    ``a b`` is then the same for any factors of it. It stands before the optimizer.
+
+    Args:
+        damping: added to the diagonal of the two matrices of size (rank, rank), positive.
+
+    Raises:
+        ValueError: damping is not finite and positive; at ``init``, a tree without factors; at
+            ``update``, no params.
+        TypeError: at ``init``, the factors of an NNX module, which do not tell their axes.
+    """
+    import optax
+
+    _checked({"damping": damping}, "the damping", least=math.ulp(0.0))
+
+    def init(params):
+        state = _init_stateless(params)
+        if not any(map(paths.is_node, jax.tree.leaves(params, is_leaf=paths.is_node))):
+            raise TypeError("precondition needs Adapters or LoRAWeights, which tell their axes")
+        return state
+
+    def of(node, gradient):
+        if not paths.is_node(node):
+            return gradient
+        base = {"base": of(node.base, gradient.base)} if isinstance(node, LoRAWeight) else {}
+        a, b = matrices.of(node)
+        da, db = matrices.of(gradient)
+        identity = damping * jnp.eye(node.rank)[None]
+        da = jnp.linalg.solve(b @ b.mT + identity, da.mT).mT
+        db = jnp.linalg.solve(a.mT @ a + identity, db)
+        factors = {"a": da, "b": db}
+        shaped = {n: x.reshape(getattr(node, n).shape) for n, x in factors.items()}
+        cast = {n: x.astype(getattr(gradient, n).dtype) for n, x in shaped.items()}
+        return dataclasses.replace(gradient, **base, **cast)
+
+    def update(updates, state, params=None):
+        _need(params)
+        return jax.tree.map(of, params, updates, is_leaf=paths.is_node), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _checked(numbers: dict[str, float], what: str, *, least: float) -> dict[str, float]:
+    for name, number in numbers.items():
+        if not (math.isfinite(number) and number >= least):
+            needed = "positive" if least else "not negative"
+            raise ValueError(f"{what} must be finite and {needed}: got {name}={number}")
+    return numbers
+
+
+def _need(params: Any) -> None:
+    if params is None:
+        raise ValueError("the factors themselves are needed: tx.update(updates, state, params)")
+
+
+def _by_factor(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Return a tree with ``fn(name, leaf, *leaves)`` at each factor, "a" or "b", of it."""
+    names = iter(_factor_names(tree))
+
+    def of(leaf, *others):
+        name = next(names)
+        return fn(name, leaf, *others) if name else leaf
+
+    return jax.tree.map(of, tree, *rest)
+
+
+def _factor_names(tree: Any) -> list[str | None]:
+    """Return for each leaf "a" or "b" where it is a factor, also of a tree without our nodes."""
+    keys = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    marks = jax.tree.leaves(mask(tree))
+    named = [path.rpartition("/") for path in paths.names(keys)]
+    if not any(marks):
+        parents = {name: {p for p, _, last in named if last == name} for name in ("a", "b")}
+        pairs = parents["a"] & parents["b"]
+        marks = [parent in pairs and last in ("a", "b") for parent, _, last in named]
+    return [last if is_factor else None for (*_, last), is_factor in zip(named, marks, strict=True)]
+
+
+def _init_stateless(params: Any) -> Any:
+    import optax
+
+    if not any(_factor_names(params)):
+        raise ValueError("the tree has no factors to train: make some with jaxlora.init")
+    return optax.EmptyState()

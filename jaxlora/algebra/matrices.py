@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import sharding, svd
-from jaxlora.weight import Adapter
+from jaxlora.weight import Adapter, LoRAWeight
 
 
-def of(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
+def of(adapter: Adapter | LoRAWeight) -> tuple[jax.Array, jax.Array]:
     """Return ``a (stack, in, rank)`` and ``b (stack, rank, out)`` in float32."""
     count = len(adapter.roles.stack)
     stack = math.prod(adapter.a.shape[:count])

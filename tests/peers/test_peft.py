@@ -1,14 +1,15 @@
-"""Combined adapters, against PEFT's ``add_weighted_adapter`` on the same factors."""
+"""Combined adapters and steps of LoRA+, against PEFT on the same factors."""
 
 import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from numpy.testing import assert_allclose
 
-from jaxlora import Adapter, Roles, algebra
+from jaxlora import Adapter, Roles, algebra, optim
 from jaxlora.weight import Fingerprint
 
 with warnings.catch_warnings():
@@ -45,13 +46,16 @@ def adapted(ranks):
     return model
 
 
-def adapters_of(model, name):
-    """Return an adapter of PEFT as ours; a kernel is ``(in, out)``, the factors are transposed."""
+def adapters_of(model, name, field="data"):
+    """Return an adapter of PEFT as ours; a kernel is ``(in, out)``, the factors are transposed.
+
+    With the field ``"grad"`` its gradient is returned.
+    """
     found = {}
     for path in LAYERS:
         layer = getattr(model.base_model.model, path)
         a, b = (
-            jnp.asarray(group[name].weight.detach().numpy().T)
+            jnp.asarray(getattr(group[name].weight, field).numpy().T.copy())
             for group in (layer.lora_A, layer.lora_B)
         )
         base = Fingerprint((a.shape[0], b.shape[1]), "float32")
@@ -101,3 +105,33 @@ def test_combined_product_is_that_of_peft(method, options):
         if uses_factors:
             assert_allclose(got.a, theirs.a, rtol=1e-5, atol=1e-6)
             assert_allclose(got.b, theirs.b, rtol=1e-5, atol=1e-6)
+
+
+def test_loraplus_takes_the_same_steps():
+    """PEFT's parameter groups of LoRA+ under AdamW, against ``scale_rates`` behind optax's."""
+    model = adapted([2])
+    factors, decay, lr, ratio = adapters_of(model, "0"), 0.1, 1e-2, 8.0
+    from peft.optimizers import create_loraplus_optimizer
+
+    torch_optimizer = create_loraplus_optimizer(
+        model=model,
+        optimizer_cls=torch.optim.AdamW,
+        lr=lr,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=decay,
+        weight_decay=decay,
+    )
+    tx = optax.chain(optax.adamw(lr, weight_decay=decay), optim.scale_rates(b=ratio))
+    state = tx.init(factors)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.grad = torch.randn_like(parameter)
+        with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32
+            updates, state = tx.update(adapters_of(model, "0", "grad"), state, factors)
+        factors: Any = optax.apply_updates(factors, updates)
+        torch_optimizer.step()
+    for path, adapter in adapters_of(model, "0").items():
+        assert_allclose(factors[path].a, adapter.a, rtol=1e-5, atol=1e-7)
+        assert_allclose(factors[path].b, adapter.b, rtol=1e-5, atol=1e-7)
