@@ -16,13 +16,14 @@ and merges them back into plain weights.
 >>> plain = jaxlora.merge(params)
 """
 
-from jaxlora import algebra, optim
+from jaxlora import algebra, initializers, optim
 from jaxlora import exporting as exporting
 from jaxlora.adapt import dropout, init
 from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
 from jaxlora.config import LoRAConfig
 from jaxlora.optim import freeze
 from jaxlora.report import Report, explain
+from jaxlora.residual import to_plain
 from jaxlora.sites import Site, Sites, find_sites
 from jaxlora.summary import Summary, summary
 from jaxlora.tracing import Cost, MaterializationWarning, Use, lora
@@ -50,6 +51,7 @@ __all__ = [
     "find_sites",
     "freeze",
     "init",
+    "initializers",
     "load_adapters",
     "lora",
     "mask",
@@ -59,5 +61,6 @@ __all__ = [
     "save_merged",
     "split",
     "summary",
+    "to_plain",
     "unmerge",
 ]

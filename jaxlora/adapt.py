@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlora import initializers, parts, paths, sharding
+from jaxlora import initializers, parts, paths, residual, sharding
 from jaxlora.config import LoRAConfig
 from jaxlora.selection import Target, select
 from jaxlora.sites import Site, find_sites
@@ -29,8 +29,9 @@ def init(
     """Return the parameters with a fresh `LoRAWeight` at each target; the output does not change.
 
     ``b`` is zero and ``a`` is drawn from the key of its path, so the same key gives the same
-    adapters and one more target changes no other. The factors of a sharded weight are sharded as
-    its axes that they carry, with equal values, and drawn where they live.
+    adapters and one more target changes no other. An initializer that starts from the weight takes
+    the first product out of the base, one weight at a time. The factors of a sharded weight are
+    sharded as its axes that they carry, with equal values, and drawn where they live.
 
     Args:
         key: random key.
@@ -46,7 +47,8 @@ def init(
 
     Raises:
         ValueError: params is adapted already or empty, has two leaves of one path, or the targets
-            do not fit the program (see `LoRAConfig`).
+            do not fit the program (see `LoRAConfig`); the initializer starts from the weights,
+            and they are shapes or not finite.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["up"] @ params["down"], jnp.ones((2, 4))
@@ -79,6 +81,8 @@ def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRACo
     if isinstance(initializer, str):
         initializer = initializers.NAMED[initializer]
     shape, key = (math.prod(in_), rank), _path_key(key, parts.name(site.path, part))
+    if isinstance(initializer, initializers.FromWeight):
+        return residual.take_out(key, target, base, site.roles, initializer, config.dtype)
     made = jax.eval_shape(lambda key: initializer(key, shape, config.dtype), key)
     if made.shape != shape or made.dtype != config.dtype:
         raise ValueError(

@@ -134,6 +134,7 @@ def _describe(name: str, adapter: Adapter) -> dict[str, Any]:
         "alpha": adapter.alpha,
         "roles": dataclasses.asdict(adapter.roles),
         "base": dataclasses.asdict(adapter.base),
+        "changed": adapter.changed,
         "dtypes": [str(adapter.a.dtype), str(adapter.b.dtype)],
     }
 
@@ -159,7 +160,7 @@ def _abstract(entry: dict[str, Any], leaves: dict[str, Any]) -> Adapter:
             strict=True,
         )
     )
-    return Adapter(a, b, roles, entry["alpha"], base)
+    return Adapter(a, b, roles, entry["alpha"], base, entry.get("changed", ""))
 
 
 def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
@@ -178,7 +179,10 @@ def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
                 f"got {got.dtype}{list(got.shape)}"
             )
         elif wanted != got:
-            lines.append(f"{name!r} holds other values (hash {got.digest}, not {wanted.digest})")
+            line = f"{name!r} holds other values (hash {got.digest}, not {wanted.digest})"
+            if adapter.changed:
+                line += f"; the base that {adapter.changed} has left is needed, or jaxlora.to_plain"
+            lines.append(line)
     return lines
 
 

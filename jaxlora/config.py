@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxlora import initializers, parts
+from jaxlora.initializers import FromWeight, Initializer, InitializerName
 from jaxlora.weight import scaling
 
 ALL_LINEAR = "all-linear"
@@ -35,8 +36,10 @@ class LoRAConfig:
             in its path, such entries along its first stack axis, as `nn.scan` stacks layers.
         rank_pattern: other ranks by name, or by regular expression for whole paths.
         alpha_pattern: other alphas, likewise.
-        initializer: how ``a`` starts: ``"uniform"`` (±1/√in), ``"normal"``, ``"kaiming"``, or a
-            function ``(key, (in, rank), dtype) -> array``.
+        initializer: how ``a`` starts: ``"uniform"`` (±1/√in), ``"normal"``, ``"kaiming"``,
+            ``"orthogonal"``, or a function ``(key, (in, rank), dtype) -> array``. Or how both
+            factors start from the weight, and change the base: ``"pissa"``, ``"milora"``,
+            ``"olora"``, or a `jaxlora.initializers.FromWeight`.
         dtype: floating dtype of the factors.
 
     Raises:
@@ -58,7 +61,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     rank_stabilized: bool = False
-    initializer: initializers.InitializerName | initializers.Initializer = "uniform"
+    initializer: InitializerName | Initializer | FromWeight = "uniform"
     dtype: Any = jnp.float32
 
     def __post_init__(self):
@@ -68,7 +71,8 @@ class LoRAConfig:
             raise ValueError(f"targets must name something to adapt: got {self.targets!r}")
         object.__setattr__(self, "targets", _checked(self.targets, "targets"))
         object.__setattr__(self, "exclude", _checked(self.exclude, "exclude"))
-        if not callable(self.initializer) and self.initializer not in initializers.NAMED:
+        is_own = callable(self.initializer) or isinstance(self.initializer, FromWeight)
+        if not is_own and self.initializer not in initializers.NAMED:
             raise ValueError(
                 f"initializer must be a function or one of {sorted(initializers.NAMED)}: "
                 f"got {self.initializer!r}"

@@ -74,6 +74,11 @@ def shape(part: Part | None, whole: Sequence[int]) -> tuple[int, ...]:
     return tuple(size - low - high for size, (low, high) in zip(whole, around, strict=True))
 
 
+def slices(part: Part | None) -> tuple[slice, ...]:
+    """Return the index of a part, of all of the weight for None."""
+    return tuple(slice(*bounds) if bounds else slice(None) for bounds in part or ())
+
+
 def padding(part: Part | None, whole: Sequence[int]) -> list[tuple[int, int]]:
     """Return how much of the weight lies before and behind a part, for each axis."""
     bounds = part or [None] * len(whole)

@@ -134,6 +134,39 @@ def make(
         return [_follow(x, base, kept) for x, kept in zip(arrays, axes, strict=True)]
 
 
+def run(
+    build: Callable[..., Sequence[jax.Array]],
+    static: Hashable,
+    args: Sequence[jax.Array],
+    base: Any,
+    axes: Sequence[Axes],
+) -> Sequence[jax.Array]:
+    """Return the arrays of ``build(*args, static)``, sharded as the axes of a base that they have.
+
+    Args:
+        build: a pure function at the top level of a module.
+        static: what it needs to know, hashable.
+        args: what it computes them from, the base among them.
+        base: the weight, an array.
+        axes: for each array, the base's axis of each of its dimensions.
+    """
+    typed, known = explicit(base), of(base)
+
+    def placed(sharding):
+        return tuple(along(sharding, kept) for kept in axes)
+
+    if typed is not None:
+        automatic: Any = jax.sharding.auto_axes(
+            lambda *args: tuple(build(*args, static)), out_sharding=placed(typed)
+        )
+        return jax.jit(automatic)(*args)
+    if isinstance(base, Tracer):
+        return build(*args, static)
+    return jax.jit(build, static_argnums=len(args), out_shardings=known and placed(known))(
+        *args, static
+    )
+
+
 def _draws_are_typed(key: jax.Array) -> bool:
     """Tell whether what is drawn from a traced key has a type that says replicated."""
     return explicit(key) is not None or bool(jax.sharding.get_abstract_mesh().explicit_axes)

@@ -45,7 +45,9 @@ def split(params: Any) -> tuple[Any, Adapters]:
     plain = {path: node.plain for path, node in nodes.items()}
     prints = fingerprints.take(plain)
     adapters = {
-        parts.name(path, node.part): Adapter(node.a, node.b, node.roles, node.alpha, prints[path])
+        parts.name(path, node.part): Adapter(
+            node.a, node.b, node.roles, node.alpha, prints[path], node.changed
+        )
         for path in nodes
         for node in nodes[path].layers
     }
@@ -186,7 +188,15 @@ def _nodes(leaves: dict[str, Any], adapters: Adapters) -> dict[str, LoRAWeight]:
             raise ValueError(f"the leaf {path!r} is adapted already: a plain tree is needed")
         part = check_fits(name, text, leaf, adapter)
         below = nodes.get(path, leaf)
-        nodes[path] = LoRAWeight(below, adapter.a, adapter.b, adapter.roles, adapter.alpha, part)
+        nodes[path] = LoRAWeight(
+            below,
+            adapter.a,
+            adapter.b,
+            adapter.roles,
+            adapter.alpha,
+            part,
+            changed=adapter.changed,
+        )
         if len({node.roles for node in nodes[path].layers}) > 1:
             raise ValueError(f"the adapters of parts of {path!r} differ in the roles of its axes")
     return nodes

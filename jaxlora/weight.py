@@ -104,6 +104,7 @@ class Adapter:
         roles: roles of the axes of the weight.
         alpha: numerator of the scaling.
         base: fingerprint of the weight that the factors were made for.
+        changed: name of the initializer that took the first product out of the base, or empty.
     """
 
     a: Any
@@ -111,6 +112,7 @@ class Adapter:
     roles: Roles = dataclasses.field(metadata=_meta)
     alpha: float = dataclasses.field(metadata=_meta)
     base: Fingerprint = dataclasses.field(metadata=_meta)
+    changed: str = dataclasses.field(default="", metadata=_meta)
 
     @property
     def rank(self) -> int:
@@ -139,6 +141,7 @@ class LoRAWeight:
         part: the block of the weight that the factors are for, None for all of it.
         dropout_keys: None, or one random key for each stack entry, ``(*stack,)``.
         dropout_rate: share of the low-rank path's input that is dropped.
+        changed: name of the initializer that took the first product out of the base, or empty.
     """
 
     base: Any
@@ -149,6 +152,7 @@ class LoRAWeight:
     part: parts.Part | None = dataclasses.field(default=None, metadata=_meta)
     dropout_keys: Any = None
     dropout_rate: float = dataclasses.field(default=0.0, metadata=_meta)
+    changed: str = dataclasses.field(default="", metadata=_meta)
 
     @property
     def layers(self) -> list["LoRAWeight"]:

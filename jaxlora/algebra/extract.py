@@ -113,10 +113,8 @@ def _roles(path: str, leaf: Any, sites: Sites | None) -> Roles | None:
 def _adapter(path: str, before: Any, after: Any, roles: Roles, rank: int) -> tuple[Adapter, float]:
     """Return the adapter of the change of a weight, and the share of its energy."""
     rank = min(rank, roles.max_rank(before.shape))
-    (stack, in_, out), order = roles.sizes(before.shape), (*roles.stack, *roles.in_, *roles.out)
-    sizes = [math.prod(group) for group in (stack, in_, out)]
     change = after.astype(jnp.float32) - before.astype(jnp.float32)
-    u, s, v = svd.truncated(change.transpose(order).reshape(sizes), rank)
+    u, s, v = svd.truncated(matrices.of_weight(change, roles), rank)
     known, shapes = sharding.of(before), roles.factor_shapes(before.shape, rank)
     a, b = (
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=known and sharding.along(known, axes))

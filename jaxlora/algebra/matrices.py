@@ -1,4 +1,4 @@
-"""The factors of an adapter as matrices, one for each entry of a stack, and back."""
+"""Weights and the factors of adapters as matrices, one for each entry of a stack, and back."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import sharding, svd
-from jaxlora.weight import Adapter, LoRAWeight
+from jaxlora.weight import Adapter, LoRAWeight, Roles
 
 
 def of(adapter: Adapter | LoRAWeight) -> tuple[jax.Array, jax.Array]:
@@ -17,6 +17,13 @@ def of(adapter: Adapter | LoRAWeight) -> tuple[jax.Array, jax.Array]:
     stack = math.prod(adapter.a.shape[:count])
     a = adapter.a.reshape(stack, -1, adapter.rank).astype(jnp.float32)
     return a, adapter.b.reshape(stack, adapter.rank, -1).astype(jnp.float32)
+
+
+def of_weight(weight: jax.Array, roles: Roles) -> jax.Array:
+    """Return a weight ``(stack, in, out)`` in float32."""
+    sizes = [math.prod(group) for group in roles.sizes(weight.shape)]
+    order = (*roles.stack, *roles.in_, *roles.out)
+    return weight.astype(jnp.float32).transpose(order).reshape(sizes)
 
 
 def adapter_of(adapter: Adapter, a: jax.Array, b: jax.Array) -> Adapter:

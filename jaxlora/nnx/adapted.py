@@ -28,6 +28,7 @@ class _Factors(nnx.Pytree):
         self.alpha: float = adapter.alpha
         # without the digest, so that modules of one kind have one graphdef and compile once
         self.base: Fingerprint = dataclasses.replace(adapter.base, digest=None)
+        self.changed: str = adapter.changed
 
 
 class Adapted(nnx.Module, Generic[M]):
@@ -129,7 +130,7 @@ class Adapted(nnx.Module, Generic[M]):
             ValueError: a weight of the module is gone or has another shape.
         """
         adapters = {
-            path: Adapter(f.a.get_value(), f.b.get_value(), f.roles, f.alpha, f.base)
+            path: Adapter(f.a.get_value(), f.b.get_value(), f.roles, f.alpha, f.base, f.changed)
             for path, f in self.factors.items()
         }
         return jaxlora.bind(nnx.state(self.model), adapters)
@@ -152,7 +153,8 @@ def adapt(
     """Give a module fresh adapters; the output does not change.
 
     The module is traced with the arguments to see how it uses its weights. Nothing runs, and no
-    state of the module moves. It may be abstract, from `flax.nnx.eval_shape`.
+    state of the module moves. It may be abstract, from `flax.nnx.eval_shape`. An initializer that
+    changes weights, as ``"pissa"``, changes those of a copy.
 
     Args:
         rngs: random streams, of which ``params`` is drawn from, or a key. The same key gives the
@@ -185,7 +187,9 @@ def adapt(
     key = rngs.params() if isinstance(rngs, nnx.Rngs) else rngs
     _, program = call.program(model, args, kwargs, method)
     params = jaxlora.init(key, call.run, nnx.state(model), *program, config=config)
-    _, adapters = jaxlora.split(params)
+    base, adapters = jaxlora.split(params)
+    if any(adapter.changed for adapter in adapters.values()):
+        model = nnx.merge(nnx.graphdef(model), base)
     streams = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
     return Adapted(model, adapters, dropout_rate=dropout_rate, rngs=streams)
 

@@ -115,6 +115,20 @@ def test_init_draws_the_same_values_also_through_several_operations(key, plain, 
     assert_array_equal(init(key, model, base, X, config=config)["dense"].a, wanted["dense"].a)
 
 
+def test_starts_from_the_weight_live_where_the_base_is(key, plain, base):
+    config = jaxlora.LoRAConfig(rank=3, initializer="pissa")
+    wanted = init(key, model, plain, X, config=config)
+    start = functools.partial(init, config=config)
+    for params in (
+        start(key, model, base, X),
+        jax.jit(start, static_argnums=1)(key, model, base, X),
+    ):
+        for name, node in params.items():
+            assert_allclose(node.base, wanted[name].base, rtol=1e-3, atol=1e-4)
+            assert_allclose(node.delta(), wanted[name].delta(), rtol=1e-3, atol=1e-4)
+        assert_placed(params)
+
+
 def test_init_of_factors_alone_under_jit_keeps_them_apart(key, base):
     fn = jax.jit(lambda key, base: jaxlora.split(init(key, model, base, X))[1])
     adapters = fn(key, base)

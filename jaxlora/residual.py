@@ -1,0 +1,133 @@
+"""Bases that an initializer has changed: the first product is taken out of them, and put back.
+
+A start from the weight itself (`jaxlora.initializers.FromWeight`) leaves ``W - scaling * a0 b0`` as
+the base. What is trained is for that base alone, until `to_plain` turns it into an adapter of the
+weight as it was.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxlora import fingerprints, parts, paths, sharding
+from jaxlora.algebra import matrices
+from jaxlora.initializers import FromWeight
+from jaxlora.selection import Target
+from jaxlora.trees import Adapters, check_fits
+from jaxlora.weight import Adapter, LoRAWeight, Roles, merge_dtype, scaling
+
+
+class _How(NamedTuple):
+    """What has to be known to take a product out of a weight."""
+
+    initializer: FromWeight
+    target: Target
+    roles: Roles
+    dtype: Any
+
+
+def take_out(
+    key: jax.Array, target: Target, base: Any, roles: Roles, initializer: FromWeight, dtype: Any
+) -> LoRAWeight:
+    """Return a weight whose adapter starts from it, and whose base is what that leaves.
+
+    Args:
+        key: random key.
+        target: the weight or part of it.
+        base: the weight, or the node of another part of it.
+        roles: roles of its axes.
+        initializer: makes the factors.
+        dtype: dtype of the factors.
+
+    Raises:
+        ValueError: the weight is the shape of one, or is not finite.
+    """
+    plain = base.plain if isinstance(base, LoRAWeight) else base
+    name = parts.name(target.path, target.part)
+    if not hasattr(plain, "__array__"):
+        raise ValueError(f"{initializer.name!r} starts from values: {name!r} is {plain}")
+    how = _How(initializer, target, roles, dtype)
+    axes = (tuple(range(plain.ndim)), *sharding.factor_axes(roles, target.part), ())
+    left, a, b, finite = sharding.run(_taken_out, how, (key, plain), plain, axes)
+    if not isinstance(finite, Tracer) and not finite:
+        raise ValueError(f"{initializer.name!r} needs finite values: {name!r} holds NaN or inf")
+    below = base.over(left) if isinstance(base, LoRAWeight) else left
+    return LoRAWeight(below, a, b, roles, target.alpha, target.part, changed=initializer.name)
+
+
+def _taken_out(key: jax.Array, weight: jax.Array, how: _How) -> tuple[jax.Array, ...]:
+    """Return what is left of a weight, the factors, and whether all are finite."""
+    initializer, (_, part, rank, alpha), roles, dtype = how
+    cut = weight[parts.slices(part)]
+    each = matrices.of_weight(cut, roles)
+    a, b = jax.vmap(lambda key, w: initializer.factors(key, w, rank, scaling(alpha, rank)))(
+        jax.random.split(key, len(each)), each
+    )
+    shapes = roles.factor_shapes(cut.shape, rank)
+    a, b = (x.reshape(shape).astype(dtype) for x, shape in zip((a, b), shapes, strict=True))
+    delta = LoRAWeight(weight, a, b, roles, alpha, part).delta()
+    left = (weight.astype(merge_dtype(weight.dtype)) - delta).astype(weight.dtype)
+    return left, a, b, jnp.isfinite(left).all()
+
+
+def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
+    """Turn adapters for a base that their initializer changed into those for the base as it was.
+
+    With ``W' = W - s a0 b0`` the weight in effect is ``W' + s a b = W + s [a, a0] [b; -b0]``: of
+    twice the rank, and exact but for the rounding of W' to the dtype of the base.
+
+    Args:
+        adapters: factors by path, trained.
+        initial: the factors as `jaxlora.init` made them.
+        base: the plain tree that was given to `jaxlora.init`.
+
+    Returns:
+        Factors by path, with the same scaling.
+
+    Raises:
+        ValueError: adapters and initial differ in paths, shapes or base; an adapter is for a base
+            that nothing changed, or does not fit this one.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x, w = lambda p, x: x @ p["w"], jnp.ones((2, 4)), {"w": jnp.eye(4, 3)}
+    >>> config = jaxlora.LoRAConfig(rank=1, initializer="pissa")
+    >>> params = jaxlora.init(jax.random.key(0), model, w, x, config=config)
+    >>> _, initial = jaxlora.split(params)
+    >>> jaxlora.to_plain(initial, initial, base=w)
+    {'w': Adapter(a=(4, 2), b=(2, 3), alpha=32)}
+    """
+    if list(adapters) != list(initial):
+        raise ValueError(
+            f"adapters and initial must have the same paths: got {list(adapters)[:3]} and "
+            f"{list(initial)[:3]}"
+        )
+    leaves, _ = paths.flatten(base)
+    located = {name: parts.locate(name, leaves) for name in adapters}
+    for name, (path, text) in located.items():
+        if path not in leaves:
+            raise ValueError(f"the base has no leaf {path!r}; {paths.nearest(path, leaves)}")
+        check_fits(name, text, leaves[path], adapters[name])
+    prints = fingerprints.take({path: leaves[path] for path, _ in located.values()})
+    return {
+        name: dataclasses.replace(
+            _joined(name, adapter, initial[name]), base=prints[located[name][0]], changed=""
+        )
+        for name, adapter in adapters.items()
+    }
+
+
+def _joined(name: str, adapter: Adapter, first: Adapter) -> Adapter:
+    """Return the adapter of the difference of two products."""
+    if not adapter.changed:
+        raise ValueError(f"the adapter of {name!r} is plain: nothing changed its base")
+    wanted, got = ((x.roles, x.base, x.a.shape[:-1]) for x in (adapter, first))
+    if wanted != got:
+        raise ValueError(f"adapters and initial must be of one base: {name!r} is {wanted}, {got}")
+    count = len(adapter.roles.stack)
+    scale, ratio = (scaling(x.alpha, x.rank) for x in (adapter, first))
+    a = jnp.concatenate([adapter.a, first.a], axis=-1)
+    b = jnp.concatenate([adapter.b, -(ratio / scale) * first.b], axis=count)
+    return dataclasses.replace(adapter, a=a, b=b, alpha=scale * a.shape[-1])
