@@ -34,6 +34,7 @@ BENCHMARKS = {  # environment, script and options
     "peers_torch": ("torch", "peers_torch.py"),
     "memory": ("jax", "memory.py --variants floor full naive factored weight-side lora"),
     "merge": ("jax", "merge.py"),
+    "decompose": ("jax", "decompose.py"),
     "scaling": ("jax", "scaling.py"),
     "compile": ("jax", "compile.py"),
 }

@@ -1,4 +1,4 @@
-"""Combined adapters and steps of LoRA+, against PEFT on the same factors."""
+"""Combined adapters, steps and starts, against PEFT on the same factors and weights."""
 
 import warnings
 from typing import Any
@@ -9,6 +9,7 @@ import optax
 import pytest
 from numpy.testing import assert_allclose
 
+import jaxlora
 from jaxlora import Adapter, Roles, algebra, optim
 from jaxlora.weight import Fingerprint
 
@@ -135,3 +136,30 @@ def test_loraplus_takes_the_same_steps():
     for path, adapter in adapters_of(model, "0").items():
         assert_allclose(factors[path].a, adapter.a, rtol=1e-5, atol=1e-7)
         assert_allclose(factors[path].b, adapter.b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("initializer", ["pissa", "olora"])
+def test_start_from_the_weight_takes_out_the_same(initializer):
+    torch.manual_seed(0)
+    model = Model()
+    kernel = jnp.asarray(model.up.weight.detach().numpy().T.copy())
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=["up"], init_lora_weights=initializer
+    )
+    layer = peft.get_peft_model(model, config).base_model.model.up
+    (wanted_a, wanted_b), left = (
+        (group["default"].weight.detach().numpy().T for group in (layer.lora_A, layer.lora_B)),
+        layer.base_layer.weight.detach().numpy().T,
+    )
+    params = jaxlora.init(
+        jax.random.key(0),
+        lambda params, x: x @ params["up"],
+        {"up": kernel},
+        jnp.ones((2, 8)),
+        config=jaxlora.LoRAConfig(rank=3, alpha=6, initializer=initializer),
+    )
+    node = params["up"]
+    assert_allclose(node.base, left, rtol=1e-4, atol=1e-5)
+    assert_allclose(node.delta(), 2 * wanted_a @ wanted_b, rtol=1e-4, atol=1e-5)
+    assert_allclose(abs(node.a), abs(wanted_a), rtol=1e-3, atol=1e-4)  # signs are free
+    assert_allclose(abs(node.b), abs(wanted_b), rtol=1e-3, atol=1e-4)
