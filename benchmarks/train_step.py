@@ -12,10 +12,11 @@ round. The variants:
 - nnx.LoRA: the model in Flax NNX with its own layer (not with ``--scan`` and ``--remat``).
 - qwix: the model as qwix adapts it, where it is installed.
 - lora: `jaxlora.lora`, in the form it chooses for each product; factored and weight-side, if named:
-  in that form.
+  in that form; dora, if named: with magnitudes.
 """
 
 import argparse
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -58,13 +59,25 @@ def variants(options: argparse.Namespace) -> dict[str, peers.Variant]:
     def full(params, frozen, x, y):
         return models.loss(model.apply(params, x), y)
 
-    def lora(form):
+    def lora(form, adapters=adapters):
         apply = jaxlora.lora(model.apply, strict=True, form=form)
 
         def loss(adapters, base, x, y):
             return models.loss(apply(jaxlora.bind(base, adapters), x), y)
 
         return loss, adapters, base
+
+    def dora():
+        config_m = dataclasses.replace(config, magnitude=True)
+        params_m = jaxlora.init(jax.random.key(1), model.apply, params, x, config=config_m)
+        magnitudes = jaxlora.split(params_m)[1]
+        return lora(
+            "auto",
+            {
+                path: dataclasses.replace(magnitudes[path], a=adapter.a, b=adapter.b)
+                for path, adapter in adapters.items()
+            },
+        )
 
     make: dict[str, Callable[[], peers.Variant]] = {
         "floor": lambda: (floor, jnp.zeros(options.width, options.dtype), params),
@@ -74,6 +87,7 @@ def variants(options: argparse.Namespace) -> dict[str, peers.Variant]:
         "nnx.LoRA": lambda: peers_nnx.nnx_lora(options),
         "qwix": lambda: peers.qwix(model, params, x, options.rank, config.alpha),
         "lora": lambda: lora("auto"),
+        "dora": dora,
         **{form: functools.partial(lora, form) for form in FORMS},
     }
     return {name: make[name]() for name in options.variants or possible(options)}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxlora import initializers, parts, paths, residual, sharding
 from jaxlora.config import LoRAConfig
+from jaxlora.magnitude import norms
 from jaxlora.selection import Target, select
 from jaxlora.sites import Site, find_sites
 from jaxlora.weight import LoRAWeight
@@ -65,6 +66,8 @@ def init(
     for target in select(config, sites):
         path = target.path
         leaves[path] = _fresh(key, sites[path], target, leaves[path], config)
+        if config.magnitude:
+            leaves[path] = _with_magnitude(leaves[path], config.dtype)
     return treedef.unflatten(leaves.values())
 
 
@@ -97,8 +100,22 @@ def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRACo
         site.roles.factor_shapes(whole, rank),
     )
     plain = base.plain if isinstance(base, LoRAWeight) else base
-    a, b = sharding.make(_draw, factors, key, plain, sharding.factor_axes(site.roles, part))
+    axes = sharding.factor_axes(site.roles, part)[:2]
+    a, b = sharding.make(_draw, factors, key, plain, axes)
     return LoRAWeight(base, a, b, site.roles, alpha, part)
+
+
+def _with_magnitude(node: LoRAWeight, dtype: Any) -> LoRAWeight:
+    """Return a node with the norms of its columns as they are, so that its output stays."""
+    if not hasattr(node.base, "__array__"):
+        raise ValueError(f"a magnitude starts from the values of a weight: got {node.base}")
+    axes = sharding.factor_axes(node.roles)
+    (magnitude,) = sharding.run(_norms, dtype, (node,), node.base, axes[2:])
+    return dataclasses.replace(node, magnitude=magnitude)
+
+
+def _norms(node: LoRAWeight, dtype: Any) -> tuple[jax.Array]:
+    return (norms(node).astype(dtype),)
 
 
 class _Factors(NamedTuple):

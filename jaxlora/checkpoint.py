@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxlora import fingerprints, parts, paths, sharding
 from jaxlora.processes import together
-from jaxlora.trees import Adapters, bind, merge, split
+from jaxlora.trees import FACTORS, Adapters, bind, merge, split
 from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Roles
 
 FORMAT = "jaxlora.adapters"
@@ -123,7 +123,11 @@ def save_merged(path: PathLike, params: Any) -> None:
 
 
 def _factors(adapters: Adapters) -> dict[str, dict[str, Any]]:
-    return {name: {"a": adapter.a, "b": adapter.b} for name, adapter in adapters.items()}
+    """Return what is trained, by path and name."""
+    found = {name: {field: getattr(x, field) for field in FACTORS} for name, x in adapters.items()}
+    return {
+        name: {k: v for k, v in factors.items() if v is not None} for name, factors in found.items()
+    }
 
 
 def _describe(name: str, adapter: Adapter) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def _describe(name: str, adapter: Adapter) -> dict[str, Any]:
         "roles": dataclasses.asdict(adapter.roles),
         "base": dataclasses.asdict(adapter.base),
         "changed": adapter.changed,
-        "dtypes": [str(adapter.a.dtype), str(adapter.b.dtype)],
+        "dtypes": [str(x.dtype) for x in _factors({name: adapter})[name].values()],
     }
 
 
@@ -147,20 +151,21 @@ def _abstract(entry: dict[str, Any], leaves: dict[str, Any]) -> Adapter:
     base = Fingerprint(**entry["base"] | {"shape": tuple(entry["base"]["shape"])})
     part = parts.resolve(text, base.shape)
     known = sharding.of(_plain(leaf))
-    a, b = (
+    shapes = (
+        *roles.factor_shapes(parts.shape(part, base.shape), entry["rank"]),
+        roles.magnitude_shape(base.shape),
+    )
+    a, b, *magnitude = (
         jax.ShapeDtypeStruct(
             shape,
             jnp.dtype(dtype),
             sharding=sharding.along(known, axes) if known else sharding.default(),
         )
-        for shape, dtype, axes in zip(
-            roles.factor_shapes(parts.shape(part, base.shape), entry["rank"]),
-            entry["dtypes"],
-            sharding.factor_axes(roles, part),
-            strict=True,
+        for shape, dtype, axes in zip(  # without a magnitude there are two dtypes
+            shapes, entry["dtypes"], sharding.factor_axes(roles, part), strict=False
         )
     )
-    return Adapter(a, b, roles, entry["alpha"], base, entry.get("changed", ""))
+    return Adapter(a, b, roles, entry["alpha"], base, entry.get("changed", ""), *magnitude)
 
 
 def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:

@@ -40,6 +40,8 @@ class LoRAConfig:
             ``"orthogonal"``, or a function ``(key, (in, rank), dtype) -> array``. Or how both
             factors start from the weight, and change the base: ``"pissa"``, ``"milora"``,
             ``"olora"``, or a `jaxlora.initializers.FromWeight`.
+        magnitude: also train the norm of each column of the weight (DoRA, see
+            `jaxlora.magnitude`).
         dtype: floating dtype of the factors.
 
     Raises:
@@ -62,6 +64,7 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     rank_stabilized: bool = False
     initializer: InitializerName | Initializer | FromWeight = "uniform"
+    magnitude: bool = False
     dtype: Any = jnp.float32
 
     def __post_init__(self):

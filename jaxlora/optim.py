@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxlora import paths
 from jaxlora.algebra import matrices
-from jaxlora.trees import mask
+from jaxlora.trees import FACTORS, mask
 from jaxlora.weight import LoRAWeight
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def _not_factors(params: Any) -> Any:
     return jax.tree.map(lambda is_factor: not is_factor, mask(params))
 
 
-def scale_rates(*, a: float = 1.0, b: float = 1.0) -> optax.GradientTransformation:
+def scale_rates(
+    *, a: float = 1.0, b: float = 1.0, magnitude: float = 1.0
+) -> optax.GradientTransformation:
     """Multiply the updates of each factor, and so its learning rate, by a number.
 
     LoRA+ (Hayou et al. 2024, arXiv:2402.12354) gives ``b`` a larger one: ``b=16`` after the
@@ -77,6 +79,7 @@ def scale_rates(*, a: float = 1.0, b: float = 1.0) -> optax.GradientTransformati
     Args:
         a: for the factors on the input side, finite and positive.
         b: for the factors on the output side.
+        magnitude: for the magnitudes.
 
     Raises:
         ValueError: a number is not finite and positive; at ``init``, a tree without factors.
@@ -90,7 +93,7 @@ def scale_rates(*, a: float = 1.0, b: float = 1.0) -> optax.GradientTransformati
     """
     import optax
 
-    rates = _checked({"a": a, "b": b}, "a rate", least=math.ulp(0.0))
+    rates = _checked({"a": a, "b": b, "magnitude": magnitude}, "a rate", least=math.ulp(0.0))
 
     def update(updates, state, params=None):
         del params
@@ -99,7 +102,9 @@ def scale_rates(*, a: float = 1.0, b: float = 1.0) -> optax.GradientTransformati
     return optax.GradientTransformation(_init_stateless, update)
 
 
-def decay_factors(*, a: float = 0.0, b: float = 0.0) -> optax.GradientTransformation:
+def decay_factors(
+    *, a: float = 0.0, b: float = 0.0, magnitude: float = 0.0
+) -> optax.GradientTransformation:
     """Add to the updates of each factor a multiple of the factor, a weight decay of its own.
 
     It stands where `optax.add_decayed_weights` would, before the learning rate.
@@ -107,6 +112,7 @@ def decay_factors(*, a: float = 0.0, b: float = 0.0) -> optax.GradientTransforma
     Args:
         a: for the factors on the input side, finite and not negative.
         b: for the factors on the output side.
+        magnitude: for the magnitudes.
 
     Raises:
         ValueError: a number is not finite or negative; at ``init``, a tree without factors; at
@@ -114,7 +120,7 @@ def decay_factors(*, a: float = 0.0, b: float = 0.0) -> optax.GradientTransforma
     """
     import optax
 
-    decays = _checked({"a": a, "b": b}, "a decay", least=0.0)
+    decays = _checked({"a": a, "b": b, "magnitude": magnitude}, "a decay", least=0.0)
 
     def update(updates, state, params=None):
         _need(params)
@@ -183,7 +189,7 @@ def _need(params: Any) -> None:
 
 
 def _by_factor(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Return a tree with ``fn(name, leaf, *leaves)`` at each factor, "a" or "b", of it."""
+    """Return a tree with ``fn(name, leaf, *leaves)`` at each factor of it, by its name."""
     names = iter(_factor_names(tree))
 
     def of(leaf, *others):
@@ -194,14 +200,14 @@ def _by_factor(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def _factor_names(tree: Any) -> list[str | None]:
-    """Return for each leaf "a" or "b" where it is a factor, also of a tree without our nodes."""
+    """Return for each leaf its name where it is a factor, also of a tree without our nodes."""
     keys = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     marks = jax.tree.leaves(mask(tree))
     named = [path.rpartition("/") for path in paths.names(keys)]
     if not any(marks):
         parents = {name: {p for p, _, last in named if last == name} for name in ("a", "b")}
         pairs = parents["a"] & parents["b"]
-        marks = [parent in pairs and last in ("a", "b") for parent, _, last in named]
+        marks = [parent in pairs and last in FACTORS for parent, _, last in named]
     return [last if is_factor else None for (*_, last), is_factor in zip(named, marks, strict=True)]
 
 

@@ -50,7 +50,7 @@ def take_out(
     if not hasattr(plain, "__array__"):
         raise ValueError(f"{initializer.name!r} starts from values: {name!r} is {plain}")
     how = _How(initializer, target, roles, dtype)
-    axes = (tuple(range(plain.ndim)), *sharding.factor_axes(roles, target.part), ())
+    axes = (tuple(range(plain.ndim)), *sharding.factor_axes(roles, target.part)[:2], ())
     left, a, b, finite = sharding.run(_taken_out, how, (key, plain), plain, axes)
     if not isinstance(finite, Tracer) and not finite:
         raise ValueError(f"{initializer.name!r} needs finite values: {name!r} holds NaN or inf")

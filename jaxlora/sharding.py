@@ -44,8 +44,8 @@ def explicit(array: Any) -> NamedSharding | None:
     return found if found.mesh.explicit_axes else None
 
 
-def factor_axes(roles: Roles, part: Part | None = None) -> tuple[Axes, Axes]:
-    """Return for each dimension of ``a`` and of ``b`` its axis of the base.
+def factor_axes(roles: Roles, part: Part | None = None) -> tuple[Axes, Axes, Axes]:
+    """Return for each dimension of ``a``, of ``b`` and of a magnitude its axis of the base.
 
     Args:
         roles: roles of the base's axes.
@@ -59,7 +59,8 @@ def factor_axes(roles: Roles, part: Part | None = None) -> tuple[Axes, Axes]:
     def whole(*axes):
         return tuple(None if axis in cut else axis for axis in axes)
 
-    return whole(*roles.stack, *roles.in_, None), whole(*roles.stack, None, *roles.out)
+    b = whole(*roles.stack, None, *roles.out)
+    return whole(*roles.stack, *roles.in_, None), b, whole(*roles.stack, *roles.out)
 
 
 def along(sharding: NamedSharding, axes: Axes) -> NamedSharding:
@@ -137,7 +138,7 @@ def make(
 def run(
     build: Callable[..., Sequence[jax.Array]],
     static: Hashable,
-    args: Sequence[jax.Array],
+    args: Sequence[Any],
     base: Any,
     axes: Sequence[Axes],
 ) -> Sequence[jax.Array]:

@@ -126,7 +126,7 @@ def _rows(path: str, leaf: Any) -> Iterator[Row]:
 
 
 def _row(path: str, shape: Any, base: Any, node: Adapter | LoRAWeight | None) -> Row:
-    factors = () if node is None else (node.a, node.b)
+    factors = () if node is None else (node.a, node.b, node.magnitude)
     trainable = sum(_size(x) for x in factors)
     trainable_bytes = sum(_bytes(x) for x in factors)
     return Row(

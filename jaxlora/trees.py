@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxlora import fingerprints, parts, paths, sharding
+from jaxlora.magnitude import merged
 from jaxlora.weight import Adapter, LoRAWeight, merge_dtype
 
 Adapters = dict[str, Adapter]
+FACTORS = ("a", "b", "magnitude")  # what is trained of a node
 
 
 def split(params: Any) -> tuple[Any, Adapters]:
@@ -46,7 +48,7 @@ def split(params: Any) -> tuple[Any, Adapters]:
     prints = fingerprints.take(plain)
     adapters = {
         parts.name(path, node.part): Adapter(
-            node.a, node.b, node.roles, node.alpha, prints[path], node.changed
+            node.a, node.b, node.roles, node.alpha, prints[path], node.changed, node.magnitude
         )
         for path in nodes
         for node in nodes[path].layers
@@ -104,15 +106,15 @@ def mask(params: Any) -> Any:
 
 
 def _is_factor(keys: Any) -> bool:
-    """Tell whether the keys of a leaf of a node lead to ``a`` or ``b``."""
-    return getattr(keys[-1], "name", None) in ("a", "b")
+    """Tell whether the keys of a leaf of a node lead to a trainable array of it."""
+    return getattr(keys[-1], "name", None) in FACTORS
 
 
 def merge(params: Any, *, with_error: bool = False, donate: bool = False) -> Any:
     """Fold the product of the factors into the weights.
 
-    ``W = round(base + scaling * a b)``, summed in float32 (float64 for a float64 base) and
-    rounded once to the dtype of the base.
+    ``W = round(base + scaling * a b)``, summed in float32 (float64 for a float64 base) and rounded
+    once to the dtype of the base. A weight with a magnitude is scaled to it before.
 
     Args:
         params: a tree with `LoRAWeight` nodes.
@@ -158,7 +160,8 @@ def unmerge(plain: Any, adapters: Adapters) -> Any:
         The base, within the rounding of its dtype.
 
     Raises:
-        ValueError: a path is not in plain or has another shape, or a result is not finite.
+        ValueError: a path is not in plain or has another shape, a result is not finite, or an
+            adapter has a magnitude: the norm that it was divided by is not known any more.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -170,6 +173,8 @@ def unmerge(plain: Any, adapters: Adapters) -> Any:
     """
     leaves, treedef = paths.flatten(plain)
     for path, node in _nodes(leaves, adapters).items():
+        if node.magnitude is not None:
+            raise ValueError(f"the magnitude of {path!r} cannot be unmerged: keep the base instead")
         leaves[path], _ = _fold(path, node, -1)
     return treedef.unflatten(leaves.values())
 
@@ -196,6 +201,7 @@ def _nodes(leaves: dict[str, Any], adapters: Adapters) -> dict[str, LoRAWeight]:
             adapter.alpha,
             part,
             changed=adapter.changed,
+            magnitude=adapter.magnitude,
         )
         if len({node.roles for node in nodes[path].layers}) > 1:
             raise ValueError(f"the adapters of parts of {path!r} differ in the roles of its axes")
@@ -218,6 +224,12 @@ def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> part
             f"the factors of {path!r} must have the shapes a={wanted[0]}, b={wanted[1]}: "
             f"got a={adapter.a.shape}, b={adapter.b.shape}"
         )
+    columns = adapter.roles.magnitude_shape(leaf.shape)
+    if adapter.magnitude is not None and (part or tuple(adapter.magnitude.shape) != columns):
+        raise ValueError(
+            f"the magnitude of {path!r} must have the shape {columns} and be of the whole weight: "
+            f"got {adapter.magnitude.shape}"
+        )
     return part
 
 
@@ -233,7 +245,7 @@ def _fold(path: str, node: LoRAWeight, sign: int, *, donate: bool = False) -> tu
     folded, error, finite = run(plain, node.over(None), sign)
     if not isinstance(finite["sum"], Tracer) and not finite["sum"]:
         what = "merged" if sign > 0 else "unmerged"
-        found = [name for name in ("base", "a", "b") if not finite[name]]
+        found = [name for name in finite if name != "sum" and not finite[name]]
         where = f"{' and '.join(found)} hold NaN or inf" if found else f"it overflows {dtype}"
         raise ValueError(f"the {what} weight {path!r} is not finite: {where}")
     return folded, error
@@ -241,11 +253,13 @@ def _fold(path: str, node: LoRAWeight, sign: int, *, donate: bool = False) -> tu
 
 def _folded(plain: Any, nodes: LoRAWeight, sign: int) -> tuple[Any, Any, dict[str, Any]]:
     node = nodes.over(plain)
-    exact = plain.astype(merge_dtype(node.dtype)) + sign * node.delta()
+    exact = merged(node) if sign > 0 else plain.astype(merge_dtype(node.dtype)) - node.delta()
     folded = exact.astype(node.dtype)
     error = jnp.max(jnp.abs(exact - folded.astype(exact.dtype)))
     arrays = {"sum": [folded], "base": [plain]}
     arrays |= {name: [getattr(layer, name) for layer in node.layers] for name in ("a", "b")}
+    if node.magnitude is not None:
+        arrays["magnitude"] = [node.magnitude]
     return folded, error, {n: _all_finite(found) for n, found in arrays.items()}
 
 

@@ -60,6 +60,11 @@ class Roles:
         stack, in_, out = self.sizes(shape)
         return (*stack, *in_, rank), (*stack, rank, *out)
 
+    def magnitude_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape (*stack, *out) of the magnitude."""
+        stack, _, out = self.sizes(shape)
+        return (*stack, *out)
+
     def max_rank(self, shape: Sequence[int]) -> int:
         """Return the smaller side, prod(in) or prod(out): a rank above it adds nothing."""
         _, in_, out = self.sizes(shape)
@@ -105,6 +110,7 @@ class Adapter:
         alpha: numerator of the scaling.
         base: fingerprint of the weight that the factors were made for.
         changed: name of the initializer that took the first product out of the base, or empty.
+        magnitude: the norm of each column, ``(*stack, *out)``, see `jaxlora.magnitude`; or None.
     """
 
     a: Any
@@ -113,6 +119,7 @@ class Adapter:
     alpha: float = dataclasses.field(metadata=_meta)
     base: Fingerprint = dataclasses.field(metadata=_meta)
     changed: str = dataclasses.field(default="", metadata=_meta)
+    magnitude: Any = None
 
     @property
     def rank(self) -> int:
@@ -142,6 +149,7 @@ class LoRAWeight:
         dropout_keys: None, or one random key for each stack entry, ``(*stack,)``.
         dropout_rate: share of the low-rank path's input that is dropped.
         changed: name of the initializer that took the first product out of the base, or empty.
+        magnitude: the norm of each column, ``(*stack, *out)``, see `jaxlora.magnitude`; or None.
     """
 
     base: Any
@@ -153,6 +161,7 @@ class LoRAWeight:
     dropout_keys: Any = None
     dropout_rate: float = dataclasses.field(default=0.0, metadata=_meta)
     changed: str = dataclasses.field(default="", metadata=_meta)
+    magnitude: Any = None
 
     @property
     def layers(self) -> list["LoRAWeight"]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxlora import paths, svd
 from jaxlora.algebra import matrices
+from jaxlora.magnitude import merged
 from jaxlora.trees import Adapters
 from jaxlora.weight import Adapter, LoRAWeight, scaling
 
@@ -20,7 +21,7 @@ def scale(adapters: Adapters, factor: Any) -> Adapters:
         factor: the number, a scalar that may be traced; ``b`` takes it.
 
     Raises:
-        ValueError: factor is no scalar.
+        ValueError: factor is no scalar, or an adapter has a magnitude.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -31,6 +32,7 @@ def scale(adapters: Adapters, factor: Any) -> Adapters:
     """
     if jnp.shape(factor) != ():
         raise ValueError(f"factor must be a scalar: got an array of shape {jnp.shape(factor)}")
+    matrices.check_linear(adapters)
     return {
         path: dataclasses.replace(adapter, b=(adapter.b * factor).astype(adapter.b.dtype))
         for path, adapter in adapters.items()
@@ -38,14 +40,15 @@ def scale(adapters: Adapters, factor: Any) -> Adapters:
 
 
 def delta(params: Any, path: str) -> jax.Array:
-    """Return the product that is added to one weight, dense.
+    """Return what is added to one weight, dense.
 
     Args:
         params: a tree with `LoRAWeight` nodes.
         path: path of an adapted weight.
 
     Returns:
-        ``scaling * a b`` in the shape of the weight, float32 or wider.
+        ``scaling * a b``, or with a magnitude the difference that all of it makes, in the shape of
+        the weight, float32 or wider.
 
     Raises:
         ValueError: there is no such leaf, or it is not adapted.
@@ -55,7 +58,8 @@ def delta(params: Any, path: str) -> jax.Array:
     if path not in adapted:
         what = "is not adapted" if path in leaves else "is no leaf of params"
         raise ValueError(f"{path!r} {what}; {paths.nearest(path, adapted)}")
-    return leaves[path].delta()
+    node = leaves[path]
+    return node.delta() if node.magnitude is None else merged(node) - node.plain
 
 
 def pad(adapters: Adapters, rank: int) -> Adapters:

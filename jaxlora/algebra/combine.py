@@ -77,6 +77,7 @@ def combine(
     _check(adapters, weights, method, rank, density, majority, key)
     found: dict[str, list[tuple[Adapter, float]]] = {}
     for group, weight in zip(adapters, weights, strict=True):
+        matrices.check_linear(group)
         for path, adapter in group.items():
             found.setdefault(path, []).append((adapter, weight))
     keys = [None] * len(found) if key is None else jax.random.split(key, len(found))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,16 @@ import jax.numpy as jnp
 
 from jaxlora import sharding, svd
 from jaxlora.weight import Adapter, LoRAWeight, Roles
+
+
+def check_linear(adapters: Mapping[str, Adapter]) -> None:
+    """Raise if the change of a weight is more than the product of its factors."""
+    for path, adapter in adapters.items():
+        if adapter.magnitude is not None:
+            raise ValueError(
+                f"the adapter of {path!r} has a magnitude, so that what it adds is no multiple of "
+                "its product: merge it instead"
+            )
 
 
 def of(adapter: Adapter | LoRAWeight) -> tuple[jax.Array, jax.Array]:

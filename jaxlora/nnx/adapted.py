@@ -24,11 +24,21 @@ class _Factors(nnx.Pytree):
     def __init__(self, adapter: Adapter):
         self.a = Factor(adapter.a)  # (*stack, *in, rank)
         self.b = Factor(adapter.b)  # (*stack, rank, *out)
+        has_magnitude = adapter.magnitude is not None
+        self.magnitude = nnx.data(Factor(adapter.magnitude) if has_magnitude else None)
         self.roles: Roles = adapter.roles
         self.alpha: float = adapter.alpha
         # without the digest, so that modules of one kind have one graphdef and compile once
         self.base: Fingerprint = dataclasses.replace(adapter.base, digest=None)
         self.changed: str = adapter.changed
+
+    def adapter(self) -> Adapter:
+        """Return the adapter of the weight."""
+        a, b, magnitude = (
+            None if factor is None else factor.get_value()
+            for factor in (self.a, self.b, self.magnitude)
+        )
+        return Adapter(a, b, self.roles, self.alpha, self.base, self.changed, magnitude)
 
 
 class Adapted(nnx.Module, Generic[M]):
@@ -129,10 +139,7 @@ class Adapted(nnx.Module, Generic[M]):
         Raises:
             ValueError: a weight of the module is gone or has another shape.
         """
-        adapters = {
-            path: Adapter(f.a.get_value(), f.b.get_value(), f.roles, f.alpha, f.base, f.changed)
-            for path, f in self.factors.items()
-        }
+        adapters = {path: f.adapter() for path, f in self.factors.items()}
         return jaxlora.bind(nnx.state(self.model), adapters)
 
     def adapters(self) -> Adapters:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxlora.tracing import axes, compat
@@ -82,6 +83,8 @@ def sum_(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     sums_stack = Role.STACK in weight.labels(*gone)
     if sums_stack and weight.keys is not None:
         return walk.without_rule(eqn, [weight], "it sums a stack that has dropout")
+    if weight.gain is not None and weight.labels(*gone) & CARRIES["gain"]:
+        return walk.without_rule(eqn, [weight], "it sums columns that have magnitudes")
     (base,) = compat.bind(eqn, [weight.base])
     fields: dict[str, Any] = {"base": base, "dims": tuple(weight.dims[d] for d in kept)}
     if weight.is_probe:
@@ -110,6 +113,8 @@ def pad(walk: Walk, eqn: Any, weight: Any, filling: Any) -> list[Any]:
     if not isinstance(weight, LowRank) or any(len(weight.dims[d]) != 1 for d in padded):
         return walk.without_rule(eqn, [weight, filling], "it pads what is not one axis")
     filling = walk.densify(eqn, filling, "it is padded with")
+    if weight.gain is not None and not (isinstance(filling, float | np.ndarray) and filling == 0):
+        return walk.without_rule(eqn, [weight, filling], "it has a magnitude, its padding none")
     for d in padded:
         base = _padded(weight.base, d, config[d], filling)
         weight = weight.along(base, d, lambda x, axis, d=d: _padded(x, axis, config[d], 0))
@@ -181,6 +186,8 @@ def _obstacle(parts: Sequence[Any], weights: Sequence[LowRank], axis: int | None
     """Return why parts cannot be one weight, or nothing."""
     if weights[0].is_probe and len(weights) < len(parts):
         return "it is joined to what is no weight"
+    if any(weight.gain is not None for weight in weights):
+        return "it has a magnitude, and what it is joined to another"
     others, labels = [list(weight.dims) for weight in weights], frozenset()
     if axis is not None:
         if any(len(dims.pop(axis)) > 1 for dims in others):

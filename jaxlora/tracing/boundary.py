@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import parts
+from jaxlora import magnitude, parts
 from jaxlora.tracing import axes
 from jaxlora.tracing.lowrank import LowRank, Origin, Role
 from jaxlora.weight import LoRAWeight, Roles
@@ -28,6 +28,7 @@ def enter(path: str, weight: LoRAWeight) -> LowRank:
         b = [_whole(node, b, out_side) for node, b in zip(nodes, scaled, strict=True)]
         b, alpha = jnp.concatenate(b, -1), a.shape[-1]
     keys = weight.dropout_keys
+    gain = None if weight.magnitude is None else magnitude.gain(weight)
     return LowRank(
         base=jax.lax.stop_gradient(weight.plain),
         a=_to_axis_order(a, in_side, shape),
@@ -35,6 +36,7 @@ def enter(path: str, weight: LoRAWeight) -> LowRank:
         keys=None if keys is None else _to_axis_order(keys, stack, shape),
         dims=axes.from_shape(shape, roles.labels(Role.STACK, Role.IN, Role.OUT)),
         origin=Origin((path,), roles, shape, alpha, weight.dropout_rate),
+        gain=None if gain is None else _to_axis_order(gain, out_side, shape),
     )
 
 
@@ -53,6 +55,8 @@ def probe(path: str, leaf: Any) -> LowRank:
 def leave(weight: LowRank) -> LoRAWeight | None:
     """Return the node for a weight that leaves the program, or None where a node cannot say it."""
     repeats = axes.REPEATED in axes.labels(weight.dims)
+    if weight.gain is not None:  # its magnitude was divided by a norm
+        return None
     if weight.is_rows() or repeats or any(len(dim) > 1 for dim in weight.dims):
         return None
     shape, origin = weight.base.shape, weight.origin

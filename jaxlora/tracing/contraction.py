@@ -55,7 +55,7 @@ def _narrowed(
     frame = walk.frame
     if id(eqn) in frame.narrowed:
         return frame.narrowed.pop(id(eqn))
-    if weight.has_dropout:
+    if weight.has_dropout or term.scales_input:
         return None, 1
     group, start = {id(eqn): weight}, term.start(weight)
     readers = iter(frame.readers.get((id(eqn), 1 - side), ()))
@@ -89,14 +89,21 @@ def _product(walk: Walk, eqn: Any, x: Any, weight: LowRank, side: int) -> Any:
         return compat.bind(eqn, [x, w] if side else [w, x])[0]
 
     term = Term.of(eqn, side, weight, x)
+    if (gain := term.gain) is not None and gain.side == "weight":
+        return bind(x, walk.densify(eqn, weight, "its magnitude is along summed and other axes"))
+    columns, weight = weight.gain, weight.replace(gain=None)
+    if gain is not None and gain.side == "in":
+        x = gain.scale(x, columns)
     h, sharing = _narrowed(walk, eqn, side, term, weight, x)
     form = forms.choose(walk, weight, term, is_shared=h is not None)
     in_, out, stack = _axes_used(eqn, side, weight)
     how: Any = {"form": form, "sharing": sharing}
     walk.record(eqn, weight, CONTRACTED, in_=in_, out=out, stack=stack, **how)
     if form == "weight-side":
-        return forms.weight_side(walk, x, weight, h, bind, term)
-    return forms.with_term(walk, bind(x, weight.base), x, weight, h, term)
+        y = forms.weight_side(walk, x, weight, h, bind, term)
+    else:
+        y = forms.with_term(walk, bind(x, weight.base), x, weight, h, term)
+    return gain.scale(y, columns) if gain is not None and gain.side == "out" else y
 
 
 @rule("ragged_dot_general")
@@ -119,6 +126,8 @@ def ragged_dot(walk: Walk, eqn: Any, x: Any, weight: Any, groups: Any) -> list[A
     if not weight.is_probe and not (all(fits) and labels["stack"] <= {Role.STACK}):
         reason = "its axes have other roles elsewhere"
         return walk.without_rule(eqn, [x, weight, groups], reason)
+    if weight.gain is not None:
+        return walk.without_rule(eqn, [x, weight, groups], "it has a magnitude")
     walk.record(eqn, weight, CONTRACTED, **labels)
     (y,) = compat.bind(eqn, [x, weight.base, groups])
     if weight.is_probe:

@@ -58,6 +58,13 @@ def custom_jvp_call(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
             walk.densify(eqn, out, "it leaves a function with its own derivative") for out in outs
         ]
 
+    has_gain = [isinstance(value, LowRank) and value.gain is not None for value in values]
+    reason = "it has a magnitude, and the function its own derivative"
+    values = tuple(
+        walk.densify(eqn, value, reason) if has else value
+        for value, has in zip(values, has_gain, strict=True)
+    )
+
     @jax.custom_jvp
     def function(values):
         return dense(walk.run(eqn.params["call_jaxpr"], *values))

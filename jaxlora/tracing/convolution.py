@@ -15,7 +15,7 @@ from jax import lax
 from jaxlora.tracing import axes, compat
 from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
 from jaxlora.tracing.lowrank import RANK, LowRank, Role
-from jaxlora.tracing.product import contract
+from jaxlora.tracing.product import contract, scaled_along
 
 _OWN = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
 
@@ -41,18 +41,25 @@ def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     fits = not in_ & out if kernel.is_probe else _fits(kernel, numbers, groups)
     if not fits:
         return walk.without_rule(eqn, [x, kernel], "its axes have other roles elsewhere")
+    if kernel.gain is not None and _runs_back(kernel, numbers):
+        return walk.without_rule(eqn, [x, kernel], "it sums columns that have magnitudes")
     walk.record(eqn, kernel, CONTRACTED, in_=in_, out=out, stack=stack | kernel.indexed - in_ - out)
     (y,) = compat.bind(eqn, [x, kernel.base])
     if kernel.is_probe:
         return [y]
     product = _from_rank if _runs_back(kernel, numbers) else _to_rank
+    channel = numbers.out_spec[1]
     numbers = lax.ConvDimensionNumbers(
         numbers.lhs_spec, tuple(range(kernel.base.ndim)), numbers.out_spec
     )
     shape = jax.ShapeDtypeStruct([kernel.base.shape[d] for d in order], kernel.base.dtype)
     kernel = kernel.transposed(shape, order)  # channels first: (out, in, *window)
     with walk.scope(kernel):
-        return [y + product(walk, params, numbers, kernel.input(x), kernel).astype(y.dtype)]
+        y += product(walk, params, numbers, kernel.input(x), kernel).astype(y.dtype)
+        if kernel.gain is None:
+            return [y]
+        names, sizes = [[d] for d in range(y.ndim)], [[size] for size in y.shape]
+        return [scaled_along(y, names, sizes, kernel.gain.reshape(-1), [channel])]
 
 
 def _stack_and_out(kernel: LowRank, out_dim: int, groups: int) -> tuple[frozenset, frozenset]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.tracing import axes, placement
-from jaxlora.tracing.product import contract, scaled
+from jaxlora.tracing.product import contract, scaled, scaled_along
 from jaxlora.weight import Roles, scaling
 
 _meta = {"static": True}
@@ -38,6 +38,7 @@ CARRIES = {
     "a": frozenset({Role.STACK, Role.IN}),
     "b": frozenset({Role.STACK, Role.OUT}),
     "keys": frozenset({Role.STACK}),
+    "gain": frozenset({Role.STACK, Role.OUT}),
 }
 RANK = -1
 
@@ -78,6 +79,8 @@ class LowRank:
         scanned: labels of axes that a loop runs over, or a constant index picks from, which are
             a stack for sure; only a probe needs to know.
         picked_at: operation and source line of the last picking.
+        gain: what scales the columns of the base and the product, ``(*stack and out pieces,)``, or
+            None.
     """
 
     base: Any
@@ -90,6 +93,7 @@ class LowRank:
     windows: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
     scanned: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
     picked_at: tuple[str, str] = dataclasses.field(default=("", ""), metadata=_meta)
+    gain: Any = None
 
     @property
     def is_probe(self) -> bool:
@@ -228,6 +232,9 @@ class LowRank:
         product = contract(a, a_names, b, b_names, carried)
         product = placement.repeated(product, carried, [size for _, size in pieces])
         total = self.base.astype(dtype) + placement.like(product, self.base)
+        if self.gain is not None:
+            sizes = [[size for _, size in dim] for dim in self.dims]
+            total = scaled_along(total, names, sizes, self.gain, self.piece_labels(names, "gain"))
         return total.astype(self.base.dtype)
 
     def _count(self, carries: frozenset) -> int:

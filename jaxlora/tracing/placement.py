@@ -85,6 +85,14 @@ def like(x: Any, y: Any) -> Any:
     return x if explicit(x) == sharding else jax.sharding.reshard(x, sharding)
 
 
+def beside(x: Any, y: Any) -> Any:
+    """Return x, whose dimensions are those of y or of size 1, placed so that it can meet y."""
+    if (sharding := explicit(y)) is None:
+        return x
+    spec = [None if n == 1 else entry for n, entry in zip(x.shape, sharding.spec, strict=True)]
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+
 def product_sharding(named: Sequence[tuple[Any, Sequence[Any]]], out: Sequence[Any]) -> Any:
     """Return where the product of named arrays goes: each axis where it is in one of them.
 

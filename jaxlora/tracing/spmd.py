@@ -22,9 +22,10 @@ def _placed(weight: LowRank, base: Any, sharding: Any, place: Any) -> LowRank:
     if not isinstance(sharding, NamedSharding):
         return weight.replace(base=base)
     fields = {"base": base}
-    for name in ("a", "b"):
+    for name in ("a", "b", "gain"):
         spec = placement.spec_of(weight.dims, sharding, CARRIES[name].__contains__)
         if (factor := getattr(weight, name)) is not None and spec is not None:
+            spec = PartitionSpec(*spec[: factor.ndim])
             fields[name] = place(factor, NamedSharding(sharding.mesh, spec))
     return weight.replace(**fields)
 
@@ -214,7 +215,7 @@ def _specs(weight: LowRank, sharding: NamedSharding) -> dict[str, Any] | None:
         spec = placement.spec_of(weight.dims, sharding, CARRIES[name].__contains__)
         if spec is None:
             return None
-        specs[name] = PartitionSpec(*spec[:-1]) if name == "keys" else spec
+        specs[name] = PartitionSpec(*spec[: getattr(weight, name).ndim])
     return specs
 
 

@@ -14,7 +14,7 @@ import jax
 from jaxlora.tracing import axes, placement
 from jaxlora.tracing.interpreter import Walk
 from jaxlora.tracing.lowrank import RANK, LowRank
-from jaxlora.tracing.product import How, Name, chain, narrow
+from jaxlora.tracing.product import How, Name, chain, narrow, scaled_along
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,28 @@ class Sides:
 
 
 @dataclasses.dataclass(frozen=True)
+class Gain:
+    """How the gain of a weight meets a product with it.
+
+    Attributes:
+        side: what is scaled: the ``"out"`` of the product where it keeps the columns, the ``"in"``
+            where it sums over them, or neither, the ``"weight"``.
+        names: of the gain.
+        dims: names of what each dimension of what is scaled is made of.
+        sizes: their sizes.
+    """
+
+    side: str
+    names: Sequence[Name]
+    dims: Sequence[Sequence[Name]] = ()
+    sizes: Sequence[Sequence[int]] = ()
+
+    def scale(self, x: Any, gain: Any) -> jax.Array:
+        """Return the input or the result of the product times a gain."""
+        return scaled_along(x, self.dims, self.sizes, gain, self.names)
+
+
+@dataclasses.dataclass(frozen=True)
 class Term:
     """How the input of one product meets the factors of its weight.
 
@@ -56,6 +78,7 @@ class Term:
         out_kept: those that have names.
         precision: of the products, as in `jax.lax.dot_general`.
         dtype: dtype of the products.
+        gain: how the gain of the weight meets the product, None where it has none.
     """
 
     order: tuple[str, str]
@@ -67,6 +90,7 @@ class Term:
     out_kept: tuple[int, ...]
     precision: Any
     dtype: Any
+    gain: Gain | None = None
 
     @classmethod
     def of(cls, eqn: Any, side: int, weight: LowRank, x: Any) -> "Term":
@@ -74,7 +98,9 @@ class Term:
         sides = Sides.of(eqn, side)
         w_names, x_names, x_sizes = _names(sides, weight, x)
         free = [[w_names[d] for d in sides.weight[1]], [x_names[d] for d in sides.x[1]]]
-        out = _flat([w_names[d] for d in sides.weight[2]], *(free if side == 0 else free[::-1]))
+        batch = [w_names[d] for d in sides.weight[2]]
+        out_dims = [dim for group in (batch, *(free if side == 0 else free[::-1])) for dim in group]
+        out = _flat(out_dims)
         names = _flat(x_names)
         sizes = dict(zip(_flat(w_names), [n for _, n in axes.pieces(weight.dims)], strict=True))
         sizes |= zip(names, _flat(x_sizes), strict=True)
@@ -98,14 +124,20 @@ class Term:
             tuple(kept),
             eqn.params["precision"],
             eqn.params["preferred_element_type"],
+            _gain(weight, w_names, (x_names, x_sizes), out_dims, sizes),
         )
 
     def start(self, weight: LowRank) -> Any:
         """Return what is equal in terms whose rank-sized products can be made as one."""
         first = getattr(weight, self.order[0])
         how = (self.precision, self.dtype, weight.base.dtype, weight.has_dropout)
-        where = (first.shape[:-1], placement.explicit(first))
+        where = (first.shape[:-1], placement.explicit(first), self.scales_input)
         return self.order, self.x_sizes, self.names[:3], how, where
+
+    @property
+    def scales_input(self) -> bool:
+        """Whether the input is scaled for this weight, so that no other product has the same."""
+        return self.gain is not None and self.gain.side == "in"
 
     def narrow(self, walk: Walk, x: Any, weights: Sequence[LowRank]) -> Sequence[jax.Array]:
         """Return the products of the input with the first factor of each weight, made as one."""
@@ -166,6 +198,18 @@ def _names(
             x_sizes[d] = [size for _, size in weight.dims[dim]]
             of_x[d] = of_weight[dim] = [("x", d, i) for i in range(len(x_sizes[d]))]
     return of_weight, of_x, x_sizes
+
+
+def _gain(
+    weight: LowRank, w_names: Any, x_dims: tuple[Any, Any], out_dims: Any, sizes: dict[Name, int]
+) -> Gain | None:
+    """Return how the gain of a weight meets a product."""
+    if weight.gain is None:
+        return None
+    names = weight.piece_labels(w_names, "gain")
+    if {*names} <= {*_flat(out_dims)}:
+        return Gain("out", names, out_dims, [[sizes[n] for n in dim] for dim in out_dims])
+    return Gain("in", names, *x_dims) if {*names} <= {*_flat(x_dims[0])} else Gain("weight", names)
 
 
 def _flat(*groups: Sequence[Sequence[Any]]) -> list[Any]:

@@ -1,0 +1,76 @@
+"""The magnitude of an adapted weight, which DoRA trains beside the factors.
+
+Weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv:2402.09353) has a magnitude ``m`` for
+each column of a weight, of shape ``(*stack, *out)``. With the norm over the in axes::
+
+    W = m * V / norm(V)    where    V = base + scaling * a b
+
+No gradient goes through the norm (section 4.3).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora import sharding
+from jaxlora.weight import LoRAWeight, merge_dtype
+
+
+def norms(weight: LoRAWeight) -> jax.Array:
+    """Return the norm of each column of ``base + scaling * a b``, which is not formed.
+
+    A column of it has the squared norm ``|w|² + 2 s (w^T a) b + s² b^T (a^T a) b``, with products
+    of the size of the rank alone.
+
+    Args:
+        weight: a node for a whole weight.
+
+    Returns:
+        Array ``(*stack, *out)``, float32 or wider.
+    """
+    roles, dtype = weight.roles, merge_dtype(weight.dtype)
+    base, a, b = (x.astype(dtype) for x in (weight.base, weight.a, weight.b))
+    rank, other = len(weight.shape), len(weight.shape) + 1  # the next free names of axes
+    columns = (*roles.stack, *roles.out)
+    names = {"a": (*roles.stack, *roles.in_, rank), "b": (*roles.stack, rank, *roles.out)}
+    typed = sharding.explicit(weight.base)
+
+    def product(x, x_names, y, y_names, out):
+        kept = [None if name >= rank else name for name in out]
+        placed = None if typed is None else sharding.along(typed, tuple(kept))
+        how: Any = {"precision": jax.lax.Precision.HIGHEST, "out_sharding": placed}
+        return jnp.einsum(x, [*x_names], y, [*y_names], [*out], **how)
+
+    every = range(len(weight.shape))
+    crossed = product(a, names["a"], base, every, names["b"])
+    gram = product(a, names["a"], a, (*names["a"][:-1], other), (*roles.stack, rank, other))
+    of_b = product(
+        gram, (*roles.stack, other, rank), b, names["b"], (*roles.stack, other, *roles.out)
+    )
+    summed = (2 * weight.scaling * crossed + weight.scaling**2 * of_b) * b
+    squared = jnp.square(base).sum(roles.in_)
+    squared = squared.transpose([sorted(columns).index(axis) for axis in columns])
+    return jnp.sqrt(jnp.maximum(squared + summed.sum(len(roles.stack)), 0))
+
+
+def gain(weight: LoRAWeight) -> jax.Array:
+    """Return ``m / norm(V)``, ``(*stack, *out)``, 1 where a column is zero.
+
+    Args:
+        weight: a node with a magnitude.
+    """
+    norm = jax.lax.stop_gradient(norms(jax.lax.stop_gradient(weight)))
+    magnitude = weight.magnitude.astype(norm.dtype)
+    return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
+
+
+def merged(weight: LoRAWeight) -> jax.Array:
+    """Return the weight in effect, ``base + delta`` times its gain, in float32 or wider."""
+    total = weight.plain.astype(merge_dtype(weight.dtype)) + weight.delta()
+    if weight.magnitude is None:
+        return total
+    roles, factor = weight.roles, gain(weight)
+    columns = (*roles.stack, *roles.out)
+    factor = factor.transpose([columns.index(axis) for axis in sorted(columns)])
+    return total * jnp.expand_dims(factor, roles.in_)

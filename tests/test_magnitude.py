@@ -1,0 +1,179 @@
+"""Magnitudes (DoRA): the laws on every case, NumPy, and what cannot have one."""
+
+import functools
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import normal
+from cases.base import trained as drawn
+from numpy.testing import assert_allclose
+from test_laws import assert_close, loss, parameters
+
+import jaxlora
+from jaxlora import magnitude
+
+every = pytest.mark.parametrize("make", parameters(cases.CASES))
+
+
+def whole(case) -> Any:
+    """Return adapted parameters with magnitudes, the factors trained, or skip what has parts."""
+    targets = case.targets if isinstance(case.targets, str) else [*case.targets]
+    if any("[" in target for target in targets if not isinstance(targets, str)):
+        pytest.skip("a part has no magnitude")
+    config = jaxlora.LoRAConfig(rank=case.rank, alpha=3.0, targets=targets, magnitude=True)
+    return jaxlora.init(jax.random.key(0), case.fn, case.params, *case.args, config=config)
+
+
+def trained(params) -> Any:
+    base, adapters = jaxlora.split(params)
+    moved = drawn(jax.random.key(0), adapters)
+    return jaxlora.bind(base, moved)
+
+
+@every
+@pytest.mark.filterwarnings("ignore::jaxlora.MaterializationWarning")
+def test_fresh_magnitudes_leave_the_output_equal(make):
+    case = make()
+    got = jaxlora.lora(case.fn)(whole(case), *case.args)
+    assert_close(got, case.fn(case.params, *case.args), case.epsilon, ulps=16)
+
+
+@every
+@pytest.mark.filterwarnings("ignore::jaxlora.MaterializationWarning")
+def test_output_and_gradients_equal_merged(make):
+    case = make()
+    base, adapters = jaxlora.split(trained(whole(case)))
+
+    def low_rank(adapters, args):
+        return loss(jaxlora.lora(case.fn), jaxlora.bind(base, adapters), *args)
+
+    def merged(adapters, args):
+        return loss(case.fn, jaxlora.merge(jaxlora.bind(base, adapters)), *args)
+
+    grad = functools.partial(jax.value_and_grad, argnums=(0, 1), allow_int=True)
+    got, wanted = (jax.jit(grad(fn))(adapters, case.args) for fn in (low_rank, merged))
+    assert_close(got, wanted, case.epsilon, ulps=256)
+
+
+def node(**config) -> Any:
+    """Return a node whose weight is a stack, with several in and out axes."""
+
+    def model(params, x):
+        return jnp.einsum("ebij,eiojp->ebop", x, params["w"])
+
+    params, x = {"w": normal(0, 3, 4, 5, 2, 6)}, normal(1, 3, 7, 4, 2)
+    config = jaxlora.LoRAConfig(**{"rank": 2, "alpha": 6.0, "magnitude": True} | config)
+    return trained(jaxlora.init(jax.random.key(0), model, params, x, config=config))["w"]
+
+
+def test_norms_are_those_that_numpy_finds():
+    weight = node()
+    assert weight.magnitude.shape == (3, 5, 6)
+    a, b = (np.asarray(x, np.float64) for x in (weight.a, weight.b))
+    product = np.einsum("eijr,erop->eiojp", a, b)
+    total = np.asarray(weight.base, np.float64) + 3 * product
+    assert_allclose(magnitude.norms(weight), np.sqrt((total**2).sum((1, 3))), rtol=1e-4)
+
+
+def test_merged_columns_have_the_norms_of_their_magnitudes():
+    weight = node()
+    merged = np.asarray(jaxlora.merge({"w": weight})["w"])
+    assert_allclose(np.sqrt((merged**2).sum((1, 3))), np.abs(weight.magnitude), rtol=1e-4)
+
+
+def test_no_product_of_the_size_of_the_weight_is_formed():
+    weight = node()
+    program = str(jax.make_jaxpr(magnitude.norms)(weight))
+    results = [line.split("=")[0] for line in program.splitlines() if "dot_general" in line]
+    assert len(results) == 3
+    assert not any("f32[3,4,5,2,6]" in result for result in results)
+
+
+def linear(params, x):
+    return x @ params["w"]
+
+
+def start(rank=2, **config) -> Any:
+    config = jaxlora.LoRAConfig(rank=rank, magnitude=True, **config)
+    params = {"w": normal(0, 8, 6)}
+    return jaxlora.init(jax.random.key(0), linear, params, normal(1, 5, 8), config=config)
+
+
+def test_column_that_is_zero_stays_and_can_be_trained():
+    params = {"w": normal(0, 8, 6).at[:, 2].set(0)}
+    x = normal(1, 5, 8)
+    config = jaxlora.LoRAConfig(rank=2, magnitude=True)
+    params = jaxlora.init(jax.random.key(0), linear, params, x, config=config)
+    base, adapters = jaxlora.split(params)
+
+    def loss(adapters):
+        return jaxlora.lora(linear)(jaxlora.bind(base, adapters), x).sum()
+
+    assert_allclose(jaxlora.lora(linear)(params, x)[:, 2], 0)
+    gradient: Any = jax.grad(loss)(adapters)["w"]
+    assert np.isfinite(np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient)])).all()
+    assert np.abs(gradient.b[:, 2]).min() > 0
+
+
+@pytest.mark.parametrize("initializer", ["uniform", "pissa"])
+def test_adapters_with_magnitudes_are_saved_and_turned_plain(tmp_path, initializer):
+    base, initial = jaxlora.split(start(initializer=initializer))
+    adapters = jaxlora.split(trained(jaxlora.bind(base, initial)))[1]
+    jaxlora.save_adapters(tmp_path / "a", adapters)
+    loaded = jaxlora.load_adapters(tmp_path / "a", base=base)
+    assert jax.tree.structure(loaded) == jax.tree.structure(adapters)
+    assert_close(loaded, adapters, 0, 0)
+    if initializer == "pissa":
+        plain = jaxlora.to_plain(adapters, initial, base={"w": normal(0, 8, 6)})
+        merged = jaxlora.merge(jaxlora.bind({"w": normal(0, 8, 6)}, plain))
+        assert_allclose(
+            merged["w"], jaxlora.merge(jaxlora.bind(base, adapters))["w"], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_frozen_optimizer_trains_the_magnitude_at_its_own_rate():
+    params = start()
+    tx = jaxlora.freeze(optax.chain(optax.sgd(1.0), jaxlora.optim.scale_rates(magnitude=0.25)))
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates: Any = tx.update(ones, tx.init(params), params)[0]
+    assert_allclose(updates["w"].magnitude, -0.25)
+    assert_allclose(updates["w"].a, -1.0)
+    assert not updates["w"].base.any()
+    assert jaxlora.summary(params).trainable == params["w"].a.size + params["w"].b.size + 6
+
+
+def test_padded_and_truncated_adapters_keep_their_magnitude():
+    base, adapters = jaxlora.split(trained(start()))
+    wanted = jaxlora.merge(jaxlora.bind(base, adapters))["w"]
+    for changed in (jaxlora.algebra.pad(adapters, 4), jaxlora.algebra.truncate(adapters, 2)):
+        merged = jaxlora.merge(jaxlora.bind(base, changed))["w"]
+        assert_allclose(merged, wanted, rtol=1e-4, atol=1e-5)
+    delta = jaxlora.algebra.delta(jaxlora.bind(base, adapters), "w")
+    assert_allclose(delta, wanted - base["w"], rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_meaning_with_a_magnitude_is_refused():
+    base, adapters = jaxlora.split(start())
+    params = jaxlora.bind(base, adapters)
+    for call in (
+        lambda: jaxlora.algebra.scale(adapters, 2.0),
+        lambda: jaxlora.algebra.add(adapters, adapters),
+    ):
+        with pytest.raises(ValueError, match="the adapter of 'w' has a magnitude"):
+            call()
+    with pytest.raises(ValueError, match="the magnitude of 'w' cannot be unmerged"):
+        jaxlora.unmerge(jaxlora.merge(params), adapters)
+    with pytest.raises(ValueError, match=r"only a whole weight can have a magnitude: got .*0:4"):
+        start(targets=("w[0:4]",))
+    shapes = {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32)}
+    config = jaxlora.LoRAConfig(rank=2, magnitude=True)
+    with pytest.raises(ValueError, match="a magnitude starts from the values of a weight"):
+        jaxlora.init(jax.random.key(0), linear, shapes, normal(1, 5, 8), config=config)
+    wrong = {"w": jaxlora.Adapter(**{**vars(adapters["w"]), "magnitude": jnp.ones(5)})}
+    with pytest.raises(ValueError, match=r"the magnitude of 'w' must have the shape \(6,\)"):
+        jaxlora.bind(base, wrong)
