@@ -129,6 +129,25 @@ def test_starts_from_the_weight_live_where_the_base_is(key, plain, base):
         assert_placed(params)
 
 
+def test_magnitudes_live_with_the_columns(key, plain, base):
+    config = dataclasses.replace(CONFIG, magnitude=True)
+    columns = {"dense": P("model"), "out": P("data"), "experts": P("model", None)}
+    start = functools.partial(init, config=config)
+    wanted = trained(start(key, model, plain, X))
+    run = jax.jit(jaxlora.lora(model, strict=True))
+    for made in (
+        start(key, model, base, X),
+        jax.jit(start, static_argnums=1)(key, model, base, X),
+    ):
+        params = trained(made)
+        assert_placed(params)
+        for name, node in params.items():
+            assert meshes.is_placed(node.magnitude, *columns[name])
+            assert_allclose(node.magnitude, wanted[name].magnitude, rtol=1e-5)
+        for got, y in zip(run(params, X), jaxlora.lora(model)(wanted, X), strict=True):
+            assert_allclose(got, y, rtol=1e-4, atol=1e-4)
+
+
 def test_init_of_factors_alone_under_jit_keeps_them_apart(key, base):
     fn = jax.jit(lambda key, base: jaxlora.split(init(key, model, base, X))[1])
     adapters = fn(key, base)
