@@ -10,8 +10,9 @@ Optax is imported where it is used, so that importing this library takes little 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     import optax
 
 
-def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def freeze(
+    tx: optax.GradientTransformation, *, train: Sequence[str] = FACTORS
+) -> optax.GradientTransformationExtraArgs:
     """Restrict an optimizer to the factors: everything else gets an update of exact zero.
 
     The optimizer sees the factors alone, so it holds no state for the base, and a clip by global
@@ -34,12 +37,16 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
 
     Args:
         tx: an optax transform that needs gradients and parameters alone, not the loss.
+        train: names of those that are trained, of ``"a"``, ``"b"`` and ``"magnitude"``. With
+            ``("b",)`` this is LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): under `jax.jit` no
+            gradient of ``a`` is computed, and the inputs of the layers are not kept for it.
 
     Returns:
-        A transform for trees with `LoRAWeight` nodes, or for adapters from `jaxlora.split`.
+        A transform for trees with `LoRAWeight` nodes, for adapters from `jaxlora.split`, or for the
+        factors of a `jaxlora.nnx.Adapted`.
 
     Raises:
-        ValueError: at ``init``, a tree without factors.
+        ValueError: train names nothing, or what is no factor; at ``init``, a tree without factors.
 
     >>> import jax, jax.numpy as jnp, jaxlora, optax
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -52,20 +59,25 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     """
     import optax
 
+    names = (train,) if isinstance(train, str) else tuple(train)
+    if not names or not {*names} <= {*FACTORS}:
+        raise ValueError(f"train must name some of {FACTORS}: got {train!r}")
+
+    def chosen(params, *, kept=True):
+        marks = [(name in names) == kept for name in _factor_names(params)]
+        return jax.tree.structure(params).unflatten(marks)
+
     factors_only = optax.chain(
-        optax.masked(tx, mask), optax.masked(optax.set_to_zero(), _not_factors)
+        optax.masked(tx, chosen),
+        optax.masked(optax.set_to_zero(), functools.partial(chosen, kept=False)),
     )
 
     def init(params):
-        if not any(jax.tree.leaves(mask(params))):
+        if not any(jax.tree.leaves(chosen(params))):
             raise ValueError("the tree has no factors to train: make some with jaxlora.init")
         return factors_only.init(params)
 
     return optax.GradientTransformationExtraArgs(init, factors_only.update)
-
-
-def _not_factors(params: Any) -> Any:
-    return jax.tree.map(lambda is_factor: not is_factor, mask(params))
 
 
 def scale_rates(

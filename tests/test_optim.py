@@ -133,6 +133,64 @@ def test_factors_of_an_nnx_module_have_their_own_rates():
     assert_allclose(before.b - after.b, 16, rtol=1e-5)
 
 
+@both_ways
+def test_factors_that_are_not_named_stay(through):
+    params = adapted()
+    tx = jaxlora.freeze(optax.adamw(1e-2), train=("b",))
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32
+        updates = through(tx, params, adapted(50))
+    for adapter in updates.values():
+        assert not adapter.a.any()
+        assert adapter.b.all()
+    trained = sum(adapter.b.size for adapter in jaxlora.split(params)[1].values())
+    assert sum(leaf.size for leaf in jax.tree.leaves(tx.init(params))) == 2 * trained + 1
+
+
+def test_gradient_of_a_frozen_factor_is_not_computed(compiled):
+    def model(params, x):
+        for w in params["layers"]:
+            x = jnp.tanh(x @ w)
+        return x
+
+    params, x = {"layers": [normal(i, 64, 64) for i in range(6)]}, normal(9, 2048, 64)
+    config = jaxlora.LoRAConfig(rank=2)
+    base, adapters = jaxlora.split(jaxlora.init(jax.random.key(0), model, params, x, config=config))
+
+    def products(**options):
+        tx = jaxlora.freeze(optax.sgd(0.1), **options)
+
+        def step(adapters, base, x):
+            def loss(adapters):
+                return jnp.sum(jaxlora.lora(model)(jaxlora.bind(base, adapters), x))
+
+            updates, _ = tx.update(jax.grad(loss)(adapters), tx.init(adapters), adapters)
+            return optax.apply_updates(adapters, updates)
+
+        return compiled(step, adapters, base, x).as_text().count(" dot(")
+
+    both, second = products(), products(train=("b",))
+    assert both - second >= 6  # for each weight at least one
+
+
+@pytest.mark.parametrize("train", [(), ("c",), "ab"])
+def test_names_of_no_factor_are_refused(train):
+    with pytest.raises(ValueError, match="train must name some of"):
+        jaxlora.freeze(optax.sgd(1.0), train=train)
+
+
+def test_factors_of_an_nnx_module_are_frozen_too():
+    module = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+    module = jaxlora.nnx.adapt(nnx.Rngs(1), module, X[0], config=jaxlora.LoRAConfig(rank=2))
+    before = module.adapters()["kernel"]
+    tx = jaxlora.freeze(optax.sgd(1.0), train="b")
+    optimizer = nnx.Optimizer(module, tx, wrt=jaxlora.nnx.Factor)
+    gradients = jax.tree.map(jnp.ones_like, nnx.state(module, jaxlora.nnx.Factor))
+    optimizer.update(module, gradients)
+    after = module.adapters()["kernel"]
+    assert_array_equal(before.a, after.a)
+    assert_allclose(before.b - after.b, 1.0, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
