@@ -20,13 +20,13 @@ def _written(values: Iterable[Any]) -> bytes:
 
 
 def _read_weight(data: bytes) -> tuple[Any, ...]:
-    roles, alpha, part, dropout_rate = _tuples(json.loads(data))
-    return Roles(**roles), alpha, part, dropout_rate
+    roles, *others = _tuples(json.loads(data))
+    return Roles(**roles), *others
 
 
 def _read_adapter(data: bytes) -> tuple[Any, ...]:
-    roles, alpha, base = _tuples(json.loads(data))
-    return Roles(**roles), alpha, Fingerprint(**base)
+    roles, alpha, base, changed = _tuples(json.loads(data))
+    return Roles(**roles), alpha, Fingerprint(**base), changed
 
 
 def _tuples(value: Any) -> Any:
