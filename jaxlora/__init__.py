@@ -28,7 +28,7 @@ from jaxlora.sites import Site, Sites, find_sites
 from jaxlora.summary import Summary, summary
 from jaxlora.tracing import Cost, MaterializationWarning, Use, lora
 from jaxlora.trees import bind, mask, merge, split, unmerge
-from jaxlora.weight import Adapter, LoRAWeight, Roles
+from jaxlora.weight import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf
 
 __version__ = "0.1.0"
 
@@ -38,11 +38,13 @@ __all__ = [
     "LoRAConfig",
     "LoRAWeight",
     "MaterializationWarning",
+    "Replacement",
     "Report",
     "Roles",
     "Site",
     "Sites",
     "Summary",
+    "TrainedLeaf",
     "Use",
     "algebra",
     "bind",

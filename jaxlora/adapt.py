@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxlora import initializers, parts, paths, residual, sharding
 from jaxlora.config import LoRAConfig
 from jaxlora.magnitude import norms
-from jaxlora.selection import Target, select
+from jaxlora.selection import Target, select, select_whole
 from jaxlora.sites import Site, find_sites
-from jaxlora.weight import LoRAWeight
+from jaxlora.weight import LoRAWeight, TrainedLeaf
 
 
 def init(
@@ -60,7 +60,7 @@ def init(
     """
     leaves, treedef = paths.flatten(params)
     for path, leaf in leaves.items():
-        if isinstance(leaf, LoRAWeight):
+        if paths.is_node(leaf):
             raise ValueError(f"the leaf {path!r} is adapted already: init needs a plain tree")
     sites = find_sites(fn, params, *args, **kwargs)
     for target in select(config, sites):
@@ -68,6 +68,8 @@ def init(
         leaves[path] = _fresh(key, sites[path], target, leaves[path], config)
         if config.magnitude:
             leaves[path] = _with_magnitude(leaves[path], config.dtype)
+    for path in select_whole(config, leaves):
+        leaves[path] = TrainedLeaf(leaves[path], jnp.array(leaves[path]))
     return treedef.unflatten(leaves.values())
 
 

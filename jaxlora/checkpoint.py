@@ -26,7 +26,7 @@ import numpy as np
 from jaxlora import fingerprints, parts, paths, sharding
 from jaxlora.processes import together
 from jaxlora.trees import FACTORS, Adapters, bind, merge, split
-from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Roles
+from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Replacement, Roles
 
 FORMAT = "jaxlora.adapters"
 FORMAT_VERSION = 1
@@ -56,7 +56,7 @@ def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> No
     if not adapters:
         raise ValueError("adapters is empty: there is nothing to save")
     for name, adapter in adapters.items():
-        if not isinstance(adapter, Adapter):
+        if not isinstance(adapter, Adapter | Replacement):
             raise TypeError(f"adapters[{name!r}] must be an Adapter: got {type(adapter).__name__}")
     if base is not None:
         adapters = split(bind(base, adapters))[1]
@@ -124,33 +124,43 @@ def save_merged(path: PathLike, params: Any) -> None:
 
 def _factors(adapters: Adapters) -> dict[str, dict[str, Any]]:
     """Return what is trained, by path and name."""
-    found = {name: {field: getattr(x, field) for field in FACTORS} for name, x in adapters.items()}
+    found = {
+        name: {field: getattr(adapter, field, None) for field in FACTORS}
+        for name, adapter in adapters.items()
+    }
     return {
         name: {k: v for k, v in factors.items() if v is not None} for name, factors in found.items()
     }
 
 
-def _describe(name: str, adapter: Adapter) -> dict[str, Any]:
+def _describe(name: str, adapter: Adapter | Replacement) -> dict[str, Any]:
     """Return all that is static of an adapter, for JSON."""
-    return {
+    about = {
         "path": name,
+        "base": dataclasses.asdict(adapter.base),
+        "dtypes": [str(x.dtype) for x in _factors({name: adapter})[name].values()],
+    }
+    if isinstance(adapter, Replacement):
+        return about
+    return about | {
         "rank": adapter.rank,
         "alpha": adapter.alpha,
         "roles": dataclasses.asdict(adapter.roles),
-        "base": dataclasses.asdict(adapter.base),
         "changed": adapter.changed,
-        "dtypes": [str(x.dtype) for x in _factors({name: adapter})[name].values()],
     }
 
 
-def _abstract(entry: dict[str, Any], leaves: dict[str, Any]) -> Adapter:
+def _abstract(entry: dict[str, Any], leaves: dict[str, Any]) -> Adapter | Replacement:
     """Return the adapter that was described: shapes, sharded as their axes of its leaf."""
     path, text = parts.locate(entry["path"], leaves)
-    leaf = leaves.get(path)
-    roles = Roles(**{name: tuple(axes) for name, axes in entry["roles"].items()})
+    known = sharding.of(_plain(leaves.get(path)))
     base = Fingerprint(**entry["base"] | {"shape": tuple(entry["base"]["shape"])})
+    if "roles" not in entry:
+        (dtype,) = entry["dtypes"]
+        place = known or sharding.default()
+        return Replacement(jax.ShapeDtypeStruct(base.shape, dtype, sharding=place), base)
+    roles = Roles(**{name: tuple(axes) for name, axes in entry["roles"].items()})
     part = parts.resolve(text, base.shape)
-    known = sharding.of(_plain(leaf))
     shapes = (
         *roles.factor_shapes(parts.shape(part, base.shape), entry["rank"]),
         roles.magnitude_shape(base.shape),
@@ -185,7 +195,7 @@ def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
             )
         elif wanted != got:
             line = f"{name!r} holds other values (hash {got.digest}, not {wanted.digest})"
-            if adapter.changed:
+            if getattr(adapter, "changed", ""):
                 line += f"; the base that {adapter.changed} has left is needed, or jaxlora.to_plain"
             lines.append(line)
     return lines

@@ -5,7 +5,7 @@ import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -40,6 +40,10 @@ class LoRAConfig:
             ``"orthogonal"``, or a function ``(key, (in, rank), dtype) -> array``. Or how both
             factors start from the weight, and change the base: ``"pissa"``, ``"milora"``,
             ``"olora"``, or a `jaxlora.initializers.FromWeight`.
+        train: also train these leaves whole: names or one regular expression, as targets; norms,
+            biases, a new head. They keep their dtype, and the base keeps what they were.
+        bias: also train biases, the leaves whose name is ``bias`` or ``b``: ``"all"``,
+            ``"lora_only"`` for those beside adapted weights, or ``"none"``.
         magnitude: also train the norm of each column of the weight (DoRA, see
             `jaxlora.magnitude`).
         dtype: floating dtype of the factors.
@@ -64,6 +68,8 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     rank_stabilized: bool = False
     initializer: InitializerName | Initializer | FromWeight = "uniform"
+    train: Targets = ()
+    bias: Literal["none", "all", "lora_only"] = "none"
     magnitude: bool = False
     dtype: Any = jnp.float32
 
@@ -73,7 +79,10 @@ class LoRAConfig:
         if not self.targets:
             raise ValueError(f"targets must name something to adapt: got {self.targets!r}")
         object.__setattr__(self, "targets", _checked(self.targets, "targets"))
-        object.__setattr__(self, "exclude", _checked(self.exclude, "exclude"))
+        for field in ("exclude", "train"):
+            object.__setattr__(self, field, _checked(getattr(self, field), field))
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias must be 'none', 'all' or 'lora_only': got {self.bias!r}")
         is_own = callable(self.initializer) or isinstance(self.initializer, FromWeight)
         if not is_own and self.initializer not in initializers.NAMED:
             raise ValueError(
@@ -156,6 +165,6 @@ def _checked(targets: Targets, field: str) -> Targets:
             raise TypeError(f"{field} must be strings: got {name!r}")
         if not name.strip("/"):
             raise ValueError(f"{field} must be runs of path parts, as 'query': got {name!r}")
-        if field == "exclude" and parts.parse(name)[1] is not None:
-            raise ValueError(f"exclude must name whole weights: got {name!r}")
+        if field in ("exclude", "train") and parts.parse(name)[1] is not None:
+            raise ValueError(f"{field} must name whole weights: got {name!r}")
     return targets

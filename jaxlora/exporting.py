@@ -7,7 +7,7 @@ from typing import Any
 
 from jax import export
 
-from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Roles
+from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Replacement, Roles, TrainedLeaf
 
 
 def _fields(kind: type, *, static: bool) -> list[str]:
@@ -54,3 +54,5 @@ def _register(kind: type, read: Any) -> None:
 
 _register(LoRAWeight, _read_weight)
 _register(Adapter, _read_adapter)
+_register(Replacement, lambda data: (Fingerprint(**_tuples(json.loads(data))[0]),))
+_register(TrainedLeaf, lambda data: ())

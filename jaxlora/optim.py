@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxlora import paths
 from jaxlora.algebra import matrices
 from jaxlora.trees import FACTORS, mask
-from jaxlora.weight import LoRAWeight
+from jaxlora.weight import Adapter, LoRAWeight
 
 if TYPE_CHECKING:
     import optax
@@ -37,9 +37,10 @@ def freeze(
 
     Args:
         tx: an optax transform that needs gradients and parameters alone, not the loss.
-        train: names of those that are trained, of ``"a"``, ``"b"`` and ``"magnitude"``. With
-            ``("b",)`` this is LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): under `jax.jit` no
-            gradient of ``a`` is computed, and the inputs of the layers are not kept for it.
+        train: names of those that are trained, of ``"a"``, ``"b"``, ``"magnitude"`` and, for leaves
+            that are trained whole, ``"value"``. With ``("b",)`` this is LoRA-FA (Zhang et al. 2023,
+            arXiv:2308.03303): under `jax.jit` no gradient of ``a`` is computed, and the inputs of
+            the layers are not kept for it.
 
     Returns:
         A transform for trees with `LoRAWeight` nodes, for adapters from `jaxlora.split`, or for the
@@ -109,7 +110,7 @@ def scale_rates(
 
     def update(updates, state, params=None):
         del params
-        return _by_factor(lambda name, u: u * rates[name], updates), state
+        return _by_factor(lambda name, u: u * rates.get(name, 1), updates), state
 
     return optax.GradientTransformation(_init_stateless, update)
 
@@ -136,7 +137,7 @@ def decay_factors(
 
     def update(updates, state, params=None):
         _need(params)
-        return _by_factor(lambda name, u, p: u + decays[name] * p, updates, params), state
+        return _by_factor(lambda name, u, p: u + decays.get(name, 0) * p, updates, params), state
 
     return optax.GradientTransformation(_init_stateless, update)
 
@@ -167,7 +168,7 @@ def precondition(damping: float = 1e-6) -> optax.GradientTransformation:
         return state
 
     def of(node, gradient):
-        if not paths.is_node(node):
+        if not isinstance(node, Adapter | LoRAWeight):
             return gradient
         base = {"base": of(node.base, gradient.base)} if isinstance(node, LoRAWeight) else {}
         a, b = matrices.of(node)

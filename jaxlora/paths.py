@@ -12,12 +12,12 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from jaxlora.weight import Adapter, LoRAWeight
+from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
 
 
 def is_node(leaf: Any) -> bool:
     """Tell whether this is a node of ours, which tree functions must not open."""
-    return isinstance(leaf, LoRAWeight | Adapter)
+    return isinstance(leaf, LoRAWeight | Adapter | TrainedLeaf | Replacement)
 
 
 def _part(key: Any) -> str:

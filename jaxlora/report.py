@@ -96,7 +96,7 @@ def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -
     if not adapted:
         raise ValueError("params has no adapted weight: make some with jaxlora.init")
     walk = tracing.Walk(record=True)
-    program = tracing.trace(fn, (params, *args), kwargs)
+    program = tracing.trace(fn, *tracing.values(((params, *args), kwargs)))
 
     def run(*inputs):
         return [walk.finish(out) for out in walk.run(program.jaxpr, *program.enter(inputs))]

@@ -109,14 +109,16 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
     for name, (path, text) in located.items():
         if path not in leaves:
             raise ValueError(f"the base has no leaf {path!r}; {paths.nearest(path, leaves)}")
-        check_fits(name, text, leaves[path], adapters[name])
+        if isinstance(adapters[name], Adapter):
+            check_fits(name, text, leaves[path], adapters[name])
     prints = fingerprints.take({path: leaves[path] for path, _ in located.values()})
-    return {
-        name: dataclasses.replace(
-            _joined(name, adapter, initial[name]), base=prints[located[name][0]], changed=""
-        )
-        for name, adapter in adapters.items()
-    }
+    plain = {}
+    for name, adapter in adapters.items():
+        fields: dict[str, Any] = {"base": prints[located[name][0]]}
+        if isinstance(adapter, Adapter):
+            adapter, fields["changed"] = _joined(name, adapter, initial[name]), ""
+        plain[name] = dataclasses.replace(adapter, **fields)
+    return plain
 
 
 def _joined(name: str, adapter: Adapter, first: Adapter) -> Adapter:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from jaxlora import parts, paths
 from jaxlora.config import ALL_LINEAR, LoRAConfig, Targets
 from jaxlora.sites import Sites
@@ -87,6 +89,39 @@ def select(config: LoRAConfig, sites: Sites) -> list[Target]:
         raise ValueError(f"only a whole weight can have a magnitude: got {names}")
     order = {path: i for i, path in enumerate(sites.shapes)}
     return sorted(chosen, key=lambda target: (order[target.path], parts.name(*target[:2])))
+
+
+def select_whole(config: LoRAConfig, leaves: dict[str, Any]) -> list[str]:
+    """Return the paths of the leaves to train whole, in the order of the tree.
+
+    Args:
+        config: what to train.
+        leaves: the leaves by path, adapted at the targets.
+
+    Raises:
+        ValueError: a name matches no leaf, an adapted one, or one that is not floating; there is
+            no bias to train.
+    """
+    found = {path: name for name, of in matches(config.train, leaves).items() for path in of}
+    if config.train:
+        for name, of in matches(config.train, leaves).items():
+            if not of:
+                raise ValueError(f"train names {name!r}, no leaf; {paths.nearest(name, leaves)}")
+    biases = [path for path in leaves if path.rpartition("/")[2] in ("bias", "b")]
+    if config.bias == "lora_only":
+        parents = {path.rpartition("/")[0] for path in leaves if paths.is_node(leaves[path])}
+        biases = [path for path in biases if path.rpartition("/")[0] in parents]
+    if config.bias != "none":
+        biases = [path for path in biases if not paths.is_node(leaves[path])]
+        if not biases:
+            raise ValueError(f"bias={config.bias!r} finds no leaf with the name 'bias' or 'b'")
+        found |= dict.fromkeys(biases, "bias")
+    for path, name in found.items():
+        if paths.is_node(leaf := leaves[path]):
+            raise ValueError(f"train names {name!r}, and {path!r} is adapted: exclude it")
+        if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
+            raise ValueError(f"only floating leaves can be trained: {path!r} is {leaf}")
+    return [path for path in leaves if path in found]
 
 
 def _part(targets: Targets, name: str, path: str, sites: Sites) -> parts.Part | None:

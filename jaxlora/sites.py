@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxlora import paths, table, tracing
 from jaxlora.tracing import boundary
-from jaxlora.weight import LoRAWeight, Roles
+from jaxlora.weight import LoRAWeight, Roles, TrainedLeaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +163,8 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
 
 
 def _weight(leaf: Any) -> Any:
+    if isinstance(leaf, TrainedLeaf):
+        return leaf.value
     return leaf.plain if isinstance(leaf, LoRAWeight) else leaf
 
 

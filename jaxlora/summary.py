@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxlora import parts, paths, table
-from jaxlora.weight import Adapter, LoRAWeight
+from jaxlora.trees import FACTORS
+from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Row:
         path: its path.
         shape: its shape.
         rank: rank of its factors, 0 where it is not adapted.
-        trainable: parameters in its factors.
+        trainable: parameters in its factors, or in it if it is trained whole.
         total: parameters in it and its factors.
         trainable_bytes: bytes of its factors.
         total_bytes: bytes of it and its factors.
@@ -67,7 +68,7 @@ class Summary:
             (
                 row.path,
                 str(row.shape),
-                str(row.rank or "frozen"),
+                str(row.rank or ("whole" if row.trainable else "frozen")),
                 f"{row.trainable:,}",
                 f"{row.total:,}",
                 f"{row.total_bytes:,}",
@@ -121,18 +122,21 @@ def _rows(path: str, leaf: Any) -> Iterator[Row]:
         for node in leaf.layers:
             name, shape = parts.name(path, node.part), parts.shape(node.part, leaf.shape)
             yield _row(name, shape, None if isinstance(node.base, LoRAWeight) else leaf.plain, node)
+    elif isinstance(leaf, TrainedLeaf | Replacement):
+        base = leaf.base if isinstance(leaf, TrainedLeaf) else None
+        yield _row(path, leaf.value.shape, base, leaf)
     else:
         yield _row(path, getattr(leaf, "shape", ()), leaf, None)
 
 
-def _row(path: str, shape: Any, base: Any, node: Adapter | LoRAWeight | None) -> Row:
-    factors = () if node is None else (node.a, node.b, node.magnitude)
+def _row(path: str, shape: Any, base: Any, node: Any) -> Row:
+    factors = [getattr(node, name, None) for name in FACTORS]
     trainable = sum(_size(x) for x in factors)
     trainable_bytes = sum(_bytes(x) for x in factors)
     return Row(
         path,
         tuple(shape),
-        0 if node is None else node.rank,
+        getattr(node, "rank", 0),
         trainable,
         trainable + _size(base),
         trainable_bytes,

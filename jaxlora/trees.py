@@ -13,10 +13,10 @@ from jax.core import Tracer
 
 from jaxlora import fingerprints, parts, paths, sharding
 from jaxlora.magnitude import merged
-from jaxlora.weight import Adapter, LoRAWeight, merge_dtype
+from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf, merge_dtype
 
-Adapters = dict[str, Adapter]
-FACTORS = ("a", "b", "magnitude")  # what is trained of a node
+Adapters = dict[str, Any]  # an Adapter, or the Replacement of a leaf that is trained whole
+FACTORS = ("a", "b", "magnitude", "value")  # what is trained of a node
 
 
 def split(params: Any) -> tuple[Any, Adapters]:
@@ -42,17 +42,20 @@ def split(params: Any) -> tuple[Any, Adapters]:
     """
     leaves, treedef = paths.flatten(params)
     nodes = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)}
-    if not nodes:
+    whole = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, TrainedLeaf)}
+    if not nodes and not whole:
         raise ValueError("params has no adapted weight: make some with jaxlora.init")
     plain = {path: node.plain for path, node in nodes.items()}
+    plain |= {path: leaf.base for path, leaf in whole.items()}
     prints = fingerprints.take(plain)
-    adapters = {
+    adapters: Adapters = {
         parts.name(path, node.part): Adapter(
             node.a, node.b, node.roles, node.alpha, prints[path], node.changed, node.magnitude
         )
         for path in nodes
         for node in nodes[path].layers
     }
+    adapters |= {path: Replacement(leaf.value, prints[path]) for path, leaf in whole.items()}
     return treedef.unflatten((leaves | plain).values()), adapters
 
 
@@ -139,12 +142,14 @@ def merge(params: Any, *, with_error: bool = False, donate: bool = False) -> Any
     {'w': (4, 3)}
     """
     leaves, treedef = paths.flatten(params)
-    if not any(isinstance(leaf, LoRAWeight) for leaf in leaves.values()):
+    if not any(map(paths.is_node, leaves.values())):
         raise ValueError("params has no adapted weight: there is nothing to merge")
     errors = {}
     for path, leaf in leaves.items():
         if isinstance(leaf, LoRAWeight):
             leaves[path], errors[path] = _fold(path, leaf, 1, donate=donate)
+        elif isinstance(leaf, TrainedLeaf):
+            leaves[path] = _finite(path, leaf.value)
     plain = treedef.unflatten(leaves.values())
     return (plain, errors) if with_error else plain
 
@@ -160,8 +165,8 @@ def unmerge(plain: Any, adapters: Adapters) -> Any:
         The base, within the rounding of its dtype.
 
     Raises:
-        ValueError: a path is not in plain or has another shape, a result is not finite, or an
-            adapter has a magnitude: the norm that it was divided by is not known any more.
+        ValueError: a path is not in plain or has another shape, a result is not finite, or what
+            was is lost: the norm that a magnitude was divided by, a leaf that was trained whole.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -173,24 +178,28 @@ def unmerge(plain: Any, adapters: Adapters) -> Any:
     """
     leaves, treedef = paths.flatten(plain)
     for path, node in _nodes(leaves, adapters).items():
-        if node.magnitude is not None:
-            raise ValueError(f"the magnitude of {path!r} cannot be unmerged: keep the base instead")
+        lost = "leaf" if isinstance(node, TrainedLeaf) else "magnitude"
+        if isinstance(node, TrainedLeaf) or node.magnitude is not None:
+            raise ValueError(f"the {lost} of {path!r} cannot be unmerged: keep the base instead")
         leaves[path], _ = _fold(path, node, -1)
     return treedef.unflatten(leaves.values())
 
 
-def _nodes(leaves: dict[str, Any], adapters: Adapters) -> dict[str, LoRAWeight]:
+def _nodes(leaves: dict[str, Any], adapters: Adapters) -> dict[str, LoRAWeight | TrainedLeaf]:
     """Return the node of each adapter over the leaf that it is for, or raise if it is for none."""
     if not adapters:
         raise ValueError("adapters is empty: it must hold the factors of at least one weight")
-    nodes: dict[str, LoRAWeight] = {}
+    nodes: dict[str, Any] = {}
     for name, adapter in adapters.items():
         path, text = parts.locate(name, leaves)
         if path not in leaves:
             raise ValueError(f"the base has no leaf {path!r}; {paths.nearest(path, leaves)}")
         leaf = leaves[path]
-        if isinstance(leaf, LoRAWeight):
+        if paths.is_node(leaf):
             raise ValueError(f"the leaf {path!r} is adapted already: a plain tree is needed")
+        if isinstance(adapter, Replacement):
+            nodes[path] = _replaced(path, leaf, adapter)
+            continue
         part = check_fits(name, text, leaf, adapter)
         below = nodes.get(path, leaf)
         nodes[path] = LoRAWeight(
@@ -206,6 +215,14 @@ def _nodes(leaves: dict[str, Any], adapters: Adapters) -> dict[str, LoRAWeight]:
         if len({node.roles for node in nodes[path].layers}) > 1:
             raise ValueError(f"the adapters of parts of {path!r} differ in the roles of its axes")
     return nodes
+
+
+def _replaced(path: str, leaf: Any, replacement: Replacement) -> TrainedLeaf:
+    """Return the node of a leaf that is trained whole, or raise if it has another shape."""
+    wanted, got = replacement.value.shape, getattr(leaf, "shape", type(leaf).__name__)
+    if tuple(wanted) != got:
+        raise ValueError(f"the replacement of {path!r} is for a leaf of shape {wanted}: got {got}")
+    return TrainedLeaf(leaf, replacement.value)
 
 
 def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> parts.Part | None:
@@ -249,6 +266,13 @@ def _fold(path: str, node: LoRAWeight, sign: int, *, donate: bool = False) -> tu
         where = f"{' and '.join(found)} hold NaN or inf" if found else f"it overflows {dtype}"
         raise ValueError(f"the {what} weight {path!r} is not finite: {where}")
     return folded, error
+
+
+def _finite(path: str, value: Any) -> Any:
+    """Return the value of a leaf that was trained whole, or raise if it is not finite."""
+    if not isinstance(value, Tracer) and not jnp.isfinite(value).all():
+        raise ValueError(f"the trained leaf {path!r} is not finite: it holds NaN or inf")
+    return value
 
 
 def _folded(plain: Any, nodes: LoRAWeight, sign: int) -> tuple[Any, Any, dict[str, Any]]:

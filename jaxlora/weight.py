@@ -225,6 +225,39 @@ class LoRAWeight:
         return f"LoRAWeight(base={base}{part}, a={a}, b={b}, alpha={self.alpha:g})"
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """What is trained of a leaf that is trained whole, among adapters.
+
+    Attributes:
+        value: the leaf as it is trained.
+        base: fingerprint of the leaf as it was.
+    """
+
+    value: Any
+    base: Fingerprint = dataclasses.field(metadata=_meta)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainedLeaf:
+    """A leaf that is trained whole, in its place; `jaxlora.lora` passes its value.
+
+    Attributes:
+        base: the leaf as it was.
+        value: the leaf as it is trained.
+    """
+
+    base: Any
+    value: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the leaf."""
+        return self.base.shape
+
+
 def scaling(alpha: float, rank: int) -> float:
     """Return alpha / rank, the factor of the low-rank product."""
     return alpha / rank

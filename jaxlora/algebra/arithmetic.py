@@ -89,7 +89,10 @@ def pad(adapters: Adapters, rank: int) -> Adapters:
         alpha = adapter.alpha * rank / adapter.rank
         return dataclasses.replace(adapter, a=a, b=b, alpha=alpha)
 
-    return {path: padded(path, adapter) for path, adapter in adapters.items()}
+    return {
+        path: padded(path, adapter) if isinstance(adapter, Adapter) else adapter
+        for path, adapter in adapters.items()
+    }
 
 
 def truncate(adapters: Adapters, rank: int) -> Adapters:
@@ -108,7 +111,7 @@ def truncate(adapters: Adapters, rank: int) -> Adapters:
     if rank < 1:
         raise ValueError(f"rank must be at least 1: got {rank}")
     return {
-        path: _truncated(adapter, rank) if adapter.rank > rank else adapter
+        path: _truncated(adapter, rank) if getattr(adapter, "rank", 0) > rank else adapter
         for path, adapter in adapters.items()
     }
 

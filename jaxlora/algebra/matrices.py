@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import sharding, svd
-from jaxlora.weight import Adapter, LoRAWeight, Roles
+from jaxlora.weight import Adapter, LoRAWeight, Replacement, Roles
 
 
-def check_linear(adapters: Mapping[str, Adapter]) -> None:
+def check_linear(adapters: Mapping[str, Adapter | Replacement]) -> None:
     """Raise if the change of a weight is more than the product of its factors."""
     for path, adapter in adapters.items():
+        if isinstance(adapter, Replacement):
+            raise ValueError(f"the leaf {path!r} is trained whole, and has no product of factors")
         if adapter.magnitude is not None:
             raise ValueError(
                 f"the adapter of {path!r} has a magnitude, so that what it adds is no multiple of "

@@ -8,8 +8,8 @@ from flax import nnx
 
 import jaxlora
 from jaxlora.nnx import call
-from jaxlora.trees import Adapters
-from jaxlora.weight import Adapter, Fingerprint, Roles
+from jaxlora.trees import FACTORS, Adapters
+from jaxlora.weight import Adapter, Replacement
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -19,26 +19,29 @@ class Factor(nnx.Variable[jax.Array]):
 
 
 class _Factors(nnx.Pytree):
-    """The factors of one weight, and what is static of its adapter."""
+    """What is trained of one leaf, a `Factor` each, and what is static of its adapter."""
 
-    def __init__(self, adapter: Adapter):
-        self.a = Factor(adapter.a)  # (*stack, *in, rank)
-        self.b = Factor(adapter.b)  # (*stack, rank, *out)
-        has_magnitude = adapter.magnitude is not None
-        self.magnitude = nnx.data(Factor(adapter.magnitude) if has_magnitude else None)
-        self.roles: Roles = adapter.roles
-        self.alpha: float = adapter.alpha
+    def __init__(self, adapter: Adapter | Replacement):
+        self.a: Any = nnx.data(None)
+        self.b: Any = nnx.data(None)
+        self.magnitude: Any = nnx.data(None)
+        self.value: Any = nnx.data(None)
+        arrays: dict[str, Any] = dict.fromkeys(_trained(adapter))
+        for name in arrays:
+            setattr(self, name, nnx.data(Factor(getattr(adapter, name))))
         # without the digest, so that modules of one kind have one graphdef and compile once
-        self.base: Fingerprint = dataclasses.replace(adapter.base, digest=None)
-        self.changed: str = adapter.changed
+        base = dataclasses.replace(adapter.base, digest=None)
+        self.about = nnx.static(dataclasses.replace(adapter, base=base, **arrays))
 
-    def adapter(self) -> Adapter:
-        """Return the adapter of the weight."""
-        a, b, magnitude = (
-            None if factor is None else factor.get_value()
-            for factor in (self.a, self.b, self.magnitude)
-        )
-        return Adapter(a, b, self.roles, self.alpha, self.base, self.changed, magnitude)
+    def adapter(self) -> Adapter | Replacement:
+        """Return the adapter of the leaf."""
+        arrays: dict[str, Any] = {n: getattr(self, n).get_value() for n in _trained(self)}
+        return dataclasses.replace(self.about, **arrays)
+
+
+def _trained(holder: Any) -> list[str]:
+    """Return the names of what is trained of an adapter."""
+    return [name for name in FACTORS if getattr(holder, name, None) is not None]
 
 
 class Adapted(nnx.Module, Generic[M]):
@@ -53,8 +56,9 @@ class Adapted(nnx.Module, Generic[M]):
 
     Attributes:
         model: the module.
-        factors: for each path the factors ``a``, ``(*stack, *in, rank)``, and ``b``,
-            ``(*stack, rank, *out)``, each a `Factor`.
+        factors: for each path what is trained of it, each a `Factor`: ``a`` of shape
+            ``(*stack, *in, rank)``, ``b`` of ``(*stack, rank, *out)``, a magnitude if it has one;
+            or the value of a leaf that is trained whole.
         deterministic: no dropout; `flax.nnx.Module.eval` sets it, ``train`` clears it.
 
     Args:
@@ -195,7 +199,7 @@ def adapt(
     _, program = call.program(model, args, kwargs, method)
     params = jaxlora.init(key, call.run, nnx.state(model), *program, config=config)
     base, adapters = jaxlora.split(params)
-    if any(adapter.changed for adapter in adapters.values()):
+    if any(getattr(adapter, "changed", "") for adapter in adapters.values()):
         model = nnx.merge(nnx.graphdef(model), base)
     streams = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
     return Adapted(model, adapters, dropout_rate=dropout_rate, rngs=streams)

@@ -21,7 +21,7 @@ from jaxlora.tracing.interpreter import (
     Use,
     Walk,
 )
-from jaxlora.tracing.transform import is_array, lora, trace
+from jaxlora.tracing.transform import is_array, lora, trace, values
 
 __all__ = [
     "CONTRACTED",
@@ -41,4 +41,5 @@ __all__ = [
     "spmd",
     "structural",
     "trace",
+    "values",
 ]

@@ -17,7 +17,7 @@ from jaxlora import paths
 from jaxlora.tracing import boundary
 from jaxlora.tracing.interpreter import Form, Walk
 from jaxlora.tracing.lowrank import LowRank
-from jaxlora.weight import LoRAWeight
+from jaxlora.weight import LoRAWeight, TrainedLeaf
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -80,6 +80,15 @@ def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Progra
     return Program(jaxpr, inputs, names, rebuild)
 
 
+def values(tree: Any) -> Any:
+    """Return a tree with the value of each leaf that is trained whole in its place."""
+
+    def is_whole(leaf):
+        return isinstance(leaf, TrainedLeaf)
+
+    return jax.tree.map(lambda x: x.value if is_whole(x) else x, tree, is_leaf=is_whole)
+
+
 def _is_weight(leaf: Any) -> bool:
     return isinstance(leaf, LoRAWeight)
 
@@ -124,6 +133,7 @@ def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:
 
     @functools.wraps(fn)
     def fn_lora(*args, **kwargs):
+        args, kwargs = values((args, kwargs))
         if not any(map(_is_weight, jax.tree.leaves((args, kwargs), is_leaf=_is_weight))):
             return fn(*args, **kwargs)
         program = trace(fn, args, kwargs)

@@ -1,0 +1,202 @@
+"""Leaves that are trained whole, beside factors: norms, biases, a new head."""
+
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import normal
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+import jaxlora
+import jaxlora.nnx
+from jaxlora import Replacement, TrainedLeaf
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(name="norm")(x)
+        x = nn.gelu(nn.Dense(12, name="up", bias_init=nn.initializers.normal())(x))
+        return nn.Dense(4, name="head", bias_init=nn.initializers.normal())(x)
+
+
+MODEL, X = Block(), normal(0, 5, 8)
+PARAMS: Any = MODEL.init(jax.random.key(0), X)
+NORM = ["params/norm/bias", "params/norm/scale"]
+
+
+def init(params=PARAMS, **config) -> Any:
+    config = {"rank": 2, "targets": ("up/kernel",), "train": ("norm",)} | config
+    config = jaxlora.LoRAConfig(**config)
+    return jaxlora.init(jax.random.key(0), MODEL.apply, params, X, config=config)
+
+
+def moved(params, by=0.1) -> Any:
+    """Return the base, and adapters all of whose elements have moved."""
+    base, adapters = jaxlora.split(params)
+    return base, jax.tree.map(lambda x: x + by, adapters)
+
+
+def whole(adapters):
+    return sorted(path for path, x in adapters.items() if isinstance(x, Replacement))
+
+
+def test_fresh_leaves_are_those_of_the_base():
+    params = init()
+    leaf = params["params"]["norm"]["scale"]
+    assert isinstance(leaf, TrainedLeaf)
+    assert_array_equal(leaf.value, leaf.base)
+    assert_array_equal(jaxlora.lora(MODEL.apply, strict=True)(params, X), MODEL.apply(PARAMS, X))
+
+
+def test_values_stand_in_the_place_of_the_leaves_and_have_gradients():
+    base, adapters = moved(init(train=("norm", "head"), bias="lora_only"))
+    assert whole(adapters) == sorted(
+        [*NORM, "params/head/bias", "params/head/kernel", "params/up/bias"]
+    )
+
+    def loss(adapters, apply):
+        return jnp.sum(jnp.tanh(apply(jaxlora.bind(base, adapters), X)))
+
+    def merged(params, x):
+        return MODEL.apply(jaxlora.merge(params), x)
+
+    got = jax.value_and_grad(loss)(adapters, jaxlora.lora(MODEL.apply, strict=True))
+    wanted = jax.value_and_grad(loss)(adapters, merged)
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_one_tree_trains_factors_and_leaves_and_nothing_else():
+    params, tx = init(), jaxlora.freeze(optax.sgd(0.5))
+    updates: Any = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)[0]
+    plain, adapters = jaxlora.split(updates)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(plain))
+    assert all((x == -0.5).all() for x in jax.tree.leaves(adapters))
+    only = jaxlora.freeze(optax.sgd(0.5), train=("value",))
+    updates = only.update(jax.tree.map(jnp.ones_like, params), only.init(params), params)[0]
+    assert not updates["params"]["up"]["kernel"].b.any()
+    assert updates["params"]["norm"]["scale"].value.all()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"train": (), "bias": "none"}, []),
+        ({"train": (), "bias": "lora_only"}, ["params/up/bias"]),
+        (
+            {"train": (), "bias": "all"},
+            ["params/head/bias", "params/norm/bias", "params/up/bias"],
+        ),
+        ({"train": ".*(scale|head/bias)"}, ["params/head/bias", "params/norm/scale"]),
+    ],
+)
+def test_leaves_are_found_by_name(options, wanted):
+    assert whole(jaxlora.split(init(**options))[1]) == wanted
+
+
+def test_leaves_are_saved_and_loaded_and_merged(tmp_path):
+    base, adapters = moved(init())
+    jaxlora.save_adapters(tmp_path / "a", adapters)
+    loaded = jaxlora.load_adapters(tmp_path / "a", base=base)
+    assert jax.tree.structure(loaded) == jax.tree.structure(adapters)
+    merged = jaxlora.merge(jaxlora.bind(base, loaded))
+    assert jax.tree.structure(merged) == jax.tree.structure(PARAMS)
+    assert_allclose(merged["params"]["norm"]["scale"], PARAMS["params"]["norm"]["scale"] + 0.1)
+    other = jax.tree.map(lambda x: x + 1, PARAMS)
+    with pytest.raises(ValueError, match="'params/norm/bias' holds other values"):
+        jaxlora.load_adapters(tmp_path / "a", base=other)
+
+
+def test_leaves_are_counted_as_whole():
+    text = str(jaxlora.summary(init()))
+    assert re.search(r"params/norm/scale +\(8,\) +whole +8 +16 ", text)
+    assert jaxlora.summary(init()).trainable == 2 * (8 + 12) + 2 * 8
+
+
+def test_explain_and_dropout_take_trees_with_leaves():
+    params = init()
+    assert "params/up/kernel" in str(jaxlora.explain(MODEL.apply, params, X))
+    dropped = jaxlora.dropout(params, jax.random.key(0), 0.5)
+    y: Any = jaxlora.lora(MODEL.apply)(dropped, X)
+    assert y.shape == (5, 4)
+
+
+def test_leaves_of_a_module_are_trained():
+    module = nnx.Sequential(nnx.LayerNorm(8, rngs=nnx.Rngs(0)), nnx.Linear(8, 4, rngs=nnx.Rngs(1)))
+    config = jaxlora.LoRAConfig(rank=2, train=("scale",), bias="lora_only")
+    adapted = jaxlora.nnx.adapt(nnx.Rngs(2), module, X, config=config)
+    assert_array_equal(adapted(X), module(X))
+    optimizer = nnx.Optimizer(adapted, optax.sgd(0.5), wrt=jaxlora.nnx.Factor)
+
+    @nnx.jit
+    def step(adapted, optimizer):
+        of_factors = nnx.DiffState(0, jaxlora.nnx.Factor)
+        gradients = nnx.grad(lambda m: jnp.sum(m(X) ** 2), argnums=of_factors)(adapted)
+        optimizer.update(adapted, gradients)
+
+    step(adapted, optimizer)
+    changed = adapted.adapters()
+    names = whole(changed)
+    assert [name.rpartition("/")[2] for name in names] == ["scale", "bias"]
+    plain = jaxlora.nnx.merge(adapted)
+    assert_allclose(adapted(X), plain(X), rtol=1e-4, atol=1e-5)
+    assert np.abs(np.asarray(adapted(X) - module(X))).max() > 0.01
+
+
+def test_adapters_stay_what_they_are_in_algebra_where_that_has_a_meaning():
+    _, adapters = moved(init(initializer="pissa"))
+    for changed in (
+        jaxlora.algebra.pad(adapters, 4),
+        jaxlora.algebra.truncate(adapters, 1),
+        jaxlora.to_plain(adapters, adapters, base=PARAMS),
+    ):
+        assert_array_equal(changed[NORM[0]].value, adapters[NORM[0]].value)
+    scale, add = jaxlora.algebra.scale, jaxlora.algebra.add
+    for call in (lambda: scale(adapters, 2.0), lambda: add(adapters)):
+        with pytest.raises(ValueError, match="the leaf 'params/norm/bias' is trained whole"):
+            call()
+
+
+def test_mistakes_are_named():
+    base, adapters = moved(init())
+    integers = {"params": PARAMS["params"] | {"count": jnp.arange(3)}}
+    for make, message in [
+        (lambda: init(train=("nrom",)), "train names 'nrom', no leaf; nearest: 'params/norm"),
+        (lambda: init(train=("up",)), "train names 'up', and 'params/up/kernel' is adapted"),
+        (lambda: init(train=("norm/scale[0:2]",)), "train must name whole weights"),
+        (lambda: init(train="("), "train is no regular expression"),
+        (lambda: init(integers, train=("count",)), "only floating leaves can be trained: .*count"),
+        (lambda: init(bias="some"), "bias must be 'none', 'all' or 'lora_only': got 'some'"),
+        (lambda: init(init()), "the leaf 'params/norm/bias' is adapted already"),
+        (
+            lambda: jaxlora.unmerge(base, {NORM[0]: adapters[NORM[0]]}),
+            "the leaf of 'params/norm/bias' cannot be unmerged",
+        ),
+        (
+            lambda: jaxlora.bind(base, {"params/up/kernel": adapters[NORM[0]]}),
+            r"the replacement of 'params/up/kernel' is for a leaf of shape \(8,\): got \(8, 12\)",
+        ),
+        (
+            lambda: jaxlora.merge({"w": TrainedLeaf(jnp.ones(2), jnp.array([1, jnp.nan]))}),
+            "the trained leaf 'w' is not finite",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_model_without_biases_is_refused():
+    def linear(params, x):
+        return x @ params["w"]
+
+    config = jaxlora.LoRAConfig(rank=2, bias="all")
+    with pytest.raises(ValueError, match="bias='all' finds no leaf with the name 'bias' or 'b'"):
+        jaxlora.init(jax.random.key(0), linear, {"w": normal(0, 8, 6)}, X, config=config)
