@@ -68,8 +68,10 @@ def init(
         leaves[path] = _fresh(key, sites[path], target, leaves[path], config)
         if config.magnitude:
             leaves[path] = _with_magnitude(leaves[path], config.dtype)
-    for path in select_whole(config, leaves):
-        leaves[path] = TrainedLeaf(leaves[path], jnp.array(leaves[path]))
+    for path, rows in select_whole(config, leaves).items():
+        leaf = leaves[path]
+        value = jnp.array(leaf) if rows is None else jnp.asarray(leaf)[jnp.array(rows)]
+        leaves[path] = TrainedLeaf(leaf, value, rows)
     return treedef.unflatten(leaves.values())
 
 

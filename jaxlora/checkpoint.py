@@ -141,7 +141,7 @@ def _describe(name: str, adapter: Adapter | Replacement) -> dict[str, Any]:
         "dtypes": [str(x.dtype) for x in _factors({name: adapter})[name].values()],
     }
     if isinstance(adapter, Replacement):
-        return about
+        return about | {"rows": adapter.rows}
     return about | {
         "rank": adapter.rank,
         "alpha": adapter.alpha,
@@ -156,9 +156,11 @@ def _abstract(entry: dict[str, Any], leaves: dict[str, Any]) -> Adapter | Replac
     known = sharding.of(_plain(leaves.get(path)))
     base = Fingerprint(**entry["base"] | {"shape": tuple(entry["base"]["shape"])})
     if "roles" not in entry:
-        (dtype,) = entry["dtypes"]
-        place = known or sharding.default()
-        return Replacement(jax.ShapeDtypeStruct(base.shape, dtype, sharding=place), base)
+        (dtype,), rows = entry["dtypes"], entry["rows"] and tuple(entry["rows"])
+        shape = base.shape if rows is None else (len(rows), *base.shape[1:])
+        axes = (None if rows else 0, *range(1, len(shape)))[: len(shape)]
+        place = sharding.along(known, axes) if known else sharding.default()
+        return Replacement(jax.ShapeDtypeStruct(shape, dtype, sharding=place), base, rows)
     roles = Roles(**{name: tuple(axes) for name, axes in entry["roles"].items()})
     part = parts.resolve(text, base.shape)
     shapes = (

@@ -42,6 +42,8 @@ class LoRAConfig:
             ``"olora"``, or a `jaxlora.initializers.FromWeight`.
         train: also train these leaves whole: names or one regular expression, as targets; norms,
             biases, a new head. They keep their dtype, and the base keeps what they were.
+        rows: also train rows of these leaves, by name as in the patterns: indices along the first
+            axis, as the tokens that are new in an embedding. Each call then makes a copy of it.
         bias: also train biases, the leaves whose name is ``bias`` or ``b``: ``"all"``,
             ``"lora_only"`` for those beside adapted weights, or ``"none"``.
         magnitude: also train the norm of each column of the weight (DoRA, see
@@ -69,13 +71,14 @@ class LoRAConfig:
     rank_stabilized: bool = False
     initializer: InitializerName | Initializer | FromWeight = "uniform"
     train: Targets = ()
+    rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict, hash=False)
     bias: Literal["none", "all", "lora_only"] = "none"
     magnitude: bool = False
     dtype: Any = jnp.float32
 
     def __post_init__(self):
         object.__setattr__(self, "rank", _checked_rank(self.rank, "rank"))
-        _check_alpha(self.alpha, "alpha")
+        _checked_alpha(self.alpha, "alpha")
         if not self.targets:
             raise ValueError(f"targets must name something to adapt: got {self.targets!r}")
         object.__setattr__(self, "targets", _checked(self.targets, "targets"))
@@ -90,8 +93,8 @@ class LoRAConfig:
                 f"got {self.initializer!r}"
             )
         if self.layers is not None:
-            object.__setattr__(self, "layers", _checked_layers(self.layers))
-        for field in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, "layers", _checked_indices(self.layers, "layers"))
+        for field in ("rank_pattern", "alpha_pattern", "rows"):
             object.__setattr__(self, field, _checked_pattern(getattr(self, field), field))
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f"dtype of the factors must be floating: got {self.dtype}")
@@ -114,37 +117,39 @@ def _checked_rank(rank: Any, field: str) -> int:
     return int(rank)
 
 
-def _check_alpha(alpha: Any, field: str) -> None:
+def _checked_alpha(alpha: Any, field: str) -> float:
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         raise TypeError(f"{field} must be a number: got {alpha!r}")
     if not (math.isfinite(alpha) and float(alpha) > 0):
         raise ValueError(f"{field} must be finite and positive: got {alpha}")
+    return float(alpha)
 
 
-def _checked_layers(layers: Any) -> tuple[int, ...]:
-    """Return the indices of layers in rising order, or raise for what is none."""
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be indices: got {layers!r}")
-    layers = tuple(layers)
-    for index in layers:
+def _checked_indices(indices: Any, field: str) -> tuple[int, ...]:
+    """Return indices in rising order, or raise for what is none."""
+    if isinstance(indices, str) or not isinstance(indices, Iterable):
+        raise TypeError(f"{field} must be indices: got {indices!r}")
+    indices = tuple(indices)
+    for index in indices:
         if isinstance(index, bool) or not isinstance(index, numbers.Integral):
-            raise TypeError(f"layers must be indices: got {index!r}")
-    if not layers or min(layers) < 0:
-        raise ValueError(f"layers must be indices from 0, at least one: got {layers}")
-    return tuple(sorted({int(index) for index in layers}))
+            raise TypeError(f"{field} must be indices: got {index!r}")
+    if not indices or min(indices) < 0:
+        raise ValueError(f"{field} must be indices from 0, at least one: got {indices}")
+    return tuple(sorted({int(index) for index in indices}))
 
 
 def _checked_pattern(pattern: Any, field: str) -> dict[str, Any]:
     """Return a copy of a pattern, or raise for a key or a value that is none."""
     if not isinstance(pattern, Mapping):
         raise TypeError(f"{field} must be a mapping from names: got {pattern!r}")
+    checks: dict[str, Any] = {"rank_pattern": _checked_rank, "alpha_pattern": _checked_alpha}
+    check, checked = checks.get(field, _checked_indices), {}
     for key, value in pattern.items():
         if not isinstance(key, str):
             raise TypeError(f"the names in {field} must be strings: got {key!r}")
         _checked(key, field)
-        check = _checked_rank if field == "rank_pattern" else _check_alpha
-        check(value, f"{field}[{key!r}]")
-    return dict(pattern)
+        checked[key] = check(value, f"{field}[{key!r}]")
+    return checked
 
 
 def _checked(targets: Targets, field: str) -> Targets:

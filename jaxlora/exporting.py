@@ -29,6 +29,11 @@ def _read_adapter(data: bytes) -> tuple[Any, ...]:
     return Roles(**roles), alpha, Fingerprint(**base), changed
 
 
+def _read_replacement(data: bytes) -> tuple[Any, ...]:
+    base, rows = _tuples(json.loads(data))
+    return Fingerprint(**base), rows
+
+
 def _tuples(value: Any) -> Any:
     """Return what JSON gives with tuples for its lists."""
     if isinstance(value, dict):
@@ -54,5 +59,5 @@ def _register(kind: type, read: Any) -> None:
 
 _register(LoRAWeight, _read_weight)
 _register(Adapter, _read_adapter)
-_register(Replacement, lambda data: (Fingerprint(**_tuples(json.loads(data))[0]),))
-_register(TrainedLeaf, lambda data: ())
+_register(Replacement, _read_replacement)
+_register(TrainedLeaf, lambda data: _tuples(json.loads(data)))

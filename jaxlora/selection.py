@@ -91,37 +91,54 @@ def select(config: LoRAConfig, sites: Sites) -> list[Target]:
     return sorted(chosen, key=lambda target: (order[target.path], parts.name(*target[:2])))
 
 
-def select_whole(config: LoRAConfig, leaves: dict[str, Any]) -> list[str]:
-    """Return the paths of the leaves to train whole, in the order of the tree.
+def select_whole(config: LoRAConfig, leaves: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Return the leaves to train beside the factors, each with its rows, None for all of it.
 
     Args:
         config: what to train.
         leaves: the leaves by path, adapted at the targets.
 
     Raises:
-        ValueError: a name matches no leaf, an adapted one, or one that is not floating; there is
-            no bias to train.
+        ValueError: a name matches no leaf, an adapted one, or one that is not floating; a leaf is
+            named twice; it has no such row; there is no bias to train.
     """
-    found = {path: name for name, of in matches(config.train, leaves).items() for path in of}
+    found: dict[str, tuple[str, Any]] = {}
+    named: list[tuple[str, list[str], Any]] = []
     if config.train:
-        for name, of in matches(config.train, leaves).items():
-            if not of:
-                raise ValueError(f"train names {name!r}, no leaf; {paths.nearest(name, leaves)}")
-    biases = [path for path in leaves if path.rpartition("/")[2] in ("bias", "b")]
-    if config.bias == "lora_only":
-        parents = {path.rpartition("/")[0] for path in leaves if paths.is_node(leaves[path])}
-        biases = [path for path in biases if path.rpartition("/")[0] in parents]
+        named += [(name, of, None) for name, of in matches(config.train, leaves).items()]
     if config.bias != "none":
-        biases = [path for path in biases if not paths.is_node(leaves[path])]
-        if not biases:
-            raise ValueError(f"bias={config.bias!r} finds no leaf with the name 'bias' or 'b'")
-        found |= dict.fromkeys(biases, "bias")
-    for path, name in found.items():
-        if paths.is_node(leaf := leaves[path]):
-            raise ValueError(f"train names {name!r}, and {path!r} is adapted: exclude it")
-        if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
-            raise ValueError(f"only floating leaves can be trained: {path!r} is {leaf}")
-    return [path for path in leaves if path in found]
+        named.append(("bias", _biases(config.bias, leaves), None))
+    for name, rows in config.rows.items():
+        named.append((name, [path for path in leaves if _means(name, path, None)], rows))
+    for name, of, rows in named:
+        if not of:
+            raise ValueError(f"{name!r} is to be trained, no leaf; {paths.nearest(name, leaves)}")
+        for path in of:
+            if found.setdefault(path, (name, rows))[1] != rows:
+                raise ValueError(f"{path!r} is to be trained twice: {name!r}, {found[path][0]!r}")
+    for path, (name, rows) in found.items():
+        _check_trainable(name, path, leaves[path], rows)
+    return {path: found[path][1] for path in leaves if path in found}
+
+
+def _biases(which: str, leaves: dict[str, Any]) -> list[str]:
+    """Return the paths of the biases, all or those beside adapted weights, that have no adapter."""
+    beside = {path.rpartition("/")[0] for path in leaves if paths.is_node(leaves[path])}
+    found = [path.rpartition("/") for path in leaves if not paths.is_node(leaves[path])]
+    return [
+        "".join(path)
+        for path in found
+        if path[2] in ("bias", "b") and (which == "all" or path[0] in beside)
+    ]
+
+
+def _check_trainable(name: str, path: str, leaf: Any, rows: tuple[int, ...] | None) -> None:
+    if paths.is_node(leaf):
+        raise ValueError(f"{name!r} is to be trained, and {path!r} is adapted: exclude it")
+    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
+        raise ValueError(f"only floating leaves can be trained: {path!r} is {leaf}")
+    if rows and (not leaf.shape or rows[-1] >= leaf.shape[0]):
+        raise ValueError(f"{path!r} of shape {leaf.shape} has no row {rows[-1]}")
 
 
 def _part(targets: Targets, name: str, path: str, sites: Sites) -> parts.Part | None:

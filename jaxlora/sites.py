@@ -164,7 +164,7 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
 
 def _weight(leaf: Any) -> Any:
     if isinstance(leaf, TrainedLeaf):
-        return leaf.value
+        return leaf.base
     return leaf.plain if isinstance(leaf, LoRAWeight) else leaf
 
 

@@ -55,7 +55,9 @@ def split(params: Any) -> tuple[Any, Adapters]:
         for path in nodes
         for node in nodes[path].layers
     }
-    adapters |= {path: Replacement(leaf.value, prints[path]) for path, leaf in whole.items()}
+    adapters |= {
+        path: Replacement(leaf.value, prints[path], leaf.rows) for path, leaf in whole.items()
+    }
     return treedef.unflatten((leaves | plain).values()), adapters
 
 
@@ -149,7 +151,7 @@ def merge(params: Any, *, with_error: bool = False, donate: bool = False) -> Any
         if isinstance(leaf, LoRAWeight):
             leaves[path], errors[path] = _fold(path, leaf, 1, donate=donate)
         elif isinstance(leaf, TrainedLeaf):
-            leaves[path] = _finite(path, leaf.value)
+            leaves[path] = _finite(path, leaf.now)
     plain = treedef.unflatten(leaves.values())
     return (plain, errors) if with_error else plain
 
@@ -218,11 +220,15 @@ def _nodes(leaves: dict[str, Any], adapters: Adapters) -> dict[str, LoRAWeight |
 
 
 def _replaced(path: str, leaf: Any, replacement: Replacement) -> TrainedLeaf:
-    """Return the node of a leaf that is trained whole, or raise if it has another shape."""
-    wanted, got = replacement.value.shape, getattr(leaf, "shape", type(leaf).__name__)
-    if tuple(wanted) != got:
+    """Return the node of a leaf that is trained whole or by rows, or raise if it does not fit."""
+    wanted, got = replacement.base.shape, getattr(leaf, "shape", type(leaf).__name__)
+    if wanted != got:
         raise ValueError(f"the replacement of {path!r} is for a leaf of shape {wanted}: got {got}")
-    return TrainedLeaf(leaf, replacement.value)
+    rows, value = replacement.rows, replacement.value
+    shape = wanted if rows is None else (len(rows), *wanted[1:])
+    if tuple(value.shape) != shape:
+        raise ValueError(f"the value for {path!r} must have the shape {shape}: got {value.shape}")
+    return TrainedLeaf(leaf, value, rows)
 
 
 def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> parts.Part | None:

@@ -228,29 +228,41 @@ class LoRAWeight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-    """What is trained of a leaf that is trained whole, among adapters.
+    """What is trained of a leaf that is trained whole or by rows, among adapters.
 
     Attributes:
-        value: the leaf as it is trained.
+        value: the leaf as it is trained, or its rows, ``(len(rows), ...)``.
         base: fingerprint of the leaf as it was.
+        rows: indices along its first axis, None for all of it.
     """
 
     value: Any
     base: Fingerprint = dataclasses.field(metadata=_meta)
+    rows: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_meta)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainedLeaf:
-    """A leaf that is trained whole, in its place; `jaxlora.lora` passes its value.
+    """A leaf that is trained whole or by rows, in its place; `jaxlora.lora` passes what it is now.
 
     Attributes:
         base: the leaf as it was.
-        value: the leaf as it is trained.
+        value: the leaf as it is trained, or its rows, ``(len(rows), ...)``.
+        rows: indices along its first axis, None for all of it.
     """
 
     base: Any
     value: Any
+    rows: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_meta)
+
+    @property
+    def now(self) -> jax.Array:
+        """The leaf as it is trained; by rows, with a copy of the others, which get no gradient."""
+        if self.rows is None:
+            return self.value
+        base = jnp.asarray(jax.lax.stop_gradient(self.base))
+        return base.at[jnp.array(self.rows)].set(self.value, unique_indices=True)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -81,12 +81,12 @@ def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Progra
 
 
 def values(tree: Any) -> Any:
-    """Return a tree with the value of each leaf that is trained whole in its place."""
+    """Return a tree with what each leaf that is trained whole or by rows is now in its place."""
 
     def is_whole(leaf):
         return isinstance(leaf, TrainedLeaf)
 
-    return jax.tree.map(lambda x: x.value if is_whole(x) else x, tree, is_leaf=is_whole)
+    return jax.tree.map(lambda x: x.now if is_whole(x) else x, tree, is_leaf=is_whole)
 
 
 def _is_weight(leaf: Any) -> bool:
