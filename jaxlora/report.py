@@ -99,7 +99,7 @@ def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -
     program = tracing.trace(fn, *tracing.values(((params, *args), kwargs)))
 
     def run(*inputs):
-        return [walk.finish(out) for out in walk.run(program.jaxpr, *program.enter(inputs))]
+        return [walk.finish(out) for out in walk.run(program.jaxpr, *program.enter(walk, inputs))]
 
     counted = cost.count(jax.make_jaxpr(run)(*program.inputs))
     uses: dict[str, list[tracing.Use]] = {path: [] for path in adapted}

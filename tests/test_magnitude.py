@@ -174,3 +174,11 @@ def test_what_has_no_meaning_with_a_magnitude_is_refused():
     wrong = {"w": jaxlora.Adapter(**{**vars(adapters["w"]), "magnitude": jnp.ones(5)})}
     with pytest.raises(ValueError, match=r"the magnitude of 'w' must have the shape \(6,\)"):
         jaxlora.bind(base, wrong)
+
+
+def test_explain_counts_norms_and_gains():
+    x, plain = normal(1, 5, 8), jaxlora.LoRAConfig(rank=2)
+    params = jaxlora.init(jax.random.key(0), linear, {"w": normal(0, 8, 6)}, x, config=plain)
+    costs = [jaxlora.explain(linear, p, x).costs["w"].flops for p in (params, start())]
+    crossed, gram, of_b, gains = 2 * 2 * 8 * 6, 2 * 2 * 2 * 8, 2 * 2 * 2 * 6, 5 * 6
+    assert costs[1] - costs[0] > crossed + gram + of_b + gains

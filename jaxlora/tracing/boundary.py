@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from jaxlora import magnitude, parts
 from jaxlora.tracing import axes
+from jaxlora.tracing.interpreter import Walk
 from jaxlora.tracing.lowrank import LowRank, Origin, Role
 from jaxlora.weight import LoRAWeight, Roles
 
 
-def enter(path: str, weight: LoRAWeight) -> LowRank:
+def enter(walk: Walk, path: str, weight: LoRAWeight) -> LowRank:
     """Return the traced value of an adapted weight; its base gets no gradient.
 
     Factors of parts are those of the whole with zeros around them, and adapters of several parts
@@ -28,16 +29,18 @@ def enter(path: str, weight: LoRAWeight) -> LowRank:
         b = [_whole(node, b, out_side) for node, b in zip(nodes, scaled, strict=True)]
         b, alpha = jnp.concatenate(b, -1), a.shape[-1]
     keys = weight.dropout_keys
-    gain = None if weight.magnitude is None else magnitude.gain(weight)
-    return LowRank(
+    value = LowRank(
         base=jax.lax.stop_gradient(weight.plain),
         a=_to_axis_order(a, in_side, shape),
         b=_to_axis_order(b, out_side, shape),
         keys=None if keys is None else _to_axis_order(keys, stack, shape),
         dims=axes.from_shape(shape, roles.labels(Role.STACK, Role.IN, Role.OUT)),
         origin=Origin((path,), roles, shape, alpha, weight.dropout_rate),
-        gain=None if gain is None else _to_axis_order(gain, out_side, shape),
     )
+    if weight.magnitude is None:
+        return value
+    with walk.scope(value):
+        return value.replace(gain=_to_axis_order(magnitude.gain(weight), out_side, shape))
 
 
 def _whole(node: LoRAWeight, factor: Any, axes_of: Sequence[int]) -> Any:

@@ -93,7 +93,8 @@ def _product(walk: Walk, eqn: Any, x: Any, weight: LowRank, side: int) -> Any:
         return bind(x, walk.densify(eqn, weight, "its magnitude is along summed and other axes"))
     columns, weight = weight.gain, weight.replace(gain=None)
     if gain is not None and gain.side == "in":
-        x = gain.scale(x, columns)
+        with walk.scope(weight):
+            x = gain.scale(x, columns)
     h, sharing = _narrowed(walk, eqn, side, term, weight, x)
     form = forms.choose(walk, weight, term, is_shared=h is not None)
     in_, out, stack = _axes_used(eqn, side, weight)
@@ -103,7 +104,10 @@ def _product(walk: Walk, eqn: Any, x: Any, weight: LowRank, side: int) -> Any:
         y = forms.weight_side(walk, x, weight, h, bind, term)
     else:
         y = forms.with_term(walk, bind(x, weight.base), x, weight, h, term)
-    return gain.scale(y, columns) if gain is not None and gain.side == "out" else y
+    if gain is None or gain.side != "out":
+        return y
+    with walk.scope(weight):
+        return gain.scale(y, columns)
 
 
 @rule("ragged_dot_general")

@@ -45,10 +45,10 @@ class Program:
     paths: list[str]
     rebuild: Callable[[list[Any]], Any]
 
-    def enter(self, inputs: Sequence[Any]) -> list[Any]:
+    def enter(self, walk: Walk, inputs: Sequence[Any]) -> list[Any]:
         """Return the inputs with a low-rank weight for each adapted one."""
         pairs = zip(self.paths, inputs, strict=True)
-        return [boundary.enter(path, x) if _is_weight(x) else x for path, x in pairs]
+        return [boundary.enter(walk, path, x) if _is_weight(x) else x for path, x in pairs]
 
 
 def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Program:
@@ -137,7 +137,7 @@ def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:
         if not any(map(_is_weight, jax.tree.leaves((args, kwargs), is_leaf=_is_weight))):
             return fn(*args, **kwargs)
         program = trace(fn, args, kwargs)
-        outs = walk.run(program.jaxpr, *program.enter(program.inputs))
+        outs = walk.run(program.jaxpr, *program.enter(walk, program.inputs))
         return program.rebuild([_left(walk, out) for out in outs])
 
     return fn_lora  # pyright: ignore[reportReturnType]
