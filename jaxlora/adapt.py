@@ -49,7 +49,7 @@ def init(
     Raises:
         ValueError: params is adapted already or empty, has two leaves of one path, or the targets
             do not fit the program (see `LoRAConfig`); the initializer starts from the weights,
-            and they are shapes or not finite.
+            and they are shapes or not finite; magnitudes and leaves to train, of shapes.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["up"] @ params["down"], jnp.ones((2, 4))
@@ -67,7 +67,7 @@ def init(
         path = target.path
         leaves[path] = _fresh(key, sites[path], target, leaves[path], config)
         if config.magnitude:
-            leaves[path] = _with_magnitude(leaves[path], config.dtype)
+            leaves[path] = _with_magnitude(path, leaves[path])
     for path, rows in select_whole(config, leaves).items():
         leaf = leaves[path]
         value = jnp.array(leaf) if rows is None else jnp.asarray(leaf)[jnp.array(rows)]
@@ -109,17 +109,18 @@ def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRACo
     return LoRAWeight(base, a, b, site.roles, alpha, part)
 
 
-def _with_magnitude(node: LoRAWeight, dtype: Any) -> LoRAWeight:
+def _with_magnitude(path: str, node: LoRAWeight) -> LoRAWeight:
     """Return a node with the norms of its columns as they are, so that its output stays."""
     if not hasattr(node.base, "__array__"):
-        raise ValueError(f"a magnitude starts from the values of a weight: got {node.base}")
+        raise ValueError(f"a magnitude starts from values: {path!r} is {node.base}")
     axes = sharding.factor_axes(node.roles)
-    (magnitude,) = sharding.run(_norms, dtype, (node,), node.base, axes[2:])
+    (magnitude,) = sharding.run(_norms, None, (node,), node.base, axes[2:])
     return dataclasses.replace(node, magnitude=magnitude)
 
 
-def _norms(node: LoRAWeight, dtype: Any) -> tuple[jax.Array]:
-    return (norms(node).astype(dtype),)
+def _norms(node: LoRAWeight, static: None) -> tuple[jax.Array]:
+    del static
+    return (norms(node),)
 
 
 class _Factors(NamedTuple):

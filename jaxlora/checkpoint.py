@@ -26,7 +26,7 @@ import numpy as np
 from jaxlora import fingerprints, parts, paths, sharding
 from jaxlora.processes import together
 from jaxlora.trees import FACTORS, Adapters, bind, merge, split
-from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Replacement, Roles
+from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Replacement, Roles, TrainedLeaf
 
 FORMAT = "jaxlora.adapters"
 FORMAT_VERSION = 1
@@ -204,6 +204,8 @@ def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
 
 
 def _plain(leaf: Any) -> Any:
+    if isinstance(leaf, TrainedLeaf):
+        return leaf.base
     return leaf.plain if isinstance(leaf, LoRAWeight) else leaf
 
 

@@ -47,7 +47,7 @@ class LoRAConfig:
         bias: also train biases, the leaves whose name is ``bias`` or ``b``: ``"all"``,
             ``"lora_only"`` for those beside adapted weights, or ``"none"``.
         magnitude: also train the norm of each column of the weight (DoRA, see
-            `jaxlora.magnitude`).
+            `jaxlora.magnitude`), in float32 or wider.
         dtype: floating dtype of the factors.
 
     Raises:
@@ -147,7 +147,8 @@ def _checked_pattern(pattern: Any, field: str) -> dict[str, Any]:
     for key, value in pattern.items():
         if not isinstance(key, str):
             raise TypeError(f"the names in {field} must be strings: got {key!r}")
-        _checked(key, field)
+        if not parts.is_part(key):
+            _checked(key, field)
         checked[key] = check(value, f"{field}[{key!r}]")
     return checked
 

@@ -155,7 +155,8 @@ def precondition(damping: float = 1e-6) -> optax.GradientTransformation:
     Raises:
         ValueError: damping is not finite and positive; at ``init``, a tree without factors; at
             ``update``, no params.
-        TypeError: at ``init``, the factors of an NNX module, which do not tell their axes.
+        TypeError: at ``init``, the factors of an NNX module, which do not tell their axes, or
+            factors of which only one is trained.
     """
     import optax
 
@@ -163,8 +164,12 @@ def precondition(damping: float = 1e-6) -> optax.GradientTransformation:
 
     def init(params):
         state = _init_stateless(params)
-        if not any(map(paths.is_node, jax.tree.leaves(params, is_leaf=paths.is_node))):
+        nodes = jax.tree.leaves(params, is_leaf=paths.is_node)
+        nodes = [node for node in nodes if isinstance(node, Adapter | LoRAWeight)]
+        if not nodes:
             raise TypeError("precondition needs Adapters or LoRAWeights, which tell their axes")
+        if not all(hasattr(x, "shape") for node in nodes for x in (node.a, node.b)):
+            raise TypeError("precondition needs both factors: one of them is not trained")
         return state
 
     def of(node, gradient):
@@ -214,14 +219,25 @@ def _by_factor(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def _factor_names(tree: Any) -> list[str | None]:
     """Return for each leaf its name where it is a factor, also of a tree without our nodes."""
-    keys = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    found = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     marks = jax.tree.leaves(mask(tree))
-    named = [path.rpartition("/") for path in paths.names(keys)]
-    if not any(marks):
-        parents = {name: {p for p, _, last in named if last == name} for name in ("a", "b")}
-        pairs = parents["a"] & parents["b"]
-        marks = [parent in pairs and last in FACTORS for parent, _, last in named]
-    return [last if is_factor else None for (*_, last), is_factor in zip(named, marks, strict=True)]
+    if any(marks):
+        return [
+            keys[-1].name if marked else None for keys, marked in zip(found, marks, strict=True)
+        ]
+    unboxed = [_unboxed(keys) for keys in found]  # an NNX state: its own keys tell its factors
+    parents = {keys[:-1] for keys in unboxed if keys[-1:] == ("a",)}
+    holders = {parent[:-1] for parent in parents if (*parent, "b") in unboxed}
+    return [
+        keys[-1] if keys[-1:] and keys[-1] in FACTORS and keys[:-2] in holders else None
+        for keys in unboxed
+    ]
+
+
+def _unboxed(keys: Any) -> tuple[Any, ...]:
+    """Return the names of keys, without that of a box around a factor."""
+    names = tuple(getattr(key, "name", getattr(key, "key", None)) for key in keys)
+    return names[:-1] if names[-1:] == ("value",) and {*names[-2:-1]} & {*FACTORS} else names
 
 
 def _init_stateless(params: Any) -> Any:

@@ -20,6 +20,20 @@ def parse(name: str) -> tuple[str, str | None]:
     return (found[1], found[2]) if found else (name, None)
 
 
+def is_part(name: str) -> bool:
+    """Tell whether a name ends in slices, and not in the brackets of a regular expression.
+
+    >>> is_part("qkv/kernel[:, 0:64]"), is_part("block_[0-3]")
+    (True, False)
+    """
+    text = parse(name)[1]
+    return text is not None and all(_slices(text))
+
+
+def _slices(text: str) -> list[re.Match[str] | None]:
+    return [re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*", piece) for piece in text.split(",")]
+
+
 def locate(name: str, leaves: Container[str]) -> tuple[str, str | None]:
     """Return what `parse` does, but for a leaf whose own name ends in brackets."""
     return (name, None) if name in leaves else parse(name)
@@ -40,7 +54,7 @@ def resolve(text: str | None, shape: Sequence[int]) -> Part | None:
     """
     if text is None:
         return None
-    slices = [re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*", piece) for piece in text.split(",")]
+    slices = _slices(text)
     if not all(slices) or len(slices) > len(shape):
         raise ValueError(
             f"a part must be slices as [:, 0:64], at most one for each axis of the weight's shape "

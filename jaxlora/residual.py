@@ -6,6 +6,7 @@ weight as it was.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,9 @@ class _How(NamedTuple):
     """What has to be known to take a product out of a weight."""
 
     initializer: FromWeight
-    target: Target
+    part: parts.Part | None
+    rank: int
+    alpha: float
     roles: Roles
     dtype: Any
 
@@ -43,13 +46,15 @@ def take_out(
         dtype: dtype of the factors.
 
     Raises:
-        ValueError: the weight is the shape of one, or is not finite.
+        ValueError: the weight is the shape of one, or is not finite; the initializer makes factors
+            of other shapes.
     """
     plain = base.plain if isinstance(base, LoRAWeight) else base
     name = parts.name(target.path, target.part)
     if not hasattr(plain, "__array__"):
         raise ValueError(f"{initializer.name!r} starts from values: {name!r} is {plain}")
-    how = _How(initializer, target, roles, dtype)
+    how = _How(initializer, *target[1:], roles, dtype)
+    _check_factors(name, how, parts.shape(target.part, plain.shape))
     axes = (tuple(range(plain.ndim)), *sharding.factor_axes(roles, target.part)[:2], ())
     left, a, b, finite = sharding.run(_taken_out, how, (key, plain), plain, axes)
     if not isinstance(finite, Tracer) and not finite:
@@ -58,9 +63,27 @@ def take_out(
     return LoRAWeight(below, a, b, roles, target.alpha, target.part, changed=initializer.name)
 
 
+def _check_factors(name: str, how: _How, shape: tuple[int, ...]) -> None:
+    """Raise if the initializer makes factors of other shapes for a weight of this shape."""
+    _, *sides = (math.prod(sizes) for sizes in how.roles.sizes(shape))
+    weight = jax.ShapeDtypeStruct(tuple(sides), jnp.float32)
+    made = jax.eval_shape(
+        lambda w: how.initializer.factors(
+            jax.random.key(0), w, how.rank, scaling(how.alpha, how.rank)
+        ),
+        weight,
+    )
+    wanted = [(sides[0], how.rank), (how.rank, sides[1])]
+    if (got := [x.shape for x in made]) != wanted:
+        raise ValueError(
+            f"{how.initializer.name!r} must return a and b of the shapes {wanted} for {name!r}: "
+            f"got {got}"
+        )
+
+
 def _taken_out(key: jax.Array, weight: jax.Array, how: _How) -> tuple[jax.Array, ...]:
     """Return what is left of a weight, the factors, and whether all are finite."""
-    initializer, (_, part, rank, alpha), roles, dtype = how
+    initializer, part, rank, alpha, roles, dtype = how
     cut = weight[parts.slices(part)]
     each = matrices.of_weight(cut, roles)
     a, b = jax.vmap(lambda key, w: initializer.factors(key, w, rank, scaling(alpha, rank)))(
@@ -89,7 +112,7 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
 
     Raises:
         ValueError: adapters and initial differ in paths, shapes or base; an adapter is for a base
-            that nothing changed, or does not fit this one.
+            that nothing changed, or does not fit this one; this is the changed one.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x, w = lambda p, x: x @ p["w"], jnp.ones((2, 4)), {"w": jnp.eye(4, 3)}
@@ -99,10 +122,9 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
     >>> jaxlora.to_plain(initial, initial, base=w)
     {'w': Adapter(a=(4, 2), b=(2, 3), alpha=32)}
     """
-    if list(adapters) != list(initial):
+    if odd := sorted({*adapters} ^ {*initial}):
         raise ValueError(
-            f"adapters and initial must have the same paths: got {list(adapters)[:3]} and "
-            f"{list(initial)[:3]}"
+            f"adapters and initial must have the same paths: {odd[0]!r} is in one alone"
         )
     leaves, _ = paths.flatten(base)
     located = {name: parts.locate(name, leaves) for name in adapters}
@@ -116,7 +138,13 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
     for name, adapter in adapters.items():
         fields: dict[str, Any] = {"base": prints[located[name][0]]}
         if isinstance(adapter, Adapter):
-            adapter, fields["changed"] = _joined(name, adapter, initial[name]), ""
+            before, adapter = adapter, _joined(name, adapter, initial[name])
+            if before.base.digest and before.base.digest == fields["base"].digest:
+                raise ValueError(
+                    f"the base must be that given to init: {name!r} is what {adapter.changed!r} "
+                    "left of it"
+                )
+            fields["changed"] = ""
         plain[name] = dataclasses.replace(adapter, **fields)
     return plain
 

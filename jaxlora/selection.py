@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jaxlora import parts, paths
@@ -73,7 +74,7 @@ def select(config: LoRAConfig, sites: Sites) -> list[Target]:
     named = {(path, part) for path, part in named if path not in excluded}
     if config.layers is not None:
         named = set(_in_layers(config.layers, named, sites))
-    chosen = [_target(config, path, part) for path, part in named]
+    chosen = [_target(config, path, part, sites.shapes[path]) for path, part in named]
     if is_all:
         chosen = [target for target in chosen if target.rank <= sites[target.path].max_rank]
     else:
@@ -83,7 +84,7 @@ def select(config: LoRAConfig, sites: Sites) -> list[Target]:
             f"nothing to adapt: targets={config.targets!r} and exclude={config.exclude!r} leave "
             f"no site for rank {config.rank}; the leaves are:\n{sites}"
         )
-    _check_patterns(config, chosen)
+    _check_patterns(config, chosen, sites.shapes)
     if config.magnitude and (cut := [t for t in chosen if t.part]):
         names = [parts.name(*target[:2]) for target in cut[:3]]
         raise ValueError(f"only a whole weight can have a magnitude: got {names}")
@@ -109,10 +110,12 @@ def select_whole(config: LoRAConfig, leaves: dict[str, Any]) -> dict[str, tuple[
     if config.bias != "none":
         named.append(("bias", _biases(config.bias, leaves), None))
     for name, rows in config.rows.items():
-        named.append((name, [path for path in leaves if _means(name, path, None)], rows))
+        named.append((name, [path for path in leaves if _means(name, path, None, ())], rows))
     for name, of, rows in named:
         if not of:
-            raise ValueError(f"{name!r} is to be trained, no leaf; {paths.nearest(name, leaves)}")
+            raise ValueError(
+                f"{name!r} is to be trained, but is no leaf; {paths.nearest(name, leaves)}"
+            )
         for path in of:
             if found.setdefault(path, (name, rows))[1] != rows:
                 raise ValueError(f"{path!r} is to be trained twice: {name!r}, {found[path][0]!r}")
@@ -137,6 +140,8 @@ def _check_trainable(name: str, path: str, leaf: Any, rows: tuple[int, ...] | No
         raise ValueError(f"{name!r} is to be trained, and {path!r} is adapted: exclude it")
     if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
         raise ValueError(f"only floating leaves can be trained: {path!r} is {leaf}")
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise ValueError(f"what is trained itself starts from values: {path!r} is {leaf}")
     if rows and (not leaf.shape or rows[-1] >= leaf.shape[0]):
         raise ValueError(f"{path!r} of shape {leaf.shape} has no row {rows[-1]}")
 
@@ -201,12 +206,12 @@ def _cut(
     return tuple(cut) if any(cut) else None
 
 
-def _target(config: LoRAConfig, path: str, part: parts.Part | None) -> Target:
+def _target(config: LoRAConfig, path: str, part: parts.Part | None, shape: Any) -> Target:
     """Return a target with the rank and alpha that the patterns, or else the config, give it."""
     values: dict[str, Any] = {"rank_pattern": config.rank, "alpha_pattern": config.alpha}
     for field, default in values.items():
         pattern = getattr(config, field)
-        keys = [key for key in pattern if _means(key, path, part)]
+        keys = [key for key in pattern if _means(key, path, part, shape)]
         if len(keys) > 1:
             raise ValueError(f"{field} must name {parts.name(path, part)!r} once: got {keys}")
         values[field] = pattern[keys[0]] if keys else default
@@ -214,16 +219,19 @@ def _target(config: LoRAConfig, path: str, part: parts.Part | None) -> Target:
     return Target(path, part, rank, config.plain_alpha(alpha, rank))
 
 
-def _means(key: str, path: str, part: parts.Part | None) -> bool:
+def _means(key: str, path: str, part: parts.Part | None, shape: Any) -> bool:
     """Tell whether a key of a pattern is a name, or the expression, of a path or of a part."""
-    return _contains(path, key) or key == parts.name(path, part) or bool(re.fullmatch(key, path))
+    if parts.is_part(key):
+        name, text = parts.parse(key)
+        return _contains(path, name) and parts.resolve(text, shape) == part
+    return _contains(path, key) or bool(re.fullmatch(key, path))
 
 
-def _check_patterns(config: LoRAConfig, chosen: list[Target]) -> None:
+def _check_patterns(config: LoRAConfig, chosen: list[Target], shapes: dict[str, Any]) -> None:
     """Raise if a pattern names something that is not adapted."""
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
-            if not any(_means(key, target.path, target.part) for target in chosen):
+            if not any(_means(key, *t[:2], shapes[t.path]) for t in chosen):
                 near = paths.nearest(key, [target.path for target in chosen])
                 raise ValueError(f"{field} names {key!r}, which is no target; {near}")
 

@@ -18,7 +18,7 @@ class Row:
         path: its path.
         shape: its shape.
         rank: rank of its factors, 0 where it is not adapted.
-        trainable: parameters in its factors, or in it if it is trained whole.
+        trainable: parameters in its factors, or in what is trained of it itself.
         total: parameters in it and its factors.
         trainable_bytes: bytes of its factors.
         total_bytes: bytes of it and its factors.
@@ -68,7 +68,7 @@ class Summary:
             (
                 row.path,
                 str(row.shape),
-                str(row.rank or ("whole" if row.trainable else "frozen")),
+                str(row.rank or ("itself" if row.trainable else "frozen")),
                 f"{row.trainable:,}",
                 f"{row.total:,}",
                 f"{row.total_bytes:,}",
@@ -124,7 +124,8 @@ def _rows(path: str, leaf: Any) -> Iterator[Row]:
             yield _row(name, shape, None if isinstance(node.base, LoRAWeight) else leaf.plain, node)
     elif isinstance(leaf, TrainedLeaf | Replacement):
         base = leaf.base if isinstance(leaf, TrainedLeaf) else None
-        yield _row(path, leaf.value.shape, base, leaf)
+        shape = leaf.shape if isinstance(leaf, TrainedLeaf) else leaf.base.shape
+        yield _row(path, shape, base, leaf)
     else:
         yield _row(path, getattr(leaf, "shape", ()), leaf, None)
 

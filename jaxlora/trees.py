@@ -199,6 +199,8 @@ def _nodes(leaves: dict[str, Any], adapters: Adapters) -> dict[str, LoRAWeight |
         leaf = leaves[path]
         if paths.is_node(leaf):
             raise ValueError(f"the leaf {path!r} is adapted already: a plain tree is needed")
+        if path in nodes and None in (text, getattr(nodes[path], "part", None)):
+            raise ValueError(f"adapters has two for the leaf {path!r}, and one of them is for all")
         if isinstance(adapter, Replacement):
             nodes[path] = _replaced(path, leaf, adapter)
             continue

@@ -195,3 +195,15 @@ def test_layers_left_alone_do_not_change(key):
         assert changed.tolist() == [False] * 2 + [True] * 4
     y, plain = jaxlora.lora(stacked, strict=True)(params, x), stacked(merged, x)
     np.testing.assert_allclose(y, plain, rtol=1e-4, atol=1e-4 * np.abs(plain).max())
+
+
+def test_patterns_name_parts_as_targets_do():
+    params, x = {"w": normal(0, 8, 6)}, normal(1, 5, 8)
+    found = chosen(
+        lambda p, x: x @ p["w"],
+        params,
+        x,
+        targets=("w[:, :2]", "w[:, 2:]"),
+        rank_pattern={"w[:, :2]": 1, "w[:, -4:]": 3},
+    )
+    assert {name: rank for name, (rank, _) in found.items()} == {"w[:, 0:2]": 1, "w[:, 2:6]": 3}

@@ -191,7 +191,7 @@ def test_adapters_that_cannot_become_plain_are_refused():
         jaxlora.to_plain(fresh, fresh, base=PARAMS)
     with pytest.raises(ValueError, match="must be of one base: 'experts' is"):
         jaxlora.to_plain(adapters, fresh, base=PARAMS)
-    with pytest.raises(ValueError, match="must have the same paths"):
+    with pytest.raises(ValueError, match="must have the same paths: 'experts' is in one"):
         jaxlora.to_plain(adapters, {"query": initial["query"]}, base=PARAMS)
     other = {k: v for k, v in PARAMS.items() if k != "out"}
     with pytest.raises(ValueError, match="the base has no leaf 'out'"):
@@ -207,3 +207,46 @@ def test_start_inside_of_jit_is_that_outside():
     assert dataclasses.replace(inside["out"], base=0, a=0, b=0) == dataclasses.replace(
         init("pissa")["out"], base=0, a=0, b=0
     )
+
+
+def test_adapters_of_many_layers_become_plain_whatever_their_order():
+    params: Any = {"layers": [normal(i, 8, 8) for i in range(12)]}
+
+    def deep(params, x):
+        for w in params["layers"]:
+            x = jnp.tanh(x @ w)
+        return x
+
+    config = jaxlora.LoRAConfig(rank=2, initializer="pissa")
+    adapted = jaxlora.init(jax.random.key(0), deep, params, X, config=config)
+    base, initial = jaxlora.split(adapted)
+    adapters = jax.tree.map(lambda x: x + 0.1, initial)  # sorts the paths
+    assert list(adapters) != list(initial)
+    merged = jaxlora.merge(jaxlora.bind(params, jaxlora.to_plain(adapters, initial, base=params)))
+    for got, wanted in zip(
+        merged["layers"], jaxlora.merge(jaxlora.bind(base, adapters))["layers"], strict=True
+    ):
+        assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the base must be that given to init: 'layers/0' is what"):
+        jaxlora.to_plain(adapters, initial, base=base)
+
+
+def test_factors_of_other_shapes_are_refused():
+    turned = initializers.FromWeight("turned", lambda k, w, r, s: (w[:, :r].T, w[:r].T))
+    with pytest.raises(ValueError, match=r"'turned' must return a and b of the shapes .* 'query'"):
+        init(turned, targets=("query",))
+
+
+def test_weights_of_equal_shapes_share_a_program():
+    count = 0
+
+    def factors(key, weight, rank, scaling):
+        nonlocal count
+        count += 1
+        return weight[:, :rank], weight[:rank]
+
+    params: Any = {"layers": [normal(i, 8, 8) for i in range(4)]}
+    config = jaxlora.LoRAConfig(rank=2, initializer=initializers.FromWeight("own", factors))
+    model = lambda p, x: sum(x @ w for w in p["layers"])  # noqa: E731
+    jaxlora.init(jax.random.key(0), model, params, X, config=config)
+    assert count == 4 + 1  # its shapes for each, its program once

@@ -169,7 +169,7 @@ def test_what_has_no_meaning_with_a_magnitude_is_refused():
         start(targets=("w[0:4]",))
     shapes = {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32)}
     config = jaxlora.LoRAConfig(rank=2, magnitude=True)
-    with pytest.raises(ValueError, match="a magnitude starts from the values of a weight"):
+    with pytest.raises(ValueError, match="a magnitude starts from values: 'w' is"):
         jaxlora.init(jax.random.key(0), linear, shapes, normal(1, 5, 8), config=config)
     wrong = {"w": jaxlora.Adapter(**{**vars(adapters["w"]), "magnitude": jnp.ones(5)})}
     with pytest.raises(ValueError, match=r"the magnitude of 'w' must have the shape \(6,\)"):
@@ -182,3 +182,10 @@ def test_explain_counts_norms_and_gains():
     costs = [jaxlora.explain(linear, p, x).costs["w"].flops for p in (params, start())]
     crossed, gram, of_b, gains = 2 * 2 * 8 * 6, 2 * 2 * 2 * 8, 2 * 2 * 2 * 6, 5 * 6
     assert costs[1] - costs[0] > crossed + gram + of_b + gains
+
+
+def test_magnitude_of_narrow_factors_is_not_rounded():
+    params = start(dtype=jnp.bfloat16)
+    assert (params["w"].a.dtype, params["w"].magnitude.dtype) == (jnp.bfloat16, jnp.float32)
+    x = normal(1, 5, 8)
+    assert_allclose(jaxlora.lora(linear)(params, x), x @ normal(0, 8, 6), rtol=1e-5, atol=1e-6)

@@ -229,3 +229,9 @@ def test_preconditioner_of_an_nnx_module_is_refused():
     module = jaxlora.nnx.adapt(nnx.Rngs(1), module, X[0], config=jaxlora.LoRAConfig(rank=2))
     with pytest.raises(TypeError, match="needs Adapters or LoRAWeights"):
         optim.precondition().init(nnx.state(module, jaxlora.nnx.Factor))
+
+
+def test_preconditioner_of_one_factor_is_refused():
+    tx = jaxlora.freeze(optim.precondition(), train=("b",))
+    with pytest.raises(TypeError, match="precondition needs both factors"):
+        tx.init(jaxlora.split(adapted())[1])

@@ -117,7 +117,7 @@ def test_leaves_are_saved_and_loaded_and_merged(tmp_path):
 
 def test_leaves_are_counted_as_whole():
     text = str(jaxlora.summary(init()))
-    assert re.search(r"params/norm/scale +\(8,\) +whole +8 +16 ", text)
+    assert re.search(r"params/norm/scale +\(8,\) +itself +8 +16 ", text)
     assert jaxlora.summary(init()).trainable == 2 * (8 + 12) + 2 * 8
 
 
@@ -169,7 +169,10 @@ def test_mistakes_are_named():
     base, adapters = moved(init())
     integers = {"params": PARAMS["params"] | {"count": jnp.arange(3)}}
     for make, message in [
-        (lambda: init(train=("nrom",)), "'nrom' is to be trained, no leaf; nearest: 'params/norm"),
+        (
+            lambda: init(train=("nrom",)),
+            "'nrom' is to be trained, but is no leaf; nearest: 'params/norm",
+        ),
         (lambda: init(train=("up",)), "'up' is to be trained, and 'params/up/kernel' is adapted"),
         (lambda: init(train=("norm/scale[0:2]",)), "train must name whole weights"),
         (lambda: init(train="("), "train is no regular expression"),
@@ -198,7 +201,7 @@ def test_model_without_biases_is_refused():
         return x @ params["w"]
 
     config = jaxlora.LoRAConfig(rank=2, bias="all")
-    with pytest.raises(ValueError, match="'bias' is to be trained, no leaf"):
+    with pytest.raises(ValueError, match="'bias' is to be trained, but is no leaf"):
         jaxlora.init(jax.random.key(0), linear, {"w": normal(0, 8, 6)}, X, config=config)
 
 
@@ -244,7 +247,7 @@ def test_rows_that_are_not_there_are_refused():
         ({"rows": {"embedding": ()}}, r"rows\['embedding'\] must be indices from 0"),
         (
             {"rows": {"embeding": (1,)}},
-            "'embeding' is to be trained, no leaf",
+            "'embeding' is to be trained, but is no leaf",
         ),
         ({"rows": {"w": (1,)}}, "'w' is to be trained, and 'w' is adapted"),
         ({"train": ("embedding",)}, "'embedding' is to be trained twice"),
@@ -257,3 +260,79 @@ def test_rows_that_are_not_there_are_refused():
     wrong = {"embedding": Replacement(jnp.ones((3, 6)), adapters["embedding"].base, (1, 7))}
     with pytest.raises(ValueError, match=r"the value for 'embedding' must have the shape \(2, 6\)"):
         jaxlora.bind(base, wrong)
+
+
+def test_rows_are_told_with_the_shape_of_the_leaf():
+    assert re.search(r"embedding +\(10, 6\) +itself +12 ", str(jaxlora.summary(rows_of())))
+
+
+def test_adapters_alone_are_frozen_by_name():
+    """Also a leaf whose own name is that of a factor is known by what it is."""
+    params = {"w": normal(0, 8, 6), "b": normal(1, 6)}
+
+    def model(params, x):
+        return x @ params["w"] + params["b"][None]
+
+    config = jaxlora.LoRAConfig(rank=2, bias="all")
+    adapters = jaxlora.split(jaxlora.init(jax.random.key(0), model, params, X, config=config))[1]
+    ones = jax.tree.map(jnp.ones_like, adapters)
+    for train, wanted in {("value",): (0, -1), ("b",): (-1, 0), ("b", "value"): (-1, -1)}.items():
+        tx = jaxlora.freeze(optax.sgd(1.0), train=train)
+        updates: Any = tx.update(ones, tx.init(adapters), adapters)[0]
+        assert not updates["w"].a.any()
+        assert_array_equal(updates["w"].b, jnp.full((2, 6), wanted[0]))
+        assert_array_equal(updates["b"].value, jnp.full(6, wanted[1]))
+    updates = jaxlora.optim.scale_rates(b=16).update(ones, optax.EmptyState(), adapters)[0]
+    assert_array_equal(updates["b"].value, ones["b"].value)
+
+
+def test_leaves_of_a_module_are_frozen_by_name():
+    module = nnx.Sequential(nnx.LayerNorm(8, rngs=nnx.Rngs(0)), nnx.Linear(8, 4, rngs=nnx.Rngs(1)))
+    config = jaxlora.LoRAConfig(rank=2, train=("scale",), bias="lora_only")
+    adapted = jaxlora.nnx.adapt(nnx.Rngs(2), module, X, config=config)
+    before = adapted.adapters()
+    tx = jaxlora.freeze(optax.sgd(1.0), train=("value",))
+    optimizer = nnx.Optimizer(adapted, tx, wrt=jaxlora.nnx.Factor)
+    factors = nnx.state(adapted, jaxlora.nnx.Factor)
+    optimizer.update(adapted, jax.tree.map(jnp.ones_like, factors))
+    for path, adapter in adapted.adapters().items():
+        for name in ("a", "b", "value"):
+            if hasattr(adapter, name):
+                step = getattr(adapter, name) - getattr(before[path], name)
+                assert_allclose(step, -1.0 if name == "value" else 0.0, atol=1e-6)
+
+
+def test_function_that_changes_its_arguments_changes_those_of_the_caller():
+    class Counter(nnx.Module):
+        def __init__(self):
+            self.count = nnx.Variable(jnp.zeros(()))
+
+    def count(params, counter):
+        counter.count.set_value(counter.count.get_value() + 1)
+        return params["w"]
+
+    counter = Counter()
+    jaxlora.lora(count)({"w": jnp.ones(3)}, counter)
+    assert counter.count.get_value() == 1
+
+
+def test_shapes_of_leaves_to_train_are_refused():
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
+    with pytest.raises(ValueError, match="starts from values: 'params/norm/bias' is ShapeDtype"):
+        init(shapes)
+
+
+def test_leaf_with_an_adapter_has_no_replacement():
+    base, adapters = moved(init())
+    both = adapters | {"params/up/kernel[0:4]": adapters["params/up/kernel"]}
+    value = Replacement(jnp.ones((8, 12)), adapters["params/up/kernel"].base)
+    for pair in (both, both | {"params/up/kernel": value}):
+        with pytest.raises(ValueError, match="adapters has two for the leaf 'params/up/kernel'"):
+            jaxlora.bind(base, pair)
+
+
+def test_adapters_load_on_a_tree_with_leaves_to_train(tmp_path):
+    params = init()
+    jaxlora.save_adapters(tmp_path / "a", jaxlora.split(params)[1])
+    loaded = jaxlora.load_adapters(tmp_path / "a", base=params)
+    assert whole(loaded) == NORM

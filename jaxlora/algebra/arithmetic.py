@@ -10,7 +10,7 @@ from jaxlora import paths, svd
 from jaxlora.algebra import matrices
 from jaxlora.magnitude import merged
 from jaxlora.trees import Adapters
-from jaxlora.weight import Adapter, LoRAWeight, scaling
+from jaxlora.weight import Adapter, LoRAWeight, merge_dtype, scaling
 
 
 def scale(adapters: Adapters, factor: Any) -> Adapters:
@@ -59,7 +59,11 @@ def delta(params: Any, path: str) -> jax.Array:
         what = "is not adapted" if path in leaves else "is no leaf of params"
         raise ValueError(f"{path!r} {what}; {paths.nearest(path, adapted)}")
     node = leaves[path]
-    return node.delta() if node.magnitude is None else merged(node) - node.plain
+    return (
+        node.delta()
+        if node.magnitude is None
+        else merged(node) - node.plain.astype(merge_dtype(node.dtype))
+    )
 
 
 def pad(adapters: Adapters, rank: int) -> Adapters:

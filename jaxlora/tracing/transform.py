@@ -86,6 +86,8 @@ def values(tree: Any) -> Any:
     def is_whole(leaf):
         return isinstance(leaf, TrainedLeaf)
 
+    if not any(map(is_whole, jax.tree.leaves(tree, is_leaf=is_whole))):
+        return tree  # itself: what a function does to its arguments must be done to these
     return jax.tree.map(lambda x: x.now if is_whole(x) else x, tree, is_leaf=is_whole)
 
 
@@ -112,7 +114,8 @@ def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:
             base is then multiplied once for all.
 
     Returns:
-        A function of the same signature. Without a `LoRAWeight` among its arguments it is fn.
+        A function of the same signature. Without a `LoRAWeight` or a `TrainedLeaf`
+        among its arguments it is fn.
 
     Raises:
         ValueError: there is no such form; with strict, at a call in which a weight reaches an
