@@ -49,9 +49,7 @@ def split(params: Any) -> tuple[Any, Adapters]:
     plain |= {path: leaf.base for path, leaf in whole.items()}
     prints = fingerprints.take(plain)
     adapters: Adapters = {
-        parts.name(path, node.part): Adapter(
-            node.a, node.b, node.roles, node.alpha, prints[path], node.changed, node.magnitude
-        )
+        parts.name(path, node.part): node.adapter(prints[path])
         for path in nodes
         for node in nodes[path].layers
     }
@@ -206,16 +204,7 @@ def _nodes(leaves: dict[str, Any], adapters: Adapters) -> dict[str, LoRAWeight |
             continue
         part = check_fits(name, text, leaf, adapter)
         below = nodes.get(path, leaf)
-        nodes[path] = LoRAWeight(
-            below,
-            adapter.a,
-            adapter.b,
-            adapter.roles,
-            adapter.alpha,
-            part,
-            changed=adapter.changed,
-            magnitude=adapter.magnitude,
-        )
+        nodes[path] = adapter.over(below, part)
         if len({node.roles for node in nodes[path].layers}) > 1:
             raise ValueError(f"the adapters of parts of {path!r} differ in the roles of its axes")
     return nodes

@@ -126,6 +126,11 @@ class Adapter:
         """Number of columns of ``a``."""
         return self.a.shape[-1]
 
+    def over(self, base: Any, part: parts.Part | None) -> "LoRAWeight":
+        """Return the node of these factors over a weight or a node, for a part of it or all."""
+        fields: dict[str, Any] = {"changed": self.changed, "magnitude": self.magnitude}
+        return LoRAWeight(base, self.a, self.b, self.roles, self.alpha, part, **fields)
+
     def __repr__(self):
         a, b = (getattr(x, "shape", x) for x in (self.a, self.b))
         return f"Adapter(a={a}, b={b}, alpha={self.alpha:g})"
@@ -173,6 +178,10 @@ class LoRAWeight:
     def plain(self) -> Any:
         """The frozen weight, beneath every node."""
         return self.layers[0].base
+
+    def adapter(self, base: Fingerprint) -> Adapter:
+        """Return what is trained of this node, for a base of this fingerprint."""
+        return Adapter(self.a, self.b, self.roles, self.alpha, base, self.changed, self.magnitude)
 
     def over(self, plain: Any) -> "LoRAWeight":
         """Return the same nodes over another frozen weight."""
