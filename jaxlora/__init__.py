@@ -21,6 +21,7 @@ from jaxlora import exporting as exporting
 from jaxlora.adapt import dropout, init
 from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
 from jaxlora.config import LoRAConfig
+from jaxlora.observing import gradients, moments
 from jaxlora.optim import freeze
 from jaxlora.report import Report, explain
 from jaxlora.residual import to_plain
@@ -52,12 +53,14 @@ __all__ = [
     "explain",
     "find_sites",
     "freeze",
+    "gradients",
     "init",
     "initializers",
     "load_adapters",
     "lora",
     "mask",
     "merge",
+    "moments",
     "optim",
     "save_adapters",
     "save_merged",

@@ -39,7 +39,7 @@ class LoRAConfig:
         initializer: how ``a`` starts: ``"uniform"`` (±1/√in), ``"normal"``, ``"kaiming"``,
             ``"orthogonal"``, or a function ``(key, (in, rank), dtype) -> array``. Or how both
             factors start from the weight, and change the base: ``"pissa"``, ``"milora"``,
-            ``"olora"``, or a `jaxlora.initializers.FromWeight`.
+            ``"olora"``, or a `jaxlora.initializers.FromWeight`, also with data.
         train: also train these leaves whole: names or one regular expression, as targets; norms,
             biases, a new head. They keep their dtype, and the base keeps what they were.
         rows: also train rows of these leaves, by name as in the patterns: indices along the first

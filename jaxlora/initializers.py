@@ -5,13 +5,14 @@ those will do; ``b`` starts at zero, so that a fresh adapter changes nothing. It
 entry of a stack with ``shape = (in, rank)``, where ``in`` is the product of the weight's in axes,
 so that fan-in means what it says.
 
-A `FromWeight` makes both factors of the weight, and their product is taken out of the base, so that
-training starts from the weight's own directions and the output stays what it was.
+A `FromWeight` makes both factors of the weight, or of data and the weight, and their product is
+taken out of the base, so that training starts from directions that matter and the output stays what
+it was.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -31,10 +32,15 @@ class FromWeight:
         name: what adapters and errors call it.
         factors: a function ``(key, weight, rank, scaling) -> (a, b)`` of a float32 matrix
             ``(in, out)``; ``scaling * a b`` is taken out of the base.
+        changes_base: the product is not zero.
+        data: what the function gets behind the others, for each target one array for each entry of
+            its stack, from `jaxlora.moments` or `jaxlora.gradients`; or None.
     """
 
     name: str
-    factors: Callable[[jax.Array, jax.Array, int, float], tuple[jax.Array, jax.Array]]
+    factors: Callable[..., tuple[jax.Array, jax.Array]]
+    changes_base: bool = True
+    data: Mapping[str, jax.Array] | None = dataclasses.field(default=None, hash=False)
 
 
 def uniform(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
@@ -81,6 +87,73 @@ def pissa(iterations: int | None = None) -> FromWeight:
         return _of_svd(svd.randomized(key, weight, rank, iterations), scaling)
 
     return FromWeight("pissa", factors)
+
+
+def eva(moments: Mapping[str, jax.Array]) -> FromWeight:
+    """Return the start at the directions in which the inputs vary most, with ``b`` zero.
+
+    They are the first right singular vectors of all inputs (Paischer et al. 2024,
+    arXiv:2410.07170), of one rank for all weights. The base stays as it is.
+
+    Args:
+        moments: from `jaxlora.moments`.
+    """
+
+    def factors(key, weight, rank, scaling, moments):
+        del key, scaling
+        vectors = jnp.linalg.eigh(moments)[1]
+        return vectors[:, ::-1][:, :rank], jnp.zeros((rank, weight.shape[1]))
+
+    return FromWeight("eva", factors, changes_base=False, data=moments)
+
+
+def corda(moments: Mapping[str, jax.Array], *, keep: bool = False) -> FromWeight:
+    """Return the start at what of a weight matters most, or least, for some inputs.
+
+    With ``C = x^T x``, 0.01 of its mean added to its diagonal as PEFT does, and ``C W = u s v``, it
+    is ``C^-1 u s v`` of the largest singular values (Yang et al. 2024, arXiv:2406.05223).
+
+    Args:
+        moments: from `jaxlora.moments`.
+        keep: of the smallest instead, which keeps what is known about these inputs.
+    """
+
+    def factors(key, weight, rank, scaling, moments):
+        del key
+        mean = jnp.trace(moments) / len(moments)
+        damped = moments / mean + 0.01 * jnp.eye(len(moments))
+        u, s, v = jnp.linalg.svd(damped @ weight, full_matrices=False)
+        kept = slice(-rank, None) if keep else slice(rank)
+        a, b = _of_svd((u[:, kept], s[kept], v[kept]), scaling)
+        return jnp.linalg.solve(damped, a), b
+
+    return FromWeight("corda", factors, data=moments)
+
+
+def lora_ga(gradients: Mapping[str, jax.Array], *, gamma: float = 16.0) -> FromWeight:
+    """Return the start whose first step is near that of full fine-tuning.
+
+    With the gradient ``u s v`` of a weight, ``a`` is the first ``rank`` columns of u and ``b`` the
+    next rows of ``s v`` times ``out^(1/4) / gamma^(1/2)`` (Wang et al. 2024, arXiv:2407.05000; with
+    the directions and the scale of PEFT).
+
+    Args:
+        gradients: from `jaxlora.gradients`.
+        gamma: the larger, the smaller ``b``; positive.
+
+    Raises:
+        ValueError: gamma is not positive.
+    """
+    if not gamma > 0:
+        raise ValueError(f"gamma must be positive: got {gamma}")
+
+    def factors(key, weight, rank, scaling, gradient):
+        del key, scaling
+        u, s, v = svd.truncated(gradient, 2 * rank)
+        b = s[rank:, None] * v[rank:] * weight.shape[1] ** 0.25 / gamma**0.5
+        return u[:, :rank], b
+
+    return FromWeight("lora_ga", factors, data=gradients)
 
 
 def _milora(key, weight, rank, scaling):

@@ -7,6 +7,7 @@ weight as it was.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from jaxlora.weight import Adapter, LoRAWeight, Roles, merge_dtype, scaling
 class _How(NamedTuple):
     """What has to be known to take a product out of a weight."""
 
-    initializer: FromWeight
+    factors: Callable[..., Any]
     part: parts.Part | None
     rank: int
     alpha: float
@@ -53,41 +54,66 @@ def take_out(
     name = parts.name(target.path, target.part)
     if not hasattr(plain, "__array__"):
         raise ValueError(f"{initializer.name!r} starts from values: {name!r} is {plain}")
-    how = _How(initializer, *target[1:], roles, dtype)
-    _check_factors(name, how, parts.shape(target.part, plain.shape))
+    how = _How(initializer.factors, *target[1:], roles, dtype)
+    shape = parts.shape(target.part, plain.shape)
+    data = _data(name, initializer, math.prod(roles.sizes(shape)[0]))
+    _check_factors(name, initializer.name, how, shape, data)
     axes = (tuple(range(plain.ndim)), *sharding.factor_axes(roles, target.part)[:2], ())
-    left, a, b, finite = sharding.run(_taken_out, how, (key, plain), plain, axes)
+    left, a, b, finite = sharding.run(_taken_out, how, (key, plain, data), plain, axes)
     if not isinstance(finite, Tracer) and not finite:
         raise ValueError(f"{initializer.name!r} needs finite values: {name!r} holds NaN or inf")
+    if not initializer.changes_base:
+        return LoRAWeight(base, a, b, roles, target.alpha, target.part)
     below = base.over(left) if isinstance(base, LoRAWeight) else left
     return LoRAWeight(below, a, b, roles, target.alpha, target.part, changed=initializer.name)
 
 
-def _check_factors(name: str, how: _How, shape: tuple[int, ...]) -> None:
+def _data(name: str, initializer: FromWeight, entries: int) -> tuple[jax.Array, ...]:
+    """Return what the initializer gets for a target, or nothing where it needs nothing."""
+    if initializer.data is None:
+        return ()
+    if name not in initializer.data:
+        near = paths.nearest(name, initializer.data)
+        raise ValueError(f"{initializer.name!r} has no data for the target {name!r}; {near}")
+    found = initializer.data[name]
+    if found.ndim != 3 or len(found) != entries:
+        raise ValueError(
+            f"the data for {name!r} must be a matrix for each of {entries} entries of its stack: "
+            f"got shape {found.shape}"
+        )
+    return (found,)
+
+
+def _check_factors(
+    name: str, initializer: str, how: _How, shape: tuple[int, ...], data: tuple[Any, ...]
+) -> None:
     """Raise if the initializer makes factors of other shapes for a weight of this shape."""
     _, *sides = (math.prod(sizes) for sizes in how.roles.sizes(shape))
     weight = jax.ShapeDtypeStruct(tuple(sides), jnp.float32)
     made = jax.eval_shape(
-        lambda w: how.initializer.factors(
-            jax.random.key(0), w, how.rank, scaling(how.alpha, how.rank)
+        lambda w, *data: how.factors(
+            jax.random.key(0), w, how.rank, scaling(how.alpha, how.rank), *data
         ),
         weight,
+        *(x[0] for x in data),
     )
     wanted = [(sides[0], how.rank), (how.rank, sides[1])]
     if (got := [x.shape for x in made]) != wanted:
         raise ValueError(
-            f"{how.initializer.name!r} must return a and b of the shapes {wanted} for {name!r}: "
-            f"got {got}"
+            f"{initializer!r} must return a and b of the shapes {wanted} for {name!r}: got {got}"
         )
 
 
-def _taken_out(key: jax.Array, weight: jax.Array, how: _How) -> tuple[jax.Array, ...]:
+def _taken_out(
+    key: jax.Array, weight: jax.Array, data: tuple[jax.Array, ...], how: _How
+) -> tuple[jax.Array, ...]:
     """Return what is left of a weight, the factors, and whether all are finite."""
-    initializer, part, rank, alpha, roles, dtype = how
+    factors, part, rank, alpha, roles, dtype = how
     cut = weight[parts.slices(part)]
     each = matrices.of_weight(cut, roles)
-    a, b = jax.vmap(lambda key, w: initializer.factors(key, w, rank, scaling(alpha, rank)))(
-        jax.random.split(key, len(each)), each
+    scale = scaling(alpha, rank)
+    a, b = jax.vmap(lambda key, w, *data: factors(key, w, rank, scale, *data))(
+        jax.random.split(key, len(each)), each, *data
     )
     shapes = roles.factor_shapes(cut.shape, rank)
     a, b = (x.reshape(shape).astype(dtype) for x, shape in zip((a, b), shapes, strict=True))

@@ -21,7 +21,7 @@ from jaxlora.tracing.interpreter import (
     Use,
     Walk,
 )
-from jaxlora.tracing.transform import is_array, lora, trace, values
+from jaxlora.tracing.transform import is_array, lora, observe, trace, values
 
 __all__ = [
     "CONTRACTED",
@@ -38,6 +38,7 @@ __all__ = [
     "indexing",
     "is_array",
     "lora",
+    "observe",
     "spmd",
     "structural",
     "trace",

@@ -11,6 +11,7 @@ from jax import lax
 from jaxlora.tracing import compat, forms
 from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
+from jaxlora.tracing.product import told
 from jaxlora.tracing.term import Sides, Term
 
 
@@ -89,6 +90,9 @@ def _product(walk: Walk, eqn: Any, x: Any, weight: LowRank, side: int) -> Any:
         return compat.bind(eqn, [x, w] if side else [w, x])[0]
 
     term = Term.of(eqn, side, weight, x)
+    if walk.observes:
+        y = bind(x, weight.base)
+        return told(y, *term.narrow(walk, x, [weight])) if term.order == ("a", "b") else y
     if (gain := term.gain) is not None and gain.side == "weight":
         return bind(x, walk.densify(eqn, weight, "its magnitude is along summed and other axes"))
     columns, weight = weight.gain, weight.replace(gain=None)

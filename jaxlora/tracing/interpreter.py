@@ -96,6 +96,7 @@ class Walk:
         strict: raise where a weight would be materialized.
         form: form of the products, see `jaxlora.tracing.forms`.
         is_linear: the program is a derivative, to be transposed, and so nothing in it is named.
+        observes: products tell of their inputs and have no low-rank term, see `transform.observe`.
         uses: the uses met so far, or None where they are not wanted.
         frame: the program being run.
         numbers: with uses, the number by which `cost.scope` knows the paths of a weight.
@@ -108,8 +109,9 @@ class Walk:
         form: Form = "auto",
         record: bool = False,
         is_linear: bool = False,
+        observes: bool = False,
     ):
-        self.strict, self.is_linear = strict, is_linear
+        self.strict, self.is_linear, self.observes = strict, is_linear, observes
         self.form: Form = form
         self.uses: dict[Any, Use] | None = {} if record else None
         self.numbers: dict[tuple[str, ...], int] = {}

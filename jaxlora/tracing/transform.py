@@ -132,7 +132,20 @@ def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:
     """
     if form not in typing.get_args(Form):
         raise ValueError(f"form must be one of {typing.get_args(Form)}: got {form!r}")
-    walk = Walk(strict=strict, form=form)
+    return _low_rank(fn, Walk(strict=strict, form=form))
+
+
+def observe(fn: F) -> F:
+    """Make a function of adapted weights whose gradients tell of the inputs of its products.
+
+    Its results are those of the bases. The gradient of a factor ``a`` of any function of them is
+    ``(x^T x) a``, with x all that the weight was multiplied with.
+    """
+    return _low_rank(fn, Walk(observes=True))
+
+
+def _low_rank(fn: F, walk: Walk) -> F:
+    """Return a function that is evaluated by a walk."""
 
     @functools.wraps(fn)
     def fn_lora(*args, **kwargs):

@@ -163,3 +163,75 @@ def test_start_from_the_weight_takes_out_the_same(initializer):
     assert_allclose(node.delta(), 2 * wanted_a @ wanted_b, rtol=1e-4, atol=1e-5)
     assert_allclose(abs(node.a), abs(wanted_a), rtol=1e-3, atol=1e-4)  # signs are free
     assert_allclose(abs(node.b), abs(wanted_b), rtol=1e-3, atol=1e-4)
+
+
+def compared(model, config, initializer):
+    """Check that PEFT's start of a layer takes out what ours does."""
+    kernel = jnp.asarray(model.up.weight.detach().numpy().T.copy())
+    layer = peft.get_peft_model(model, config).base_model.model.up
+    a, b = (group["default"].weight.detach().numpy().T for group in (layer.lora_A, layer.lora_B))
+    params = jaxlora.init(
+        jax.random.key(0),
+        lambda params, x: x @ params["up"],
+        {"up": kernel},
+        jnp.ones((2, 8)),
+        config=jaxlora.LoRAConfig(rank=2, alpha=4, initializer=initializer),
+    )
+    node, left = params["up"], layer.base_layer.weight.detach().numpy().T
+    if initializer.name == "lora_ga":  # the signs of each are free, and so that of the product
+        assert_allclose(abs(node.a), abs(a), rtol=1e-2, atol=1e-4)
+        assert_allclose(abs(node.b), abs(b), rtol=1e-2, atol=1e-4 * abs(b).max())
+        return
+    assert_allclose(node.delta(), 2 * a @ b, rtol=1e-3, atol=1e-4)
+    assert_allclose(node.base, left, rtol=1e-3, atol=1e-4)
+
+
+def start_config(**options):
+    return peft.LoraConfig(r=2, lora_alpha=4, target_modules=["up"], **options)
+
+
+def inputs():
+    torch.manual_seed(0)
+    return Model(), torch.randn(64, 8) * torch.arange(1, 9)
+
+
+CONFIG = jaxlora.LoRAConfig(rank=2, targets=("up",))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_corda_takes_out_the_same(keep):
+    model, x = inputs()
+    kernel = {"up": jnp.asarray(model.up.weight.detach().numpy().T.copy())}
+    from peft.tuners.lora.corda import preprocess_corda
+
+    method = peft.tuners.lora.config.CordaConfig(corda_method="kpm" if keep else "ipm")
+    config = start_config(init_lora_weights="corda", corda_config=method)
+    preprocess_corda(model, config, run_model=lambda: model.up(x))
+    batches = [(jnp.asarray(x.numpy()),)]
+    found = jaxlora.moments(lambda p, x: x @ p["up"], kernel, batches, config=CONFIG)
+    compared(model, config, jaxlora.initializers.corda(found, keep=keep))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_lora_ga_takes_out_the_same():
+    model, x = inputs()
+    bias = jnp.asarray(model.up.bias.detach().numpy())
+    kernel = {"up": jnp.asarray(model.up.weight.detach().numpy().T.copy())}
+    config = start_config(
+        init_lora_weights="lora_ga", lora_ga_config=peft.tuners.lora.config.LoraGAConfig()
+    )
+
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    def step():
+        model.zero_grad()
+        torch.sin(model.up(x)).sum().backward()
+
+    preprocess_loraga(model, config, step)
+
+    def loss(params, x):
+        return jnp.sin(x @ params["up"] + bias[None]).sum()
+
+    batches = [(jnp.asarray(x.numpy()),)]
+    found = jaxlora.gradients(loss, kernel, batches, config=CONFIG)
+    compared(model, config, jaxlora.initializers.lora_ga(found))
