@@ -177,3 +177,11 @@ def test_lora_ga_starts_along_the_gradient():
     config = jaxlora.LoRAConfig(rank=5, targets=("query",), initializer=initializers.lora_ga(found))
     with pytest.raises(ValueError, match="'lora_ga' must return a and b of the shapes"):
         jaxlora.init(jax.random.key(0), fn, PARAMS, BATCHES[0][0], config=config)
+
+
+def test_moments_of_narrow_inputs_are_summed_wide():
+    params, x = {"w": normal(0, 8, 6, dtype=jnp.bfloat16)}, normal(1, 400, 8, dtype=jnp.bfloat16)
+    config = jaxlora.LoRAConfig(rank=2)
+    found = jaxlora.moments(lambda p, x: x @ p["w"], params, [(x,)], config=config)["w"]
+    assert found.dtype == jnp.float32
+    assert_allclose(found[0], gram(x, 8), rtol=1e-5, atol=1e-5)

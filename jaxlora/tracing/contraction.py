@@ -4,6 +4,7 @@ Each runs the program's own operation on the base and adds the low-rank term, co
 dtype of the operation. The weight is never formed.
 """
 
+import dataclasses
 from typing import Any
 
 from jax import lax
@@ -13,6 +14,7 @@ from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
 from jaxlora.tracing.product import told
 from jaxlora.tracing.term import Sides, Term
+from jaxlora.weight import merge_dtype
 
 
 @rule("dot_general")
@@ -91,8 +93,7 @@ def _product(walk: Walk, eqn: Any, x: Any, weight: LowRank, side: int) -> Any:
 
     term = Term.of(eqn, side, weight, x)
     if walk.observes:
-        y = bind(x, weight.base)
-        return told(y, *term.narrow(walk, x, [weight])) if term.order == ("a", "b") else y
+        return _observed(walk, bind(x, weight.base), x, weight, term)
     if (gain := term.gain) is not None and gain.side == "weight":
         return bind(x, walk.densify(eqn, weight, "its magnitude is along summed and other axes"))
     columns, weight = weight.gain, weight.replace(gain=None)
@@ -112,6 +113,16 @@ def _product(walk: Walk, eqn: Any, x: Any, weight: LowRank, side: int) -> Any:
         return y
     with walk.scope(weight):
         return gain.scale(y, columns)
+
+
+def _observed(walk: Walk, y: Any, x: Any, weight: LowRank, term: Term) -> Any:
+    """Return the product y, whose gradients tell of the input, in float32 or wider."""
+    if term.order != ("a", "b"):  # it sums over the columns: what goes in is no input of ``a``
+        return y
+    wide = merge_dtype(x.dtype)
+    weight = weight.replace(base=weight.base.astype(wide))
+    term = dataclasses.replace(term, dtype=wide, precision=lax.Precision.HIGHEST)
+    return told(y, *term.narrow(walk, x.astype(wide), [weight]))
 
 
 @rule("ragged_dot_general")
