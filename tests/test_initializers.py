@@ -10,27 +10,14 @@ import pytest
 from cases import normal
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
+from test_algebra import PARAMS, X, model
 
 import jaxlora
 import jaxlora.nnx
 from jaxlora import initializers, svd
 
-X = normal(0, 2, 5, 8)
-PARAMS = {
-    "query": normal(1, 8, 2, 4),
-    "out": normal(2, 2, 4, 8),
-    "experts": normal(3, 3, 8, 6),
-    "bias": normal(4, 6),
-}
 EVERY = ["pissa", initializers.pissa(8), "milora", "olora"]
 every = pytest.mark.parametrize("initializer", EVERY, ids=["pissa", "fast", "milora", "olora"])
-
-
-def model(params, x):
-    heads = jnp.einsum("btd,dnh->btnh", x, params["query"])
-    y = jnp.einsum("btnh,nhd->btd", jnp.tanh(heads), params["out"])
-    y = jnp.einsum("ebtd,edf->ebtf", jnp.stack([y, 2 * y, -y]), params["experts"])
-    return y + params["bias"].reshape(1, 1, 1, -1)
 
 
 def init(initializer, params: Any = PARAMS, targets: Any = "all-linear", **config) -> Any:
