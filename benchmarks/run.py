@@ -29,6 +29,7 @@ WIDE = "--layers 2 --width 768 --hidden 3072 --heads 12 --batch 4 --time 512"
 BENCHMARKS = {  # environment, script and options
     "train_step": ("jax", "train_step.py"),
     "train_step_forms": ("jax", "train_step.py --variants floor full factored weight-side lora"),
+    "train_step_magnitudes": ("jax", "train_step.py --variants floor full lora dora"),
     "train_step_wide_remat_scan": ("jax", f"train_step.py {WIDE} --remat --scan"),
     "train_step_bfloat16": ("jax", "train_step.py --layers 3 --dtype bfloat16"),
     "peers_torch": ("torch", "peers_torch.py"),
