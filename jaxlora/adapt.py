@@ -103,9 +103,8 @@ def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRACo
         config.dtype,
         site.roles.factor_shapes(whole, rank),
     )
-    plain = base.plain if isinstance(base, LoRAWeight) else base
     axes = sharding.factor_axes(site.roles, part)[:2]
-    a, b = sharding.make(_draw, factors, key, plain, axes)
+    a, b = sharding.make(_draw, factors, key, paths.plain(base), axes)
     return LoRAWeight(base, a, b, site.roles, alpha, part)
 
 

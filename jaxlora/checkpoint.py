@@ -26,7 +26,7 @@ import numpy as np
 from jaxlora import fingerprints, parts, paths, sharding
 from jaxlora.processes import together
 from jaxlora.trees import FACTORS, Adapters, bind, merge, split
-from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Replacement, Roles, TrainedLeaf
+from jaxlora.weight import Adapter, Fingerprint, Replacement, Roles
 
 FORMAT = "jaxlora.adapters"
 FORMAT_VERSION = 1
@@ -153,7 +153,7 @@ def _describe(name: str, adapter: Adapter | Replacement) -> dict[str, Any]:
 def _abstract(entry: dict[str, Any], leaves: dict[str, Any]) -> Adapter | Replacement:
     """Return the adapter that was described: shapes, sharded as their axes of its leaf."""
     path, text = parts.locate(entry["path"], leaves)
-    known = sharding.of(_plain(leaves.get(path)))
+    known = sharding.of(paths.plain(leaves.get(path)))
     base = Fingerprint(**entry["base"] | {"shape": tuple(entry["base"]["shape"])})
     if "roles" not in entry:
         (dtype,), rows = entry["dtypes"], entry["rows"] and tuple(entry["rows"])
@@ -183,7 +183,7 @@ def _abstract(entry: dict[str, Any], leaves: dict[str, Any]) -> Adapter | Replac
 def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
     """Return a line for each weight of the base that is not the one an adapter was made for."""
     located = {name: parts.locate(name, leaves)[0] for name in adapters}
-    present = {path: _plain(leaves[path]) for path in located.values() if path in leaves}
+    present = {path: paths.plain(leaves[path]) for path in located.values() if path in leaves}
     prints = fingerprints.take(present)
     lines = []
     for name, adapter in adapters.items():
@@ -201,12 +201,6 @@ def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
                 line += f"; the base that {adapter.changed} has left is needed, or jaxlora.to_plain"
             lines.append(line)
     return lines
-
-
-def _plain(leaf: Any) -> Any:
-    if isinstance(leaf, TrainedLeaf):
-        return leaf.base
-    return leaf.plain if isinstance(leaf, LoRAWeight) else leaf
 
 
 def _write(path: PathLike, tree: Any, about: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def gain(weight: LoRAWeight) -> jax.Array:
     Args:
         weight: a node with a magnitude.
     """
-    norm = jax.lax.stop_gradient(norms(jax.lax.stop_gradient(weight)))
+    norm = norms(jax.lax.stop_gradient(weight))
     magnitude = weight.magnitude.astype(norm.dtype)
     return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
 

@@ -74,8 +74,7 @@ def freeze(
     )
 
     def init(params):
-        if not any(jax.tree.leaves(chosen(params))):
-            raise ValueError("the tree has no factors to train: make some with jaxlora.init")
+        _check_some(jax.tree.leaves(chosen(params)))
         return factors_only.init(params)
 
     return optax.GradientTransformationExtraArgs(init, factors_only.update)
@@ -243,6 +242,10 @@ def _unboxed(keys: Any) -> tuple[Any, ...]:
 def _init_stateless(params: Any) -> Any:
     import optax
 
-    if not any(_factor_names(params)):
-        raise ValueError("the tree has no factors to train: make some with jaxlora.init")
+    _check_some(_factor_names(params))
     return optax.EmptyState()
+
+
+def _check_some(factors: Sequence[Any]) -> None:
+    if not any(factors):
+        raise ValueError("the tree has no factors to train: make some with jaxlora.init")

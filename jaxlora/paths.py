@@ -20,6 +20,13 @@ def is_node(leaf: Any) -> bool:
     return isinstance(leaf, LoRAWeight | Adapter | TrainedLeaf | Replacement)
 
 
+def plain(leaf: Any) -> Any:
+    """Return the frozen array beneath a node of a tree, or the leaf itself."""
+    if isinstance(leaf, TrainedLeaf):
+        return leaf.base
+    return leaf.plain if isinstance(leaf, LoRAWeight) else leaf
+
+
 def _part(key: Any) -> str:
     match key:
         case DictKey() | FlattenedIndexKey():

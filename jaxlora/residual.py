@@ -50,7 +50,7 @@ def take_out(
         ValueError: the weight is the shape of one, or is not finite; the initializer makes factors
             of other shapes.
     """
-    plain = base.plain if isinstance(base, LoRAWeight) else base
+    plain = paths.plain(base)
     name = parts.name(target.path, target.part)
     if not hasattr(plain, "__array__"):
         raise ValueError(f"{initializer.name!r} starts from values: {name!r} is {plain}")

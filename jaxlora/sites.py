@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxlora import paths, table, tracing
 from jaxlora.tracing import boundary
-from jaxlora.weight import LoRAWeight, Roles, TrainedLeaf
+from jaxlora.weight import Roles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
     leaves, _ = paths.flatten(params)
     if not leaves:
         raise ValueError("params is an empty tree: it must hold the weights of the program")
-    leaves = {path: _weight(leaf) for path, leaf in leaves.items()}
+    leaves = {path: paths.plain(leaf) for path, leaf in leaves.items()}
     unfit = {path: why for path, leaf in leaves.items() if (why := _unfit(leaf))}
     walk = tracing.Walk(record=True)
     program = tracing.trace(fn, (_plain(params), *args), kwargs)
@@ -162,14 +162,8 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
     return Sites(sites, skipped, shapes)
 
 
-def _weight(leaf: Any) -> Any:
-    if isinstance(leaf, TrainedLeaf):
-        return leaf.base
-    return leaf.plain if isinstance(leaf, LoRAWeight) else leaf
-
-
 def _plain(params: Any) -> Any:
-    return jax.tree.map(_weight, params, is_leaf=paths.is_node)
+    return jax.tree.map(paths.plain, params, is_leaf=paths.is_node)
 
 
 def _unfit(leaf: Any) -> str | None:

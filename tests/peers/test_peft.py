@@ -142,42 +142,35 @@ def test_loraplus_takes_the_same_steps():
 def test_start_from_the_weight_takes_out_the_same(initializer):
     torch.manual_seed(0)
     model = Model()
-    kernel = jnp.asarray(model.up.weight.detach().numpy().T.copy())
     config = peft.LoraConfig(
         r=3, lora_alpha=6, target_modules=["up"], init_lora_weights=initializer
     )
+    node, (a, b), left = started(model, config, initializer)
+    assert_allclose(node.base, left, rtol=1e-4, atol=1e-5)
+    assert_allclose(node.delta(), 2 * a @ b, rtol=1e-4, atol=1e-5)
+    assert_allclose(abs(node.a), abs(a), rtol=1e-3, atol=1e-4)  # signs are free
+    assert_allclose(abs(node.b), abs(b), rtol=1e-3, atol=1e-4)
+
+
+def started(model, config, initializer):
+    """Return our node of a layer, and PEFT's factors and base in our layout."""
+    kernel = jnp.asarray(model.up.weight.detach().numpy().T.copy())
     layer = peft.get_peft_model(model, config).base_model.model.up
-    (wanted_a, wanted_b), left = (
-        (group["default"].weight.detach().numpy().T for group in (layer.lora_A, layer.lora_B)),
-        layer.base_layer.weight.detach().numpy().T,
-    )
+    factors = [group["default"].weight.detach().numpy().T for group in (layer.lora_A, layer.lora_B)]
+    ours = jaxlora.LoRAConfig(rank=config.r, alpha=config.lora_alpha, initializer=initializer)
     params = jaxlora.init(
         jax.random.key(0),
         lambda params, x: x @ params["up"],
         {"up": kernel},
         jnp.ones((2, 8)),
-        config=jaxlora.LoRAConfig(rank=3, alpha=6, initializer=initializer),
+        config=ours,
     )
-    node = params["up"]
-    assert_allclose(node.base, left, rtol=1e-4, atol=1e-5)
-    assert_allclose(node.delta(), 2 * wanted_a @ wanted_b, rtol=1e-4, atol=1e-5)
-    assert_allclose(abs(node.a), abs(wanted_a), rtol=1e-3, atol=1e-4)  # signs are free
-    assert_allclose(abs(node.b), abs(wanted_b), rtol=1e-3, atol=1e-4)
+    return params["up"], factors, layer.base_layer.weight.detach().numpy().T
 
 
 def compared(model, config, initializer):
     """Check that PEFT's start of a layer takes out what ours does."""
-    kernel = jnp.asarray(model.up.weight.detach().numpy().T.copy())
-    layer = peft.get_peft_model(model, config).base_model.model.up
-    a, b = (group["default"].weight.detach().numpy().T for group in (layer.lora_A, layer.lora_B))
-    params = jaxlora.init(
-        jax.random.key(0),
-        lambda params, x: x @ params["up"],
-        {"up": kernel},
-        jnp.ones((2, 8)),
-        config=jaxlora.LoRAConfig(rank=2, alpha=4, initializer=initializer),
-    )
-    node, left = params["up"], layer.base_layer.weight.detach().numpy().T
+    node, (a, b), left = started(model, config, initializer)
     if initializer.name == "lora_ga":  # the signs of each are free, and so that of the product
         assert_allclose(abs(node.a), abs(a), rtol=1e-2, atol=1e-4)
         assert_allclose(abs(node.b), abs(b), rtol=1e-2, atol=1e-4 * abs(b).max())
