@@ -23,6 +23,8 @@ from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
 from jaxlora.config import LoRAConfig
 from jaxlora.observing import gradients, moments
 from jaxlora.optim import freeze
+from jaxlora.quantization import Quantization, dequantize, quantize
+from jaxlora.quantized import QuantizedWeight
 from jaxlora.report import Report, explain
 from jaxlora.residual import to_plain
 from jaxlora.sites import Site, Sites, find_sites
@@ -39,6 +41,8 @@ __all__ = [
     "LoRAConfig",
     "LoRAWeight",
     "MaterializationWarning",
+    "Quantization",
+    "QuantizedWeight",
     "Replacement",
     "Report",
     "Roles",
@@ -49,6 +53,7 @@ __all__ = [
     "Use",
     "algebra",
     "bind",
+    "dequantize",
     "dropout",
     "explain",
     "find_sites",
@@ -62,6 +67,7 @@ __all__ = [
     "merge",
     "moments",
     "optim",
+    "quantize",
     "save_adapters",
     "save_merged",
     "split",

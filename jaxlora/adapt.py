@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlora import initializers, parts, paths, residual, sharding
+from jaxlora import initializers, parts, paths, quantized, residual, sharding
 from jaxlora.config import LoRAConfig
 from jaxlora.magnitude import norms
 from jaxlora.selection import Target, select, select_whole
@@ -60,7 +60,7 @@ def init(
     """
     leaves, treedef = paths.flatten(params)
     for path, leaf in leaves.items():
-        if paths.is_node(leaf):
+        if paths.is_trained(leaf):
             raise ValueError(f"the leaf {path!r} is adapted already: init needs a plain tree")
     sites = find_sites(fn, params, *args, **kwargs)
     for target in select(config, sites):
@@ -69,8 +69,8 @@ def init(
         if config.magnitude:
             leaves[path] = _with_magnitude(path, leaves[path])
     for path, rows in select_whole(config, leaves).items():
-        leaf = leaves[path]
-        value = jnp.array(leaf) if rows is None else jnp.asarray(leaf)[jnp.array(rows)]
+        leaf, now = leaves[path], quantized.values(leaves[path])
+        value = jnp.array(now) if rows is None else jnp.asarray(now)[jnp.array(rows)]
         leaves[path] = TrainedLeaf(leaf, value, rows)
     return treedef.unflatten(leaves.values())
 
@@ -110,7 +110,7 @@ def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRACo
 
 def _with_magnitude(path: str, node: LoRAWeight) -> LoRAWeight:
     """Return a node with the norms of its columns as they are, so that its output stays."""
-    if not hasattr(node.base, "__array__"):
+    if not hasattr(quantized.stand_in(node.base), "__array__"):
         raise ValueError(f"a magnitude starts from values: {path!r} is {node.base}")
     axes = sharding.factor_axes(node.roles)
     (magnitude,) = sharding.run(_norms, None, (node,), node.base, axes[2:])

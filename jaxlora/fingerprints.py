@@ -6,7 +6,7 @@ merged adapter changes them.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxlora import sharding
+from jaxlora.quantized import QuantizedWeight
 from jaxlora.weight import Fingerprint
 
 _SAMPLES = 256
@@ -24,7 +25,7 @@ def take(leaves: Mapping[str, Any]) -> dict[str, Fingerprint]:
     """Return the fingerprint of each array; without digest where its values are unknown.
 
     Args:
-        leaves: arrays, tracers or `jax.ShapeDtypeStruct` by path.
+        leaves: arrays, quantized weights, tracers or `jax.ShapeDtypeStruct` by path.
 
     Returns:
         Fingerprints by path.
@@ -32,22 +33,32 @@ def take(leaves: Mapping[str, Any]) -> dict[str, Fingerprint]:
     known = {path: leaf for path, leaf in leaves.items() if _has_values(leaf)}
     with jax.ensure_compile_time_eval():  # also where a known base meets a traced factor
         samples = {
-            path: jax.jit(_sample, out_shardings=sharding.replicated(leaf))(leaf)
+            path: [
+                jax.jit(_sample, out_shardings=sharding.replicated(array))(array)
+                for array in jax.tree.leaves(leaf)
+            ]
             for path, leaf in known.items()
         }
         samples = jax.device_get(samples)
     return {
         path: Fingerprint(
             tuple(leaf.shape),
-            str(leaf.dtype),
-            hashlib.sha256(samples[path].tobytes()).hexdigest()[:16] if path in known else None,
+            leaf.code.kind if isinstance(leaf, QuantizedWeight) else str(leaf.dtype),
+            _digest(samples[path]) if path in known else None,
         )
         for path, leaf in leaves.items()
     }
 
 
+def _digest(samples: Sequence[np.ndarray]) -> str:
+    return hashlib.sha256(b"".join(sample.tobytes() for sample in samples)).hexdigest()[:16]
+
+
 def _has_values(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer)
+    return all(
+        isinstance(array, jax.Array | np.ndarray) and not isinstance(array, Tracer)
+        for array in jax.tree.leaves(leaf)
+    )
 
 
 def _sample(leaf: Any) -> jax.Array:

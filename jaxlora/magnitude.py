@@ -8,13 +8,15 @@ each column of a weight, of shape ``(*stack, *out)``. With the norm over the in 
 No gradient goes through the norm (section 4.3).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora import sharding
-from jaxlora.weight import LoRAWeight, merge_dtype
+from jaxlora import quantized, sharding
+from jaxlora.quantized import QuantizedWeight
+from jaxlora.weight import LoRAWeight, Roles, merge_dtype
 
 
 def norms(weight: LoRAWeight) -> jax.Array:
@@ -30,7 +32,9 @@ def norms(weight: LoRAWeight) -> jax.Array:
         Array ``(*stack, *out)``, float32 or wider.
     """
     roles, dtype = weight.roles, merge_dtype(weight.dtype)
-    base, a, b = (x.astype(dtype) for x in (weight.base, weight.a, weight.b))
+    if isinstance(weight.base, QuantizedWeight) and 0 in roles.stack:  # one entry at a time
+        return jax.lax.map(lambda entry: norms(_entry(entry, roles)), weight)
+    base, a, b = (x.astype(dtype) for x in (quantized.values(weight.base), weight.a, weight.b))
     rank, other = len(weight.shape), len(weight.shape) + 1  # the next free names of axes
     columns = (*roles.stack, *roles.out)
     names = {"a": (*roles.stack, *roles.in_, rank), "b": (*roles.stack, rank, *roles.out)}
@@ -54,6 +58,12 @@ def norms(weight: LoRAWeight) -> jax.Array:
     return jnp.sqrt(jnp.maximum(squared + summed.sum(len(roles.stack)), 0))
 
 
+def _entry(weight: LoRAWeight, roles: Roles) -> LoRAWeight:
+    """Return the node of one entry along the first axis, a stack, of a weight of these roles."""
+    left = (tuple(axis - 1 for axis in group if axis) for group in (roles.stack, roles.in_, roles.out))
+    return dataclasses.replace(weight, roles=Roles(*left))
+
+
 def gain(weight: LoRAWeight) -> jax.Array:
     """Return ``m / norm(V)``, ``(*stack, *out)``, 1 where a column is zero.
 
@@ -67,7 +77,7 @@ def gain(weight: LoRAWeight) -> jax.Array:
 
 def merged(weight: LoRAWeight) -> jax.Array:
     """Return the weight in effect, ``base + delta`` times its gain, in float32 or wider."""
-    total = weight.plain.astype(merge_dtype(weight.dtype)) + weight.delta()
+    total = quantized.values(weight.plain).astype(merge_dtype(weight.dtype)) + weight.delta()
     if weight.magnitude is None:
         return total
     roles, factor = weight.roles, gain(weight)

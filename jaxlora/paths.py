@@ -12,19 +12,30 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from jaxlora.quantized import QuantizedWeight
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
 
 
 def is_node(leaf: Any) -> bool:
     """Tell whether this is a node of ours, which tree functions must not open."""
+    return is_trained(leaf) or isinstance(leaf, QuantizedWeight)
+
+
+def is_trained(leaf: Any) -> bool:
+    """Tell whether this is a node that holds what is trained."""
     return isinstance(leaf, LoRAWeight | Adapter | TrainedLeaf | Replacement)
 
 
 def plain(leaf: Any) -> Any:
-    """Return the frozen array beneath a node of a tree, or the leaf itself."""
+    """Return the frozen array or quantized weight beneath a node of a tree, or the leaf itself."""
     if isinstance(leaf, TrainedLeaf):
         return leaf.base
     return leaf.plain if isinstance(leaf, LoRAWeight) else leaf
+
+
+def abstract(leaf: Any) -> Any:
+    """Return the shape and dtype of what a quantized weight stands for, or the leaf itself."""
+    return leaf.abstract if isinstance(leaf, QuantizedWeight) else leaf
 
 
 def _part(key: Any) -> str:

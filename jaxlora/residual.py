@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import fingerprints, parts, paths, sharding
+from jaxlora import fingerprints, parts, paths, quantized, sharding
 from jaxlora.algebra import matrices
 from jaxlora.initializers import FromWeight
+from jaxlora.quantized import QuantizedWeight
 from jaxlora.selection import Target
 from jaxlora.trees import Adapters, check_fits
 from jaxlora.weight import Adapter, LoRAWeight, Roles, merge_dtype, scaling
@@ -52,8 +53,13 @@ def take_out(
     """
     plain = paths.plain(base)
     name = parts.name(target.path, target.part)
-    if not hasattr(plain, "__array__"):
+    if not hasattr(quantized.stand_in(plain), "__array__"):
         raise ValueError(f"{initializer.name!r} starts from values: {name!r} is {plain}")
+    if isinstance(plain, QuantizedWeight) and initializer.changes_base:
+        raise ValueError(
+            f"{initializer.name!r} takes its product out of the weight, and {name!r} is quantized: "
+            "start from the float weights and quantize what that leaves"
+        )
     how = _How(initializer.factors, *target[1:], roles, dtype)
     shape = parts.shape(target.part, plain.shape)
     data = _data(name, initializer, math.prod(roles.sizes(shape)[0]))
@@ -109,6 +115,7 @@ def _taken_out(
 ) -> tuple[jax.Array, ...]:
     """Return what is left of a weight, the factors, and whether all are finite."""
     factors, part, rank, alpha, roles, dtype = how
+    weight = quantized.values(weight)
     cut = weight[parts.slices(part)]
     each = matrices.of_weight(cut, roles)
     scale = scaling(alpha, rank)

@@ -126,8 +126,8 @@ def select_whole(config: LoRAConfig, leaves: dict[str, Any]) -> dict[str, tuple[
 
 def _biases(which: str, leaves: dict[str, Any]) -> list[str]:
     """Return the paths of the biases, all or those beside adapted weights, that have no adapter."""
-    beside = {path.rpartition("/")[0] for path in leaves if paths.is_node(leaves[path])}
-    found = [path.rpartition("/") for path in leaves if not paths.is_node(leaves[path])]
+    beside = {path.rpartition("/")[0] for path in leaves if paths.is_trained(leaves[path])}
+    found = [path.rpartition("/") for path in leaves if not paths.is_trained(leaves[path])]
     return [
         "".join(path)
         for path in found
@@ -136,7 +136,7 @@ def _biases(which: str, leaves: dict[str, Any]) -> list[str]:
 
 
 def _check_trainable(name: str, path: str, leaf: Any, rows: tuple[int, ...] | None) -> None:
-    if paths.is_node(leaf):
+    if paths.is_trained(leaf):
         raise ValueError(f"{name!r} is to be trained, and {path!r} is adapted: exclude it")
     if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
         raise ValueError(f"only floating leaves can be trained: {path!r} is {leaf}")

@@ -13,6 +13,7 @@ the compiler alone, as if it were computed from the base, and its sharding follo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from jaxlora.quantized import stand_in
+
 if TYPE_CHECKING:
     from jaxlora.parts import Part
     from jaxlora.weight import Roles
@@ -30,7 +33,11 @@ Axes = tuple[int | None, ...]
 
 
 def of(array: Any) -> NamedSharding | None:
-    """Return the sharding of a concrete array or of the shape of one, None where it has none."""
+    """Return the sharding of a concrete array or of the shape of one, None where it has none.
+
+    A quantized weight is where its codes are, also for the functions below.
+    """
+    array = stand_in(array)
     found = None if isinstance(array, Tracer) else getattr(array, "sharding", None)
     known = isinstance(found, NamedSharding) and isinstance(found.mesh, Mesh)
     return found if known else None
@@ -38,6 +45,7 @@ def of(array: Any) -> NamedSharding | None:
 
 def explicit(array: Any) -> NamedSharding | None:
     """Return the sharding in the type of an array on an Explicit mesh, else None."""
+    array = stand_in(array)
     if not isinstance(array, jax.Array):
         return None
     found = jax.typeof(array).sharding
@@ -82,6 +90,14 @@ def along(sharding: NamedSharding, axes: Axes) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*parts))
 
 
+def shards(sharding: NamedSharding, entry: Any) -> int:
+    """Return over how many parts an entry of a spec divides its dimension."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return 1
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
+
+
 def default() -> jax.sharding.Sharding:
     """Return where arrays go that nothing places: the mesh in use, or else one device."""
     mesh = jax.sharding.get_mesh()
@@ -118,6 +134,7 @@ def make(
     Returns:
         The arrays.
     """
+    base = stand_in(base)
     typed = explicit(base)
     with jax.threefry_partitionable(True):  # else the values depend on the sharding
         if typed is not None and isinstance(key, Tracer) and _draws_are_typed(key):
@@ -151,6 +168,7 @@ def run(
         base: the weight, an array.
         axes: for each array, the base's axis of each of its dimensions.
     """
+    base = stand_in(base)
     typed, known = explicit(base), of(base)
 
     def placed(sharding):

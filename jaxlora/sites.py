@@ -128,13 +128,14 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
     bias  (3,)                       no site: reaches add
     w     (4, 3)  ()     (0,)  (1,)  dot_general
     """
-    leaves, _ = paths.flatten(params)
+    leaves, treedef = paths.flatten(params)
     if not leaves:
         raise ValueError("params is an empty tree: it must hold the weights of the program")
-    leaves = {path: paths.plain(leaf) for path, leaf in leaves.items()}
+    leaves = {path: _plain(leaf) for path, leaf in leaves.items()}
+    params = treedef.unflatten(leaves.values())
     unfit = {path: why for path, leaf in leaves.items() if (why := _unfit(leaf))}
     walk = tracing.Walk(record=True)
-    program = tracing.trace(fn, (_plain(params), *args), kwargs)
+    program = tracing.trace(fn, (params, *args), kwargs)
     fit = [path for path, leaf in leaves.items() if tracing.is_array(leaf)]
 
     def run(*arrays):
@@ -162,8 +163,8 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
     return Sites(sites, skipped, shapes)
 
 
-def _plain(params: Any) -> Any:
-    return jax.tree.map(paths.plain, params, is_leaf=paths.is_node)
+def _plain(leaf: Any) -> Any:
+    return paths.abstract(paths.plain(leaf))
 
 
 def _unfit(leaf: Any) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxlora import parts, paths, table
+from jaxlora.quantized import QuantizedWeight
 from jaxlora.trees import FACTORS
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
 
@@ -150,4 +151,6 @@ def _size(x: Any) -> int:
 
 
 def _bytes(x: Any) -> int:
+    if isinstance(x, QuantizedWeight):
+        return x.nbytes
     return _size(x) * x.dtype.itemsize if hasattr(x, "dtype") else 0

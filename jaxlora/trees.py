@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import fingerprints, parts, paths, sharding
+from jaxlora import fingerprints, parts, paths, quantized, sharding
 from jaxlora.magnitude import merged
+from jaxlora.quantized import QuantizedWeight
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf, merge_dtype
 
 Adapters = dict[str, Any]  # an Adapter, or the Replacement of a leaf that is trained whole
@@ -101,8 +102,8 @@ def mask(params: Any) -> Any:
     """
 
     def of(leaf):
-        if not paths.is_node(leaf):
-            return False
+        if not paths.is_trained(leaf):
+            return jax.tree.map(lambda _: False, leaf)
         return jax.tree_util.tree_map_with_path(lambda path, _: _is_factor(path), leaf)
 
     return jax.tree.map(of, params, is_leaf=paths.is_node)
@@ -113,11 +114,14 @@ def _is_factor(keys: Any) -> bool:
     return getattr(keys[-1], "name", None) in FACTORS
 
 
-def merge(params: Any, *, with_error: bool = False, donate: bool = False) -> Any:
+def merge(
+    params: Any, *, with_error: bool = False, donate: bool = False, requantize: bool = False
+) -> Any:
     """Fold the product of the factors into the weights.
 
     ``W = round(base + scaling * a b)``, summed in float32 (float64 for a float64 base) and rounded
-    once to the dtype of the base. A weight with a magnitude is scaled to it before.
+    once to the dtype of the base. A weight with a magnitude is scaled to it before, one that is
+    quantized dequantized.
 
     Args:
         params: a tree with `LoRAWeight` nodes.
@@ -125,6 +129,7 @@ def merge(params: Any, *, with_error: bool = False, donate: bool = False) -> Any
         donate: give up each adapted weight of params as soon as it is merged, so that no more
             than one is in memory twice. Their arrays are deleted, as those that are donated to a
             function under `jax.jit`, also where an error is raised.
+        requantize: quantize what was quantized again, as it was; else all becomes plain.
 
     Returns:
         A plain tree with the structure, shapes and dtypes of the base. With ``with_error`` a
@@ -142,12 +147,15 @@ def merge(params: Any, *, with_error: bool = False, donate: bool = False) -> Any
     {'w': (4, 3)}
     """
     leaves, treedef = paths.flatten(params)
-    if not any(map(paths.is_node, leaves.values())):
+    if not any(map(paths.is_trained, leaves.values())):
         raise ValueError("params has no adapted weight: there is nothing to merge")
     errors = {}
     for path, leaf in leaves.items():
         if isinstance(leaf, LoRAWeight):
-            leaves[path], errors[path] = _fold(path, leaf, 1, donate=donate)
+            how = {"donate": donate, "requantize": requantize}
+            leaves[path], errors[path] = _fold(path, leaf, 1, **how)
+        elif isinstance(leaf, QuantizedWeight) and not requantize:
+            leaves[path] = jax.jit(quantized.values)(leaf)
         elif isinstance(leaf, TrainedLeaf):
             leaves[path] = _finite(path, leaf.now)
     plain = treedef.unflatten(leaves.values())
@@ -166,7 +174,8 @@ def unmerge(plain: Any, adapters: Adapters) -> Any:
 
     Raises:
         ValueError: a path is not in plain or has another shape, a result is not finite, or what
-            was is lost: the norm that a magnitude was divided by, a leaf that was trained whole.
+            was is lost: the norm that a magnitude was divided by, a leaf that was trained whole,
+            what quantizing has rounded.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -181,6 +190,8 @@ def unmerge(plain: Any, adapters: Adapters) -> Any:
         lost = "leaf" if isinstance(node, TrainedLeaf) else "magnitude"
         if isinstance(node, TrainedLeaf) or node.magnitude is not None:
             raise ValueError(f"the {lost} of {path!r} cannot be unmerged: keep the base instead")
+        if isinstance(node.plain, QuantizedWeight):
+            raise ValueError(f"{path!r} is quantized and cannot be unmerged: keep the base instead")
         leaves[path], _ = _fold(path, node, -1)
     return treedef.unflatten(leaves.values())
 
@@ -195,7 +206,7 @@ def _nodes(leaves: dict[str, Any], adapters: Adapters) -> dict[str, LoRAWeight |
         if path not in leaves:
             raise ValueError(f"the base has no leaf {path!r}; {paths.nearest(path, leaves)}")
         leaf = leaves[path]
-        if paths.is_node(leaf):
+        if paths.is_trained(leaf):
             raise ValueError(f"the leaf {path!r} is adapted already: a plain tree is needed")
         if path in nodes and None in (text, getattr(nodes[path], "part", None)):
             raise ValueError(f"adapters has two for the leaf {path!r}, and one of them is for all")
@@ -247,16 +258,22 @@ def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> part
     return part
 
 
-def _fold(path: str, node: LoRAWeight, sign: int, *, donate: bool = False) -> tuple[Any, Any]:
+def _fold(
+    path: str, node: LoRAWeight, sign: int, *, donate: bool = False, requantize: bool = False
+) -> tuple[Any, Any]:
     """Return ``base + sign * delta`` and its rounding error; raise if it is not finite."""
     plain, dtype = node.plain, node.dtype
+    is_quantized = isinstance(plain, QuantizedWeight)
+    requantize = requantize and is_quantized
     run = jax.jit(
         _folded,
-        static_argnums=2,
-        out_shardings=(sharding.of(plain), None, None),
-        donate_argnums=0 if donate else (),
+        static_argnums=(2, 3),
+        out_shardings=(None if requantize else sharding.of(plain), None, None),
+        donate_argnums=0 if donate and not is_quantized else (),
     )
-    folded, error, finite = run(plain, node.over(None), sign)
+    folded, error, finite = run(plain, node.over(None), sign, requantize)
+    if donate and is_quantized:  # of other shapes than the result, which cannot take their place
+        jax.tree.map(lambda x: x.delete(), plain)
     if not isinstance(finite["sum"], Tracer) and not finite["sum"]:
         what = "merged" if sign > 0 else "unmerged"
         found = [name for name in finite if name != "sum" and not finite[name]]
@@ -272,12 +289,16 @@ def _finite(path: str, value: Any) -> Any:
     return value
 
 
-def _folded(plain: Any, nodes: LoRAWeight, sign: int) -> tuple[Any, Any, dict[str, Any]]:
-    node = nodes.over(plain)
-    exact = merged(node) if sign > 0 else plain.astype(merge_dtype(node.dtype)) - node.delta()
-    folded = exact.astype(node.dtype)
-    error = jnp.max(jnp.abs(exact - folded.astype(exact.dtype)))
-    arrays = {"sum": [folded], "base": [plain]}
+def _folded(
+    plain: Any, nodes: LoRAWeight, sign: int, requantize: bool
+) -> tuple[Any, Any, dict[str, Any]]:
+    base = quantized.values(plain)
+    node = nodes.over(base)
+    exact = merged(node) if sign > 0 else base.astype(merge_dtype(node.dtype)) - node.delta()
+    folded = quantized.again(exact, plain) if requantize else exact.astype(node.dtype)
+    rounded = quantized.values(folded)
+    error = jnp.max(jnp.abs(exact - rounded.astype(exact.dtype)))
+    arrays = {"sum": [rounded], "base": [base]}
     arrays |= {name: [getattr(layer, name) for layer in node.layers] for name in ("a", "b")}
     if node.magnitude is not None:
         arrays["magnitude"] = [node.magnitude]

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import parts, sharding
+from jaxlora import parts, quantized, sharding
 
 _meta = {"static": True}
 
@@ -145,7 +145,7 @@ class LoRAWeight:
     several parts of a weight are adapted, the node of one is the base of the next.
 
     Attributes:
-        base: the frozen weight, of any shape and floating dtype, or a node.
+        base: the frozen weight, of any shape and floating dtype or quantized, or a node.
         a: factor on the input side, ``(*stack, *in, rank)``.
         b: factor on the output side, ``(*stack, rank, *out)``.
         roles: roles of the axes of ``base``.
@@ -270,7 +270,7 @@ class TrainedLeaf:
         """The leaf as it is trained; by rows, with a copy of the others, which get no gradient."""
         if self.rows is None:
             return self.value
-        base = jnp.asarray(jax.lax.stop_gradient(self.base))
+        base = jnp.asarray(jax.lax.stop_gradient(quantized.values(self.base)))
         return base.at[jnp.array(self.rows)].set(self.value, unique_indices=True)
 
     @property

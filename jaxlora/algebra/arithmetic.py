@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import paths, svd
+from jaxlora import paths, quantized, svd
 from jaxlora.algebra import matrices
 from jaxlora.magnitude import merged
 from jaxlora.trees import Adapters
@@ -62,7 +62,7 @@ def delta(params: Any, path: str) -> jax.Array:
     return (
         node.delta()
         if node.magnitude is None
-        else merged(node) - node.plain.astype(merge_dtype(node.dtype))
+        else merged(node) - quantized.values(node.plain).astype(merge_dtype(node.dtype))
     )
 
 

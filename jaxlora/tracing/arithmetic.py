@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlora.tracing import axes, compat
+from jaxlora.tracing import axes, compat, deferred
 from jaxlora.tracing.interpreter import Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Origin, Role
 from jaxlora.weight import merge_dtype, scaling
@@ -25,7 +25,8 @@ from jaxlora.weight import merge_dtype, scaling
 @rule("neg")
 def negate(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     """Negate the base and ``b``."""
-    return [weight.replace(base=-weight.base, b=None if weight.is_probe else -weight.b)]
+    base = deferred.lazily(lax.neg, weight.base)
+    return [weight.replace(base=base, b=None if weight.is_probe else -weight.b)]
 
 
 @rule("add", "sub", "add_any")
@@ -53,7 +54,7 @@ def scale(walk: Walk, eqn: Any, x: Any, y: Any) -> list[Any]:
     along = [d for d, size in enumerate(jnp.shape(vector)) if size != 1]
     if jnp.size(vector) == weight.size > 1 or eqn.outvars[0].aval.shape != weight.base.shape:
         return walk.without_rule(eqn, values, "it does not scale whole axes")
-    (base,) = compat.bind(eqn, [getattr(value, "base", value) for value in values])
+    base = deferred.bind(eqn, [getattr(value, "base", value) for value in values])
     if weight.is_probe:
         return [weight.replace(base=base)]
     for name in ("b", "a"):
@@ -85,7 +86,7 @@ def sum_(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
         return walk.without_rule(eqn, [weight], "it sums a stack that has dropout")
     if weight.gain is not None and weight.labels(*gone) & CARRIES["gain"]:
         return walk.without_rule(eqn, [weight], "it sums columns that have magnitudes")
-    (base,) = compat.bind(eqn, [weight.base])
+    base = deferred.bind(eqn, [weight.base])
     fields: dict[str, Any] = {"base": base, "dims": tuple(weight.dims[d] for d in kept)}
     if weight.is_probe:
         return [weight.replace(**fields)]
@@ -116,8 +117,10 @@ def pad(walk: Walk, eqn: Any, weight: Any, filling: Any) -> list[Any]:
     if weight.gain is not None and not (isinstance(filling, float | np.ndarray) and filling == 0):
         return walk.without_rule(eqn, [weight, filling], "it has a magnitude, its padding none")
     for d in padded:
-        base = _padded(weight.base, d, config[d], filling)
-        weight = weight.along(base, d, lambda x, axis, d=d: _padded(x, axis, config[d], 0))
+        base = deferred.lazily(
+            lambda x, filling, d=d: _padded(x, d, config[d], filling), weight.base, filling
+        )
+        weight = weight.along(d, lambda x, axis, d=d: _padded(x, axis, config[d], 0), base)
     return [weight]
 
 
@@ -133,7 +136,7 @@ def stack(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     axis = eqn.params["axis"]
 
     def expanded(value):
-        base = jnp.expand_dims(getattr(value, "base", value), axis)
+        base = deferred.lazily(lambda x: jnp.expand_dims(x, axis), getattr(value, "base", value))
         if not isinstance(value, LowRank):
             return base
         dims = (*value.dims[:axis], (), *value.dims[axis:])
@@ -157,7 +160,7 @@ def _joined(
     weights = [part for part in parts if isinstance(part, LowRank)]
     if reason := _obstacle(parts, weights, axis):
         return walk.without_rule(eqn, values, reason)
-    (base,) = compat.bind(eqn, [getattr(value, "base", value) for value in values])
+    base = deferred.bind(eqn, [getattr(value, "base", value) for value in values])
     first = weights[0]
     origin = Origin(tuple(dict.fromkeys(path for w in weights for path in w.origin.paths)))
     books: dict[str, Any] = {

@@ -7,18 +7,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import magnitude, parts
+from jaxlora.quantized import QuantizedWeight
 from jaxlora.tracing import axes
+from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.interpreter import Walk
 from jaxlora.tracing.lowrank import LowRank, Origin, Role
 from jaxlora.weight import LoRAWeight, Roles
 
 
-def enter(walk: Walk, path: str, weight: LoRAWeight) -> LowRank:
-    """Return the traced value of an adapted weight; its base gets no gradient.
+def enter(walk: Walk, path: str, weight: LoRAWeight | QuantizedWeight) -> LowRank | Deferred:
+    """Return the traced value of a weight that is adapted or quantized; the base gets no gradient.
 
     Factors of parts are those of the whole with zeros around them, and adapters of several parts
     are one, joined by rank.
     """
+    if isinstance(weight, QuantizedWeight):
+        return Deferred.of(weight)
     roles, shape = weight.roles, tuple(weight.shape)
     stack, in_side, out_side = roles.stack, (*roles.stack, *roles.in_), (*roles.stack, *roles.out)
     a, b, alpha = weight.a, jnp.moveaxis(weight.b, len(stack), -1), weight.alpha
@@ -28,9 +32,10 @@ def enter(walk: Walk, path: str, weight: LoRAWeight) -> LowRank:
         scaled = [jnp.moveaxis(node.b, len(stack), -1) * node.scaling for node in nodes]
         b = [_whole(node, b, out_side) for node, b in zip(nodes, scaled, strict=True)]
         b, alpha = jnp.concatenate(b, -1), a.shape[-1]
-    keys = weight.dropout_keys
+    keys, plain = weight.dropout_keys, weight.plain
+    is_quantized = isinstance(plain, QuantizedWeight)
     value = LowRank(
-        base=jax.lax.stop_gradient(weight.plain),
+        base=Deferred.of(plain) if is_quantized else jax.lax.stop_gradient(plain),
         a=_to_axis_order(a, in_side, shape),
         b=_to_axis_order(b, out_side, shape),
         keys=None if keys is None else _to_axis_order(keys, stack, shape),
@@ -57,6 +62,9 @@ def probe(path: str, leaf: Any) -> LowRank:
 
 def leave(weight: LowRank) -> LoRAWeight | None:
     """Return the node for a weight that leaves the program, or None where a node cannot say it."""
+    base = weight.base
+    if isinstance(base, Deferred) and (base := base.untouched) is None:
+        return None
     repeats = axes.REPEATED in axes.labels(weight.dims)
     if weight.gain is not None:  # its magnitude was divided by a norm
         return None
@@ -71,7 +79,7 @@ def leave(weight: LowRank) -> LoRAWeight | None:
     b = _to_role_order(weight.b, (*roles.stack, *roles.out), shape)
     keys = weight.keys
     return LoRAWeight(
-        base=weight.base,
+        base=base,
         a=_to_role_order(weight.a, (*roles.stack, *roles.in_), shape),
         b=jnp.moveaxis(b, -1, len(roles.stack)),
         roles=roles,

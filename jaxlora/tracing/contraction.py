@@ -9,7 +9,7 @@ from typing import Any
 
 from jax import lax
 
-from jaxlora.tracing import compat, forms
+from jaxlora.tracing import compat, deferred, forms
 from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
 from jaxlora.tracing.product import told
@@ -89,7 +89,7 @@ def _product(walk: Walk, eqn: Any, x: Any, weight: LowRank, side: int) -> Any:
     """Return the product of x and a weight, in the form that is cheaper."""
 
     def bind(x, w):
-        return compat.bind(eqn, [x, w] if side else [w, x])[0]
+        return deferred.read(lambda *v: compat.bind(eqn, v)[0], *([x, w] if side else [w, x]))
 
     term = Term.of(eqn, side, weight, x)
     if walk.observes:
@@ -148,7 +148,7 @@ def ragged_dot(walk: Walk, eqn: Any, x: Any, weight: Any, groups: Any) -> list[A
     if weight.gain is not None:
         return walk.without_rule(eqn, [x, weight, groups], "it has a magnitude")
     walk.record(eqn, weight, CONTRACTED, **labels)
-    (y,) = compat.bind(eqn, [x, weight.base, groups])
+    (y,) = deferred.read(lambda *values: compat.bind(eqn, values), x, weight.base, groups)
     if weight.is_probe:
         return [y]
     weight = weight.transposed(weight.base, [*group, *summed, *out])

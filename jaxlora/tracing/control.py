@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes, lax
 
-from jaxlora.tracing import compat
+from jaxlora.tracing import compat, deferred
+from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.interpreter import Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
 from jaxlora.tracing.spmd import constrained
 
 
-@rule(*compat.JIT)
+@rule(*compat.JIT, passes=True)
 def jit(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     """Compile the inner program again, under its name and with its shardings."""
     params = eqn.params
@@ -28,13 +29,13 @@ def jit(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     return [*map(constrained, outs, params["out_shardings"])]
 
 
-@rule("closed_call", "core_call")
+@rule("closed_call", "core_call", passes=True)
 def call(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     """Run the inner program in place."""
     return walk.run(eqn.params["call_jaxpr"], *values)
 
 
-@rule(*compat.REMAT)
+@rule(*compat.REMAT, passes=True)
 def remat(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     """Rematerialize the walk of the inner program, with the same policy."""
     params = eqn.params
@@ -61,7 +62,7 @@ def custom_jvp_call(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     has_gain = [isinstance(value, LowRank) and value.gain is not None for value in values]
     reason = "it has a magnitude, and the function its own derivative"
     values = tuple(
-        walk.densify(eqn, value, reason) if has else value
+        walk.densify(eqn, value, reason) if has else walk.made(eqn, value)
         for value, has in zip(values, has_gain, strict=True)
     )
 
@@ -120,7 +121,7 @@ def _tangents(pairs: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
     return [first, second]
 
 
-@rule("scan")
+@rule("scan", passes=True)
 def scan(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     """Scan again: stacked weights are sliced with their factors, others are closed over."""
     params = eqn.params
@@ -134,7 +135,7 @@ def scan(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
         held = [_fresh_dropout(value, step) for value in (*consts, *carry)]
         entries = [_entry(x, part) for x, part in zip(xs, slices, strict=True)]
         outs = walk.run(params["jaxpr"], *held, *entries)
-        ys = [walk.densify(eqn, y, "") if _is_rows(y) else y for y in outs[num_carry:]]
+        ys = [_as_stacked(walk, eqn, y) for y in outs[num_carry:]]
         return _as_carried(walk, eqn, carry, outs[:num_carry]), ys
 
     steps = jnp.arange(params["length"]) if has_dropout else None
@@ -151,7 +152,7 @@ def scan(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     return [*final, *(_stacked(y, xs, params["length"]) for y in ys)]
 
 
-@rule("while")
+@rule("while", passes=True)
 def while_loop(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     """Loop again, with weights closed over or carried unchanged."""
     params = eqn.params
@@ -173,7 +174,7 @@ def while_loop(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     )
 
 
-@rule("cond")
+@rule("cond", passes=True)
 def cond(walk: Walk, eqn: Any, index: Any, *operands: Any) -> list[Any]:
     """Switch again; a weight leaves it as one if it does so from every branch."""
     branches = [
@@ -200,14 +201,22 @@ def cond(walk: Walk, eqn: Any, index: Any, *operands: Any) -> list[Any]:
     return lax.platform_dependent(*operands, **chosen)
 
 
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, LowRank) and value.is_rows()
+def _as_stacked(walk: Walk, eqn: Any, y: Any) -> Any:
+    """Return an output of a step as the loop can stack it: rows, and what is not aligned, made."""
+    if isinstance(y, LowRank):
+        if y.is_rows():
+            return walk.densify(eqn, y, "")
+        return y.replace(base=_as_stacked(walk, eqn, y.base))
+    return y if isinstance(y, Deferred) and y.is_aligned else deferred.now(y)
 
 
 def _one_axis_first(walk: Walk, eqn: Any, x: Any) -> Any:
     """Return what is scanned, dense if its first dimension is of several axes."""
     if isinstance(x, LowRank) and len(x.dims[0]) > 1:
         return walk.densify(eqn, x, "it is scanned over several axes at once")
+    base = getattr(x, "base", x)
+    if isinstance(base, Deferred) and not base.is_scannable():
+        return x.replace(base=deferred.now(base)) if isinstance(x, LowRank) else deferred.now(x)
     return x
 
 
@@ -223,13 +232,18 @@ def _scanned(x: Any) -> Any:
 
 def _entry(x: Any, part: Any) -> Any:
     """Return one entry of a scanned value."""
-    return x.entry().replace(**part) if isinstance(x, LowRank) else part
+    if isinstance(x, LowRank):
+        return x.entry().replace(**{**part, "base": _entry(x.base, part["base"])})
+    return part.entry() if isinstance(part, Deferred) else part
 
 
 def _stacked(y: Any, xs: Sequence[Any], length: int) -> Any:
     """Return a value that left a scan with the new first dimension on its books."""
+    if isinstance(y, Deferred):
+        return y.stacked()
     if not isinstance(y, LowRank):
         return y
+    y = y.replace(base=_stacked(y.base, (), length))
     source = [x for x in xs if isinstance(x, LowRank) and x.origin == y.origin]
     label = source[0].labels(0) if source and y.is_probe else frozenset()
     stacked = y.replace(dims=((), *y.dims), scanned=y.scanned - label)
@@ -251,15 +265,19 @@ def _as_carried(walk: Walk, eqn: Any, carry: Sequence[Any], outs: Sequence[Any])
     """Return the outputs of a step, dense where what was carried in is."""
     pairs = zip(carry, outs, strict=True)
     reason = "a loop carries it where an array was"
-    return [o if isinstance(c, LowRank) else walk.densify(eqn, o, reason) for c, o in pairs]
+    return [o if _is_carried(c) else walk.densify(eqn, o, reason) for c, o in pairs]
+
+
+def _is_carried(value: Any) -> bool:
+    return isinstance(value, LowRank | Deferred)
 
 
 def _settled(walk: Walk, eqn: Any, step: Any, carry: list[Any], *xs: Any) -> list[Any]:
     """Return the initial carry, dense where a step does not give a weight back as it came."""
-    while any(isinstance(value, LowRank) for value in carry):
+    while any(map(_is_carried, carry)):
         outs = jax.eval_shape(step, carry, *xs)
         changed = [
-            isinstance(value, LowRank) and _kind(value) != _kind(out)
+            _is_carried(value) and _kind(value) != _kind(out)
             for value, out in zip(carry, outs, strict=True)
         ]
         if not any(changed):

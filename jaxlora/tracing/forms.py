@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxlora.tracing import axes, placement
+from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.interpreter import Form, Walk
 from jaxlora.tracing.lowrank import LowRank, Role
 from jaxlora.tracing.term import Term
@@ -48,7 +49,8 @@ def choose(walk: Walk, weight: LowRank, term: Term, *, is_shared: bool) -> Form:
         is_shared: whether other products share that of the input and the first factor.
     """
     labels = [label for label, _ in axes.pieces(weight.dims)]
-    if walk.is_linear or weight.has_dropout or axes.REPEATED in labels:
+    is_deferred = isinstance(weight.base, Deferred)
+    if walk.is_linear or weight.has_dropout or is_deferred or axes.REPEATED in labels:
         return "factored"
     if walk.form != "auto":
         return walk.form

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing import axes, compat
+from jaxlora.tracing import axes, compat, deferred
 from jaxlora.tracing.interpreter import Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
 
@@ -68,7 +68,7 @@ def _cut(
         return walk.without_rule(eqn, [weight, *operands], reason)[0], frozenset()
     picked = weight.labels(*(d for d in smaller if sizes[d] == 1))
     for d in smaller:
-        weight = weight.along(part(d)(weight.base, d), d, part(d))
+        weight = weight.along(d, part(d))
     return weight, picked
 
 
@@ -81,7 +81,7 @@ def split(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     parts = []
     for start, end in zip([0, *ends], ends, strict=False):
         cut = functools.partial(_slice_in_dim, start=start, end=end)
-        parts.append(weight.along(cut(weight.base, axis), axis, cut))
+        parts.append(weight.along(axis, cut))
     return parts
 
 
@@ -101,7 +101,7 @@ def gather(walk: Walk, eqn: Any, weight: Any, indices: Any) -> list[Any]:
     pick = _Pick(eqn, weight, indices)
     if reason := pick.obstacle():
         return walk.without_rule(eqn, [weight, indices], reason)
-    (base,) = compat.bind(eqn, [weight.base, indices])
+    base = deferred.bind(eqn, [weight.base, indices])
     single = [d for d in pick.columns if pick.sizes[d] == 1]
     windows = [d for d in pick.columns if pick.sizes[d] != 1]
     fields = {"base": base, "dims": pick.dims(), "picked_at": compat.where(eqn)}

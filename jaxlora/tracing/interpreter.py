@@ -15,12 +15,14 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlora.tracing import compat, cost, grouping
+from jaxlora.tracing import compat, cost, deferred, grouping
+from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import merge_dtype
 
 Rule = Callable[..., list[Any]]
 _RULES: dict[str, Rule] = {}
+_PASSING: set[str] = set()  # the primitives whose rules pass on what is deferred
 
 CHECKPOINT_NAME = "lora"
 Form = Literal["auto", "factored", "weight-side"]
@@ -61,11 +63,12 @@ class Use:
     sharing: int = 1
 
 
-def rule(*primitives: str) -> Callable[[Rule], Rule]:
-    """Register the rule of the primitives of these names."""
+def rule(*primitives: str, passes: bool = False) -> Callable[[Rule], Rule]:
+    """Register the rule of the primitives of these names; it may pass on what is deferred."""
 
     def register(function: Rule) -> Rule:
         _RULES.update(dict.fromkeys(primitives, function))
+        _PASSING.update(primitives if passes else ())
         return function
 
     return register
@@ -141,11 +144,19 @@ class Walk:
         return [read(atom) for atom in program.outvars]
 
     def _step(self, eqn: Any, values: list[Any]) -> list[Any]:
-        if not any(isinstance(value, LowRank) for value in values):
+        kinds, name = {*map(type, values)}, eqn.primitive.name
+        if not kinds & {LowRank, Deferred}:
             return compat.bind(eqn, values)
         if eqn.outvars and all(0 in var.aval.shape for var in eqn.outvars):  # nothing of a weight
-            return compat.bind(eqn, [getattr(value, "base", value) for value in values])
-        found = _RULES.get(eqn.primitive.name)
+            bases = [getattr(value, "base", value) for value in values]
+            return compat.bind(eqn, [*map(deferred.now, bases)])
+        if LowRank not in kinds and name in deferred.KEPT:
+            return [deferred.bind(eqn, values)]
+        if name not in _PASSING:
+            if LowRank not in kinds:
+                return deferred.read(lambda *values: compat.bind(eqn, values), *values)
+            values = [*map(deferred.now, values)]
+        found = _RULES.get(name)
         if found is None:
             return self.without_rule(eqn, values, "it has no low-rank rule")
         return found(self, eqn, *values)
@@ -173,7 +184,7 @@ class Walk:
     def densify(self, eqn: Any, value: Any, reason: str) -> Any:
         """Return an array for a value; say so if that is a weight and not rows of it."""
         if not isinstance(value, LowRank):
-            return value
+            return deferred.now(value)
         if value.is_rows():
             self.record(eqn, value, LOOKED_UP)
         else:
@@ -184,6 +195,13 @@ class Walk:
         dtype = value.base.dtype if value.is_rows() else merge_dtype(value.base.dtype)
         with self.scope(value):
             return value.dense(dtype)
+
+    def made(self, eqn: Any, value: Any) -> Any:
+        """Return a value that is not deferred; say so, for it will be kept as it is made here."""
+        if isinstance(value, LowRank) and isinstance(value.base, Deferred):
+            self._complain(eqn, value, "it is dequantized for a function with its own derivative")
+            return value.replace(base=deferred.now(value.base))
+        return value
 
     def scope(self, *weights: LowRank) -> Any:
         """Return the name scope of what is added to the program for some weights."""

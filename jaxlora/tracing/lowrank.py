@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.tracing import axes, placement
+from jaxlora.tracing import axes, deferred, placement
 from jaxlora.tracing.product import contract, scaled, scaled_along
 from jaxlora.weight import Roles, scaling
 
@@ -68,7 +68,7 @@ class LowRank:
     """An adapted weight on its way through a program, or a probe in its place.
 
     Attributes:
-        base: the weight as the program has it here, ``axes.shape(dims)``.
+        base: the weight as the program has it here, ``axes.shape(dims)``; an array, or deferred.
         a: ``(*stack and in pieces, rank)``, None in a probe.
         b: ``(*stack and out pieces, rank)``, None in a probe.
         keys: dropout keys, ``(*stack pieces,)``, or None.
@@ -145,7 +145,7 @@ class LowRank:
             sizes += factor.shape[self._count(carries) :]
             if (sharding := placement.explicit(factor)) is None or sizes == [*factor.shape]:
                 return factor.reshape(sizes)
-            spec = placement.spec_of(dims, jax.typeof(base).sharding, carries.__contains__)
+            spec = placement.spec_of(dims, placement.typed(base), carries.__contains__)
             spec = PartitionSpec(*(spec or [None] * len(sizes))[: len(sizes)])
             return jax.lax.reshape(factor, sizes, out_sharding=NamedSharding(sharding.mesh, spec))
 
@@ -166,18 +166,19 @@ class LowRank:
 
         return self._map(transpose, base=base, dims=tuple(self.dims[d] for d in permutation))
 
-    def along(self, base: Any, dim: int, apply: Callable[[Any, int], Any]) -> "LowRank":
+    def along(self, dim: int, apply: Callable[[Any, int], Any], base: Any = None) -> "LowRank":
         """Return this with ``apply(array, axis)`` done to the one piece of a dimension.
 
         Args:
-            base: the new base, which tells the dimension's new size.
             dim: a dimension of one piece.
             apply: the operation on one axis of an array.
+            base: the new base, where something else was done to it.
 
         Returns:
-            The weight with the new base and each factor that carries the piece changed.
+            The weight with the base and each factor that carries the piece changed.
         """
         ((label, _),) = self.dims[dim]
+        base = deferred.along(self.base, dim, apply) if base is None else base
         size = base.shape[dim]
         new = ((label, size),) if size != 1 or self.is_probe else ()
 
@@ -231,7 +232,8 @@ class LowRank:
         carried = [n for n, (label, _) in enumerate(pieces) if label is not axes.REPEATED]
         product = contract(a, a_names, b, b_names, carried)
         product = placement.repeated(product, carried, [size for _, size in pieces])
-        total = self.base.astype(dtype) + placement.like(product, self.base)
+        base = deferred.now(self.base)
+        total = base.astype(dtype) + placement.like(product, base)
         if self.gain is not None:
             sizes = [[size for _, size in dim] for dim in self.dims]
             total = scaled_along(total, names, sizes, self.gain, self.piece_labels(names, "gain"))

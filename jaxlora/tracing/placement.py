@@ -12,7 +12,7 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.sharding import explicit
+from jaxlora.sharding import explicit, shards
 from jaxlora.tracing import axes
 
 
@@ -42,12 +42,9 @@ def spec_of(
     return PartitionSpec(*spec, None)
 
 
-def shards(sharding: NamedSharding, entry: Any) -> int:
-    """Return over how many parts an entry of a spec divides its dimension."""
-    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
-        return 1
-    names = entry if isinstance(entry, tuple) else (entry,)
-    return math.prod(sharding.mesh.shape[name] for name in names)
+def typed(x: Any) -> Any:
+    """Return the sharding in the type of an array; what is deferred has none."""
+    return jax.typeof(x if isinstance(x, jax.Array) else jax.ShapeDtypeStruct(x.shape, x.dtype)).sharding
 
 
 def reshape(x: Any, sizes: Sequence[Sequence[int]]) -> Any:

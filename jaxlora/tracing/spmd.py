@@ -12,7 +12,8 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.tracing import axes, compat, placement
+from jaxlora.tracing import axes, compat, deferred, placement
+from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.interpreter import Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
 
@@ -33,31 +34,50 @@ def _placed(weight: LowRank, base: Any, sharding: Any, place: Any) -> LowRank:
 @rule("sharding_constraint")
 def sharding_constraint(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     """Constrain the factors along."""
-    (base,) = compat.bind(eqn, [weight.base])
-    return [_placed(weight, base, eqn.params["sharding"], lax.with_sharding_constraint)]
+    sharding = eqn.params["sharding"]
+    base = _on_mesh(weight.base, sharding, lax.with_sharding_constraint)
+    return [_placed(weight, base, sharding, lax.with_sharding_constraint)]
+
+
+def _on_mesh(base: Any, sharding: Any, place: Any) -> Any:
+    """Return a base that is placed; what is deferred, all it is made of where that has its axes."""
+    if isinstance(base, Deferred) and _fits(base, sharding):
+        return base.on_parts(lambda part: place(part, sharding), base.order)
+    return deferred.lazily(lambda base: place(base, sharding), base)
+
+
+def _fits(base: Deferred, sharding: Any) -> bool:
+    """Tell whether all that a base is made of can be sharded as it."""
+    if not isinstance(sharding, NamedSharding) or not base.is_aligned:
+        return False
+    return base.order == tuple(range(base.ndim)) and all(
+        part.shape[axis] % placement.shards(sharding, entry) == 0
+        for part in jax.tree.leaves(base.parts)
+        for axis, entry in enumerate(sharding.spec)
+    )
 
 
 def constrained(value: Any, sharding: Any) -> Any:
     """Return a value with the sharding that an inner `jax.jit` asks for, if it asks for one."""
     if not isinstance(sharding, NamedSharding) or placement.explicit(getattr(value, "base", value)):
         return value
+    base = _on_mesh(getattr(value, "base", value), sharding, lax.with_sharding_constraint)
     if not isinstance(value, LowRank):
-        return lax.with_sharding_constraint(value, sharding)
-    base = lax.with_sharding_constraint(value.base, sharding)
+        return base
     return _placed(value, base, sharding, lax.with_sharding_constraint)
 
 
 @rule("reshard")
 def reshard(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     """Move the factors along."""
-    (base,) = compat.bind(eqn, [weight.base])
-    return [_placed(weight, base, jax.typeof(base).sharding, jax.sharding.reshard)]
+    base = deferred.bind(eqn, [weight.base])
+    return [_placed(weight, base, placement.typed(base), jax.sharding.reshard)]
 
 
 @rule("device_put")
 def device_put(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     """Put the factors on the same devices."""
-    bases = compat.bind(eqn, [getattr(value, "base", value) for value in values])
+    bases = compat.bind(eqn, [deferred.now(getattr(value, "base", value)) for value in values])
     moved = []
     for value, base, device in zip(values, bases, eqn.params["devices"], strict=True):
         if not isinstance(value, LowRank):
@@ -95,7 +115,7 @@ def all_gather(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     dim = params["all_gather_dimension"]
     if not params["tiled"] or len(weight.dims[dim]) != 1:
         return walk.without_rule(eqn, [weight], "it gathers along what is not one axis")
-    (base,) = compat.bind(eqn, [weight.base])
+    base = deferred.bind(eqn, [weight.base])
 
     def gather(x, axis):
         groups = params["axis_index_groups"]
@@ -103,10 +123,10 @@ def all_gather(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
             x, params["axis_name"], axis=axis, tiled=True, axis_index_groups=groups
         )
 
-    return [weight.along(base, dim, gather)]
+    return [weight.along(dim, gather, base)]
 
 
-@rule("shard_map")
+@rule("shard_map", passes=True)
 def shard_map(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     """Map the walk of the inner program over the shards; a shard of a weight is a weight."""
     params = eqn.params
@@ -159,6 +179,10 @@ class _Sharded:
     @classmethod
     def of(cls, walk: Walk, eqn: Any, value: Any, sharding: NamedSharding) -> "_Sharded":
         """Return a value that enters, dense where its factors cannot be sharded along."""
+        base = getattr(value, "base", value)
+        if isinstance(base, Deferred) and not _fits(base, sharding):
+            base = deferred.now(base)
+            value = value.replace(base=base) if isinstance(value, LowRank) else base
         if isinstance(value, LowRank):
             specs = _specs(value, sharding)
             if specs is not None:

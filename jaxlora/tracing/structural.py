@@ -10,14 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing import axes, compat
+from jaxlora.tracing import axes, deferred
 from jaxlora.tracing.interpreter import Walk, rule
 from jaxlora.tracing.lowrank import LowRank
-
-
-def _on_base(eqn: Any, weight: LowRank, *operands: Any) -> Any:
-    (base,) = compat.bind(eqn, [weight.base, *operands])
-    return base
 
 
 @rule("convert_element_type", "reduce_precision")
@@ -25,13 +20,13 @@ def convert(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     """Convert the base; the factors keep their dtype until a product needs them."""
     if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return walk.without_rule(eqn, [weight], "the result is not floating")
-    return [weight.replace(base=_on_base(eqn, weight))]
+    return [weight.replace(base=deferred.bind(eqn, [weight.base]))]
 
 
 @rule("copy", "copy_p", "name")
 def keep(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     """Do to the base what changes no value."""
-    return [weight.replace(base=_on_base(eqn, weight))]
+    return [weight.replace(base=deferred.bind(eqn, [weight.base]))]
 
 
 @rule("stop_gradient")
@@ -50,7 +45,7 @@ def select(walk: Walk, eqn: Any, which: Any, *cases: Any) -> list[Any]:
     return [cases[stopped.index(False) if False in stopped else 0]]
 
 
-@rule("optimization_barrier")
+@rule("optimization_barrier", passes=True)
 def optimization_barrier(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
     """Put the bases and the factors behind one barrier."""
     return list(lax.optimization_barrier(values))
@@ -59,18 +54,20 @@ def optimization_barrier(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
 @rule("transpose")
 def transpose(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     """Permute the dimensions."""
-    return [weight.transposed(_on_base(eqn, weight), eqn.params["permutation"])]
+    return [weight.transposed(deferred.bind(eqn, [weight.base]), eqn.params["permutation"])]
 
 
 @rule("reshape")
 def reshape(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     """Split and join dimensions."""
     if (order := eqn.params["dimensions"]) is not None:  # as a vmapped convolution has it
-        weight = weight.transposed(weight.base.transpose(order), order)
+        turned = deferred.lazily(lambda base: base.transpose(order), weight.base)
+        weight = weight.transposed(turned, order)
     dims = axes.reshape(weight.dims, eqn.params["new_sizes"])
     if dims is None:
         return walk.without_rule(eqn, [weight], "the reshape cuts an axis unevenly")
-    base = lax.reshape(weight.base, eqn.params["new_sizes"], out_sharding=eqn.params["sharding"])
+    sizes, sharding = eqn.params["new_sizes"], eqn.params["sharding"]
+    base = deferred.lazily(lambda x: lax.reshape(x, sizes, out_sharding=sharding), weight.base)
     return [weight.reshaped(base, dims)]
 
 
@@ -79,7 +76,7 @@ def squeeze(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     """Drop dimensions of size 1."""
     gone = eqn.params["dimensions"]
     dims = tuple(dim for d, dim in enumerate(weight.dims) if d not in gone)
-    return [weight.replace(base=_on_base(eqn, weight), dims=dims)]
+    return [weight.replace(base=deferred.bind(eqn, [weight.base]), dims=dims)]
 
 
 @rule("broadcast_in_dim")
@@ -91,7 +88,7 @@ def broadcast(walk: Walk, eqn: Any, weight: LowRank, *sizes: Any) -> list[Any]:
     dims = [_repeated(weight, size) for size in shape]
     for d, dim, size in zip(kept, weight.dims, weight.base.shape, strict=True):
         dims[d] = dim if size == shape[d] else _joined(weight, dims[d], dim)
-    return [weight.replace(base=_on_base(eqn, weight), dims=tuple(dims))]
+    return [weight.replace(base=deferred.bind(eqn, [weight.base]), dims=tuple(dims))]
 
 
 @rule("tile")
@@ -101,7 +98,7 @@ def tile(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
         _joined(weight, _repeated(weight, count), dim)
         for dim, count in zip(weight.dims, eqn.params["reps"], strict=True)
     )
-    return [weight.replace(base=_on_base(eqn, weight), dims=dims)]
+    return [weight.replace(base=deferred.bind(eqn, [weight.base]), dims=dims)]
 
 
 def _repeated(weight: LowRank, size: int) -> axes.Dim:
@@ -120,7 +117,5 @@ def rev(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
         return walk.without_rule(eqn, [weight], "it reverses a dimension of several axes")
     for d in eqn.params["dimensions"]:
         if weight.dims[d]:
-            weight = weight.along(
-                lax.rev(weight.base, (d,)), d, lambda x, axis: lax.rev(x, (axis,))
-            )
+            weight = weight.along(d, lambda x, axis: lax.rev(x, (axis,)))
     return [weight]

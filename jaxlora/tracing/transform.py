@@ -14,7 +14,9 @@ import jax
 import numpy as np
 
 from jaxlora import paths
-from jaxlora.tracing import boundary
+from jaxlora.quantized import QuantizedWeight
+from jaxlora.tracing import boundary, deferred
+from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.interpreter import Form, Walk
 from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import LoRAWeight, TrainedLeaf
@@ -69,7 +71,7 @@ def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Progra
         result["outs"] = [None if is_array(out) else out for out in outs]
         return [out for out in outs if is_array(out)]
 
-    arrays = [leaf.plain if isinstance(leaf, LoRAWeight) else leaf for leaf in inputs]
+    arrays = [paths.abstract(paths.plain(leaf)) for leaf in inputs]
     jaxpr = jax.make_jaxpr(flat)(*arrays)
 
     def rebuild(outs):
@@ -92,7 +94,7 @@ def values(tree: Any) -> Any:
 
 
 def _is_weight(leaf: Any) -> bool:
-    return isinstance(leaf, LoRAWeight)
+    return isinstance(leaf, LoRAWeight | QuantizedWeight)
 
 
 def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:
@@ -114,8 +116,8 @@ def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:
             base is then multiplied once for all.
 
     Returns:
-        A function of the same signature. Without a `LoRAWeight` or a `TrainedLeaf`
-        among its arguments it is fn.
+        A function of the same signature. Without a `LoRAWeight`, a `TrainedLeaf` or a
+        `QuantizedWeight` among its arguments it is fn.
 
     Raises:
         ValueError: there is no such form; with strict, at a call in which a weight reaches an
@@ -162,6 +164,8 @@ def _low_rank(fn: F, walk: Walk) -> F:
 def _left(walk: Walk, out: Any) -> Any:
     """Return an output as the caller gets it: an array, or the node of a weight passed through."""
     out = walk.finish(out)
+    if isinstance(out, Deferred):
+        return deferred.now(out) if out.untouched is None else out.untouched
     if not isinstance(out, LowRank):
         return out
     node = boundary.leave(out)

@@ -1,0 +1,158 @@
+"""Quantize the frozen weights of a program, as QLoRA (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxlora import paths, quantized, sharding, tracing
+from jaxlora.config import ALL_LINEAR, LoRAConfig, Targets
+from jaxlora.quantized import Code, Kind, QuantizedWeight
+from jaxlora.selection import select
+from jaxlora.sites import Site, find_sites
+from jaxlora.weight import LoRAWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """Which weights to quantize and how.
+
+    Attributes:
+        kind: what the codes are: ``"nf4"``, ``"int4"`` or ``"int8"``.
+        block_size: the most elements that share a scale, at least 2. Blocks lie along an axis that
+            the program sums over, or, of a table of rows, along the rows.
+        double: also quantize the scales, to eight bits.
+        targets: as in `LoRAConfig`, but whole weights alone.
+        exclude: likewise, and wins over them.
+
+    Raises:
+        ValueError: there is no such kind, the block size is below 2, or targets are none.
+        TypeError: the block size is not an int, targets are not strings.
+    """
+
+    kind: Kind = "nf4"
+    block_size: int = 64
+    double: bool = True
+    targets: Targets = ALL_LINEAR
+    exclude: Targets = ()
+
+    def __post_init__(self):
+        if self.kind not in typing.get_args(Kind):
+            raise ValueError(f"kind must be one of {typing.get_args(Kind)}: got {self.kind!r}")
+        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
+            raise TypeError(f"block_size must be an int: got {self.block_size!r}")
+        if self.block_size < 2:
+            raise ValueError(f"block_size must be at least 2: got {self.block_size}")
+        chosen = LoRAConfig(rank=1, targets=self.targets, exclude=self.exclude)
+        object.__setattr__(self, "targets", chosen.targets)
+        object.__setattr__(self, "exclude", chosen.exclude)
+
+
+def quantize(
+    fn: Callable[..., Any], params: Any, /, *args: Any, config: Quantization, **kwargs: Any
+) -> Any:
+    """Return the parameters with a `QuantizedWeight` in the place of each target.
+
+    One weight at a time is quantized. They are frozen: `jaxlora.init` gives them adapters as any
+    others, `jaxlora.lora` makes functions accept them, `jaxlora.merge` makes them plain.
+
+    Args:
+        fn: the function that uses the parameters, as ``model.apply``; it is traced, not run.
+        params: its first argument, arrays or `jax.ShapeDtypeStruct`, also adapted: the base of an
+            adapted weight is quantized, and its factors stay.
+        *args: its other arguments, or their shapes.
+        config: what to quantize and how.
+        **kwargs: its keyword arguments, but for one named ``config``.
+
+    Returns:
+        The same tree with quantized weights. Their codes are sharded as the weights were.
+
+    Raises:
+        ValueError: the targets do not fit the program or name parts of weights, a weight is
+            quantized already or trained whole, or is not finite.
+        ImportError: qwix is not installed.
+
+    >>> import jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 128))
+    >>> config = jaxlora.Quantization("nf4", double=False)
+    >>> jaxlora.quantize(model, {"w": jnp.ones((128, 64))}, x, config=config)
+    {'w': QuantizedWeight(nf4, (128, 64), float32)}
+    """
+    leaves, treedef = paths.flatten(params)
+    sites = find_sites(fn, params, *args, **kwargs)
+    code = Code(config.kind, config.block_size, config.double)
+    for path, part, _, _ in select(
+        LoRAConfig(rank=1, targets=config.targets, exclude=config.exclude), sites
+    ):
+        leaf, weight = leaves[path], paths.plain(leaves[path])
+        if part is not None:
+            raise ValueError(f"only whole weights can be quantized: got a part of {path!r}")
+        if isinstance(weight, QuantizedWeight):
+            raise ValueError(f"the leaf {path!r} is quantized already")
+        if paths.is_trained(leaf) and not isinstance(leaf, LoRAWeight):
+            raise ValueError(f"the leaf {path!r} is trained, and cannot be quantized: exclude it")
+        made = _quantized(path, weight, code, _axis(sites[path]))
+        leaves[path] = leaf.over(made) if isinstance(leaf, LoRAWeight) else made
+    return treedef.unflatten(leaves.values())
+
+
+def dequantize(params: Any) -> Any:
+    """Return a tree with plain weights in the place of quantized ones, also beneath adapters.
+
+    Args:
+        params: a tree with `QuantizedWeight` nodes.
+
+    Raises:
+        ValueError: no weight is quantized.
+    """
+    leaves, treedef = paths.flatten(params)
+    found = {path: paths.plain(leaf) for path, leaf in leaves.items()}
+    found = {path: leaf for path, leaf in found.items() if isinstance(leaf, QuantizedWeight)}
+    if not found:
+        raise ValueError("params has no quantized weight: make some with jaxlora.quantize")
+    for path, weight in found.items():
+        leaf, plain = leaves[path], jax.jit(quantized.values)(weight)
+        leaves[path] = leaf.over(plain) if isinstance(leaf, LoRAWeight) else plain
+    return treedef.unflatten(leaves.values())
+
+
+def _axis(site: Site) -> int:
+    """Return the axis for the blocks of a weight: the longest that it is summed over, or of rows.
+
+    No entry or row that the program picks is then cut by a block.
+    """
+    is_table = any(use.kind == tracing.LOOKED_UP for use in site.uses)
+    axes = site.out if is_table and site.out else site.in_
+    return max(axes, key=lambda axis: (site.shape[axis], axis))
+
+
+def _quantized(path: str, weight: Any, code: Code, axis: int) -> QuantizedWeight:
+    """Return a quantized weight, or the shapes of one; raise if it is not finite."""
+
+    def made(weight):
+        found = quantized.quantized(weight, code, axis)
+        return found, jnp.isfinite(weight).all()
+
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        return jax.eval_shape(made, weight)[0]
+    found, finite = jax.jit(made)(weight)
+    if not isinstance(finite, Tracer) and not finite:
+        raise ValueError(f"only finite weights can be quantized: {path!r} holds NaN or inf")
+    if (known := sharding.of(weight)) is not None:
+        found = _placed(found, known)
+    return found
+
+
+def _placed(weight: QuantizedWeight, like: jax.sharding.NamedSharding) -> QuantizedWeight:
+    """Return a quantized weight, its codes where the weight was and its scales where they can be."""
+
+    def place(part):
+        sizes = zip(part.shape, like.spec, strict=False)
+        spec = [None if size % sharding.shards(like, entry) else entry for size, entry in sizes]
+        return jax.device_put(part, jax.NamedSharding(like.mesh, jax.P(*spec)))
+
+    return jax.tree.map(place, weight)

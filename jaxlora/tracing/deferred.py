@@ -1,0 +1,237 @@
+"""An array that is not made until the program reads it, as that of a quantized weight.
+
+What the program does to it on its way is done to what it will be made of, where that is possible
+(an entry of a stack, rows of a table), or kept to be done when it is made. The operation that
+reads it makes it for itself alone: in a derivative it is made again and not kept.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlora.quantized import QuantizedWeight, dequantized
+from jaxlora.tracing import compat
+
+_meta = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """An array to be made.
+
+    It is *aligned* where each array it is made of has an axis for each of its own, of the same size
+    or, for some, smaller; what is done along another axis can be done to them.
+
+    Attributes:
+        parts: a tree of the arrays it is made of.
+        make: a function of them that returns an array.
+        order: for each dimension its axis in that array.
+        dtypes: what it is converted to, one after the other.
+        made: shape and dtype of that array, or None if this is aligned.
+    """
+
+    parts: Any
+    make: Callable[[Any], Any] = dataclasses.field(metadata=_meta)
+    order: tuple[int, ...] = dataclasses.field(metadata=_meta)
+    dtypes: tuple[Any, ...] = dataclasses.field(metadata=_meta)
+    made: Any = dataclasses.field(default=None, metadata=_meta)
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> "Deferred":
+        """Return the array of a quantized weight; it gets no gradient."""
+        parts = jax.tree.map(lax.stop_gradient, weight)
+        return cls(parts, dequantized, tuple(range(weight.ndim)), (weight.dtype,))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        known = jax.tree.leaves(self.parts)[0] if self.made is None else self.made
+        return tuple(known.shape[axis] for axis in self.order)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the array."""
+        return self.dtypes[-1]
+
+    @property
+    def ndim(self) -> int:
+        """Number of its dimensions."""
+        return len(self.order)
+
+    @property
+    def size(self) -> int:
+        """Number of its elements."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype).size
+
+    def astype(self, dtype: Any) -> "Deferred":
+        """Return this converted to another dtype."""
+        return dataclasses.replace(self, dtypes=(*self.dtypes, jnp.dtype(dtype)))
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether each array it is made of has its axes."""
+        return self.made is None
+
+    @property
+    def untouched(self) -> QuantizedWeight | None:
+        """The quantized weight it is to be made of, if the program did nothing to it."""
+        is_same = self.order == tuple(range(self.ndim)) and len(self.dtypes) == 1
+        return self.parts if self.is_aligned and is_same else None
+
+    def entry(self) -> "Deferred":
+        """Return one entry along the first dimension; its arrays are the loop's."""
+        return dataclasses.replace(self, order=tuple(axis - 1 for axis in self.order[1:]))
+
+    def stacked(self) -> "Deferred":
+        """Return the opposite of `entry`."""
+        return dataclasses.replace(self, order=(0, *(axis + 1 for axis in self.order)))
+
+    def has_whole(self, dim: int) -> bool:
+        """Tell whether all it is made of has a dimension in full, so that it can be cut there."""
+        axis = self.order[dim]
+        return self.is_aligned and len({x.shape[axis] for x in jax.tree.leaves(self.parts)}) == 1
+
+    def is_scannable(self) -> bool:
+        """Tell whether its first dimension is the first axis of all it is made of."""
+        return self.order[0] == 0 and self.has_whole(0)
+
+    def on_parts(self, change: Callable[[Any], Any], order: tuple[int, ...]) -> "Deferred":
+        """Return this made of other arrays, aligned as before but for the order of dimensions."""
+        return dataclasses.replace(self, parts=jax.tree.map(change, self.parts), order=order)
+
+
+def now(x: Any) -> Any:
+    """Return the array, made if it is deferred."""
+    if not isinstance(x, Deferred):
+        return x
+    array = x.make(x.parts)
+    if x.order != tuple(range(x.ndim)):
+        array = array.transpose(x.order)
+    for dtype in x.dtypes:
+        array = array.astype(dtype)
+    return array
+
+
+def abstract(x: Any) -> Any:
+    """Return the shape and dtype of what is deferred; anything else as it is."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Deferred) else x
+
+
+def lazily(function: Callable[..., Any], *values: Any) -> Any:
+    """Return ``function(*values)``, deferred if one of the values is."""
+    if not any(isinstance(value, Deferred) for value in values):
+        return function(*values)
+    made = jax.eval_shape(function, *map(abstract, values))
+    return Deferred(
+        values,
+        lambda values: function(*map(now, values)),
+        tuple(range(made.ndim)),
+        (made.dtype,),
+        jax.ShapeDtypeStruct(made.shape, made.dtype),
+    )
+
+
+def read(function: Callable[..., Any], *values: Any) -> Any:
+    """Return ``function(*values)``, with what is deferred made for it, and again to derive it."""
+    if not any(isinstance(value, Deferred) for value in values):
+        return function(*values)
+    return jax.checkpoint(lambda *values: function(*map(now, values)))(*values)
+
+
+def along(x: Any, dim: int, change: Callable[[Any, int], Any]) -> Any:
+    """Return ``change(x, dim)``, an operation on one dimension."""
+    if isinstance(x, Deferred) and x.has_whole(dim):
+        return x.on_parts(lambda part: change(part, x.order[dim]), x.order)
+    return lazily(lambda array: change(array, dim), x)
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> Any:
+    """Return the output of an operation that rearranges or converts, deferred if one value is."""
+    x, name = values[0], eqn.primitive.name
+    if isinstance(x, Deferred) and name in _REARRANGED:
+        found = _REARRANGED[name](eqn, *values)
+        if found is not None:
+            return found
+    return lazily(lambda *values: compat.bind(eqn, values)[0], *values)
+
+
+def _convert(eqn: Any, x: Deferred) -> Deferred:
+    return x.astype(eqn.params["new_dtype"])
+
+
+def _transpose(eqn: Any, x: Deferred) -> Deferred:
+    order = tuple(x.order[dim] for dim in eqn.params["permutation"])
+    return dataclasses.replace(x, order=order)
+
+
+def _squeeze(eqn: Any, x: Deferred) -> Deferred | None:
+    gone = {x.order[dim] for dim in eqn.params["dimensions"]}
+    if not x.is_aligned:
+        return None
+    kept = [axis for axis in x.order if axis not in gone]
+    order = tuple(sorted(kept).index(axis) for axis in kept)
+    return x.on_parts(lambda part: lax.squeeze(part, sorted(gone)), order)
+
+
+def _slice(eqn: Any, x: Deferred) -> Deferred:
+    params = eqn.params
+    strides = params["strides"] or (1,) * x.ndim
+    for dim, size in enumerate(x.shape):
+        start, end, stride = params["start_indices"][dim], params["limit_indices"][dim], strides[dim]
+        if (start, end, stride) != (0, size, 1):
+            x = along(
+                x,
+                dim,
+                lambda part, axis, cut=(start, end, stride): lax.slice_in_dim(part, *cut, axis),
+            )
+    return x
+
+
+def _dynamic_slice(eqn: Any, x: Deferred, *starts: Any) -> Deferred:
+    for dim, size in enumerate(eqn.params["slice_sizes"]):
+        if size != x.shape[dim]:
+            x = along(
+                x,
+                dim,
+                lambda part, axis, start=starts[dim], size=size: lax.dynamic_slice_in_dim(
+                    part, start, size, axis, allow_negative_indices=False
+                ),
+            )
+    return x
+
+
+def _gather(eqn: Any, x: Deferred, indices: Any) -> Deferred | None:
+    """Gather from each array it is made of, where that is the same."""
+    sizes, shape = eqn.params["slice_sizes"], x.shape
+    picked = {*eqn.params["dimension_numbers"].start_index_map}
+    picked |= {dim for dim, size in enumerate(sizes) if size != shape[dim]}
+    in_order = x.order == tuple(range(x.ndim))
+    filling = eqn.params["fill_value"]
+    is_filled = filling is not None and filling == filling and filling != 0
+    if is_filled or not in_order or not all(map(x.has_whole, picked)):
+        return None
+
+    def gather(part):
+        own = [size if dim in picked else part.shape[dim] for dim, size in enumerate(sizes)]
+        params = eqn.params | {"slice_sizes": tuple(own)}
+        if not jnp.issubdtype(part.dtype, jnp.floating):
+            params["fill_value"] = 0  # where the index is out of range, the scale tells
+        return eqn.primitive.bind(part, indices, **params)
+
+    return x.on_parts(gather, tuple(range(eqn.outvars[0].aval.ndim)))
+
+
+_REARRANGED: dict[str, Callable[..., Deferred | None]] = {
+    "convert_element_type": _convert,
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather,
+}
+KEPT = {*_REARRANGED, "reshape", "broadcast_in_dim", "copy", "copy_p", "rev", "stop_gradient"}
