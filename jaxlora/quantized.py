@@ -11,11 +11,11 @@ codes and scales are those of qwix, which is imported where they are made or rea
 """
 
 import dataclasses
-import math
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 Kind = Literal["int8", "int4", "nf4"]
 _meta = {"static": True}
@@ -42,41 +42,44 @@ class QuantizedWeight:
     """A frozen weight in few bits, in the place of the leaf it was made of.
 
     It is a pytree node; `jaxlora.lora` makes functions accept it where they take an array, and
-    makes it one where it is used.
+    makes it one where it is used. Its arrays have the axes of the weight, in full but for the one
+    along which its blocks lie.
 
     Attributes:
-        array: a `qwix.QArray` of the codes, in the shape of the weight, and of the scales, of one
-            smaller axis; quantized doubly, its scales are a `qwix.QArray` of ``scale - offset``.
-        offset: the mean of the scales along that axis, or None where they are not quantized.
+        codes: int8, or uint8 with two codes of four bits in each: those of the first half of the
+            axis in its lower bits, those of the second in its upper.
+        scale: of each block, float32; quantized doubly, a `qwix.QArray` of ``scale - offset``.
+        offset: the mean of the scales along the axis, or None where they are not quantized.
         code: how it is quantized.
         dtype: dtype of the weight, in which it is used.
+        is_packed: whether there are two codes in each.
     """
 
-    array: Any
+    codes: Any
+    scale: Any
     offset: Any
     code: Code = dataclasses.field(metadata=_meta)
     dtype: Any = dataclasses.field(metadata=_meta)
-
-    @property
-    def codes(self) -> Any:
-        """The codes, an integer array of the shape and with the sharding of the weight."""
-        return self.array.qvalue
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return tuple(self.codes.shape)
-
-    @property
-    def ndim(self) -> int:
-        """Number of its axes."""
-        return len(self.shape)
+    is_packed: bool = dataclasses.field(metadata=_meta)
 
     @property
     def axis(self) -> int:
         """The axis along which its blocks lie."""
-        sizes = zip(self.shape, self.array.scale.shape, strict=True)
+        sizes = zip(self.codes.shape, self.scale.shape, strict=True)
         return next((i for i, (size, count) in enumerate(sizes) if size != count), 0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        sizes = [*self.codes.shape]
+        if self.is_packed:
+            sizes[self.axis] *= 2
+        return tuple(sizes)
+
+    @property
+    def ndim(self) -> int:
+        """Number of its axes."""
+        return len(self.codes.shape)
 
     @property
     def abstract(self) -> jax.ShapeDtypeStruct:
@@ -85,12 +88,8 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes and scales on a device, where codes of four bits are packed."""
-        bits = {"int4": 4, "uint4": 4}
-        return sum(
-            math.ceil(x.size * bits.get(str(x.dtype), 8 * x.dtype.itemsize) / 8)
-            for x in jax.tree.leaves(self)
-        )
+        """Bytes of its arrays."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     def __repr__(self):
         return f"QuantizedWeight({self.code.kind}, {self.shape}, {self.dtype})"
@@ -102,8 +101,11 @@ def values(weight: Any) -> Any:
 
 
 def stand_in(weight: Any) -> Any:
-    """Return an array of the shape and with the sharding of a weight, whatever its values."""
-    return weight.codes if _is_quantized(weight) else weight
+    """Return an array with the sharding of a weight, and if traced its shape, of other values."""
+    if not _is_quantized(weight):
+        return weight
+    is_smaller = weight.is_packed and isinstance(weight.codes, Tracer)
+    return jnp.concatenate([weight.codes] * 2, weight.axis) if is_smaller else weight.codes
 
 
 def _is_quantized(weight: Any) -> bool:
@@ -112,10 +114,15 @@ def _is_quantized(weight: Any) -> bool:
 
 def dequantized(weight: QuantizedWeight) -> jax.Array:
     """Return what a quantized weight stands for, in float32."""
-    qwix, scale = _qwix(), weight.array.scale
+    qwix, codes, scale = _qwix(), weight.codes, weight.scale
     if weight.offset is not None:
         scale = qwix.dequantize(scale) + weight.offset
-    return qwix.dequantize(dataclasses.replace(weight.array, scale=scale))
+    if weight.is_packed:
+        codes = jnp.concatenate([codes & 15, codes >> 4], weight.axis)
+    if weight.code.kind == "int4":
+        codes = (codes ^ 8).astype(jnp.int8) - 8  # the sign is the upper of four bits
+    kind = "nf4" if weight.code.kind == "nf4" else jnp.int8
+    return qwix.dequantize(qwix.QArray(codes, scale, qtype=kind))
 
 
 def quantized(weight: jax.Array, code: Code, axis: int) -> QuantizedWeight:
@@ -127,22 +134,28 @@ def quantized(weight: jax.Array, code: Code, axis: int) -> QuantizedWeight:
         axis: the axis; a block is the largest part of it that divides it evenly, up to
             ``code.block_size``, or all of it where none of a quarter of that does.
     """
-    qwix, exact = _qwix(), weight.astype(jnp.float32)
+    exact, block = weight.astype(jnp.float32), _block(weight.shape[axis], code.block_size)
     kind = code.kind if code.kind == "nf4" else jnp.dtype(code.kind)
-    others = [i for i in range(weight.ndim) if i != axis]
-    block = _block(weight.shape[axis], code.block_size)
-    array = qwix.quantize(exact, kind, channelwise_axes=others, tiled_axes={axis: block})
-    count = array.scale.shape[axis]
-    if not code.double or 4 * count <= count + 8:  # bytes of scales, and of codes for them
-        return QuantizedWeight(array, None, code, weight.dtype)
-    shape = [*weight.shape[:axis], count, block, *weight.shape[axis + 1 :]]
-    is_zero = jnp.max(jnp.abs(exact.reshape(shape)), axis + 1) == 0  # any scale will do there
-    offset = jnp.mean(array.scale, axis, keepdims=True, where=~is_zero)
-    offset = jnp.where(is_zero.all(axis, keepdims=True), 1, offset)
-    centered = jnp.where(is_zero, 0, array.scale - offset)
-    block = _block(count, _SCALES_PER_BLOCK)
-    scale = qwix.quantize(centered, jnp.int8, channelwise_axes=others, tiled_axes={axis: block})
-    return QuantizedWeight(dataclasses.replace(array, scale=scale), offset, code, weight.dtype)
+    array = _in_blocks(exact, kind, axis, block)
+    codes = array.qvalue if code.kind == "int8" else array.qvalue.astype(jnp.uint8) & 15
+    is_packed = code.kind != "int8" and block > 2 and codes.shape[axis] % 2 == 0
+    if is_packed:
+        first, second = jnp.split(codes, 2, axis)
+        codes = first | second << 4
+    scale, offset, count = array.scale, None, array.scale.shape[axis]
+    if code.double and 4 * count > count + 8:  # bytes of scales, and of codes for them
+        shape = [*weight.shape[:axis], count, block, *weight.shape[axis + 1 :]]
+        is_zero = jnp.max(jnp.abs(exact.reshape(shape)), axis + 1) == 0  # any scale will do there
+        offset = jnp.mean(scale, axis, keepdims=True, where=~is_zero)
+        offset = jnp.where(is_zero.all(axis, keepdims=True), 1, offset)
+        centered = jnp.where(is_zero, 0, scale - offset)
+        scale = _in_blocks(centered, jnp.int8, axis, _block(count, _SCALES_PER_BLOCK))
+    return QuantizedWeight(codes, scale, offset, code, weight.dtype, is_packed)
+
+
+def _in_blocks(array: jax.Array, kind: Any, axis: int, block: int) -> Any:
+    others = [i for i in range(array.ndim) if i != axis]
+    return _qwix().quantize(array, kind, channelwise_axes=others, tiled_axes={axis: block})
 
 
 def again(weight: jax.Array, like: QuantizedWeight) -> QuantizedWeight:

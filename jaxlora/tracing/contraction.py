@@ -89,7 +89,7 @@ def _product(walk: Walk, eqn: Any, x: Any, weight: LowRank, side: int) -> Any:
     """Return the product of x and a weight, in the form that is cheaper."""
 
     def bind(x, w):
-        return deferred.read(lambda *v: compat.bind(eqn, v)[0], *([x, w] if side else [w, x]))
+        return walk.product(lambda x, w: compat.bind(eqn, [x, w] if side else [w, x])[0], x, w)
 
     term = Term.of(eqn, side, weight, x)
     if walk.observes:
@@ -148,7 +148,7 @@ def ragged_dot(walk: Walk, eqn: Any, x: Any, weight: Any, groups: Any) -> list[A
     if weight.gain is not None:
         return walk.without_rule(eqn, [x, weight, groups], "it has a magnitude")
     walk.record(eqn, weight, CONTRACTED, **labels)
-    (y,) = deferred.read(lambda *values: compat.bind(eqn, values), x, weight.base, groups)
+    y = walk.product(lambda *values: compat.bind(eqn, values)[0], x, weight.base, groups)
     if weight.is_probe:
         return [y]
     weight = weight.transposed(weight.base, [*group, *summed, *out])

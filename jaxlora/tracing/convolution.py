@@ -44,7 +44,7 @@ def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     if kernel.gain is not None and _runs_back(kernel, numbers):
         return walk.without_rule(eqn, [x, kernel], "it sums columns that have magnitudes")
     walk.record(eqn, kernel, CONTRACTED, in_=in_, out=out, stack=stack | kernel.indexed - in_ - out)
-    (y,) = deferred.read(lambda *values: compat.bind(eqn, values), x, kernel.base)
+    y = walk.product(lambda *values: compat.bind(eqn, values)[0], x, kernel.base)
     if kernel.is_probe:
         return [y]
     product = _from_rank if _runs_back(kernel, numbers) else _to_rank

@@ -28,7 +28,7 @@ class Deferred:
     or, for some, smaller; what is done along another axis can be done to them.
 
     Attributes:
-        parts: a tree of the arrays it is made of.
+        parts: a tree of the arrays it is made of; if it is aligned, of their shape.
         make: a function of them that returns an array.
         order: for each dimension its axis in that array.
         dtypes: what it is converted to, one after the other.
@@ -50,7 +50,7 @@ class Deferred:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array."""
-        known = jax.tree.leaves(self.parts)[0] if self.made is None else self.made
+        known = self.parts if self.made is None else self.made
         return tuple(known.shape[axis] for axis in self.order)
 
     @property
@@ -141,6 +141,31 @@ def read(function: Callable[..., Any], *values: Any) -> Any:
     if not any(isinstance(value, Deferred) for value in values):
         return function(*values)
     return jax.checkpoint(lambda *values: function(*map(now, values)))(*values)
+
+
+def product(
+    function: Callable[..., jax.Array], x: Any, w: Deferred, *others: Any, after: Any = None
+) -> jax.Array:
+    """Return ``function(x, w, *others)``, linear in x, with a deferred w made for it.
+
+    It is made when x and what it comes after are there, and made again in a derivative: so of
+    several that are read one after the other, one is there at a time.
+    """
+
+    def made(x, w, others):
+        return function(x, now(w), *others)
+
+    @jax.custom_jvp
+    def ordered(x, w, others, after):
+        x, w, _ = lax.optimization_barrier((x, w, after))
+        return made(x, w, others)
+
+    @ordered.defjvp
+    def jvp(primals, tangents):
+        _, w, others, _ = primals
+        return ordered(*primals), jax.checkpoint(made)(tangents[0], w, others)
+
+    return ordered(x, w, others, jax.tree.map(lax.stop_gradient, after))
 
 
 def along(x: Any, dim: int, change: Callable[[Any, int], Any]) -> Any:

@@ -74,7 +74,7 @@ def rule(*primitives: str, passes: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Frame:
     """What is known of the program that is being run.
 
@@ -82,6 +82,7 @@ class Frame:
         env: values of the variables.
         readers: the products that read one input, see `grouping.Plan`.
         values: what the variables stand for, see `_values`.
+        last: the last product with a weight that was made for it, see `deferred.product`.
         narrowed: by id of an equation, the product of its input and the first factor, and how
             many equations share that, where it was made for several.
     """
@@ -89,6 +90,7 @@ class Frame:
     env: dict[Any, Any]
     readers: dict[tuple[int, int], list[tuple[Any, int]]]
     values: dict[Any, tuple[Any, bool]]
+    last: Any = None
     narrowed: dict[int, tuple[Any, int]] = dataclasses.field(default_factory=dict)
 
 
@@ -195,6 +197,13 @@ class Walk:
         dtype = value.base.dtype if value.is_rows() else merge_dtype(value.base.dtype)
         with self.scope(value):
             return value.dense(dtype)
+
+    def product(self, function: Callable[..., Any], x: Any, w: Any, *others: Any) -> Any:
+        """Return a function, linear in x, of it and a weight, which is made for it if deferred."""
+        if not isinstance(w, Deferred):
+            return function(x, w, *others)
+        self.frame.last = deferred.product(function, x, w, *others, after=self.frame.last)
+        return self.frame.last
 
     def made(self, eqn: Any, value: Any) -> Any:
         """Return a value that is not deferred; say so, for it will be kept as it is made here."""
