@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlora import initializers, parts, paths, quantized, residual, sharding
+from jaxlora import initializers, loftq, parts, paths, quantized, residual, sharding
 from jaxlora.config import LoRAConfig
 from jaxlora.magnitude import norms
 from jaxlora.selection import Target, select, select_whole
@@ -31,8 +31,10 @@ def init(
 
     ``b`` is zero and ``a`` is drawn from the key of its path, so the same key gives the same
     adapters and one more target changes no other. An initializer that starts from the weight takes
-    the first product out of the base, one weight at a time. The factors of a sharded weight are
-    sharded as its axes that they carry, with equal values, and drawn where they live.
+    the first product out of the base, one weight at a time; one that makes up for quantizing makes
+    the codes anew, and the output is nearer to that of the weights as they were. The factors of a
+    sharded weight are sharded as its axes that they carry, with equal values, and drawn where they
+    live.
 
     Args:
         key: random key.
@@ -90,6 +92,8 @@ def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRACo
     shape, key = (math.prod(in_), rank), _path_key(key, parts.name(site.path, part))
     if isinstance(initializer, initializers.FromWeight):
         return residual.take_out(key, target, base, site.roles, initializer, config.dtype)
+    if isinstance(initializer, initializers.LoftQ):
+        return loftq.start(target, base, site.roles, initializer, config.dtype)
     made = jax.eval_shape(lambda key: initializer(key, shape, config.dtype), key)
     if made.shape != shape or made.dtype != config.dtype:
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxlora import initializers, parts
-from jaxlora.initializers import FromWeight, Initializer, InitializerName
+from jaxlora.initializers import FromWeight, Initializer, InitializerName, LoftQ
 from jaxlora.weight import scaling
 
 ALL_LINEAR = "all-linear"
@@ -39,7 +39,8 @@ class LoRAConfig:
         initializer: how ``a`` starts: ``"uniform"`` (±1/√in), ``"normal"``, ``"kaiming"``,
             ``"orthogonal"``, or a function ``(key, (in, rank), dtype) -> array``. Or how both
             factors start from the weight, and change the base: ``"pissa"``, ``"milora"``,
-            ``"olora"``, or a `jaxlora.initializers.FromWeight`, also with data.
+            ``"olora"``, or a `jaxlora.initializers.FromWeight`, also with data; or of a weight
+            that is quantized and what it was, `jaxlora.initializers.loftq`.
         train: also train these leaves whole: names or one regular expression, as targets; norms,
             biases, a new head. They keep their dtype, and the base keeps what they were.
         rows: also train rows of these leaves, by name as in the patterns: indices along the first
@@ -69,7 +70,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     rank_stabilized: bool = False
-    initializer: InitializerName | Initializer | FromWeight = "uniform"
+    initializer: InitializerName | Initializer | FromWeight | LoftQ = "uniform"
     train: Targets = ()
     rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict, hash=False)
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -86,12 +87,7 @@ class LoRAConfig:
             object.__setattr__(self, field, _checked(getattr(self, field), field))
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only': got {self.bias!r}")
-        is_own = callable(self.initializer) or isinstance(self.initializer, FromWeight)
-        if not is_own and self.initializer not in initializers.NAMED:
-            raise ValueError(
-                f"initializer must be a function or one of {sorted(initializers.NAMED)}: "
-                f"got {self.initializer!r}"
-            )
+        _check_initializer(self.initializer)
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_indices(self.layers, "layers"))
         for field in ("rank_pattern", "alpha_pattern", "rows"):
@@ -107,6 +103,21 @@ class LoRAConfig:
     def plain_alpha(self, alpha: float, rank: int) -> float:
         """Return the alpha of a plain LoRA with the scaling of this kind."""
         return alpha * math.sqrt(rank) if self.rank_stabilized else float(alpha)
+
+
+def _check_initializer(initializer: Any) -> None:
+    if callable(initializer) or isinstance(initializer, FromWeight | LoftQ):
+        return
+    if initializer in ("eva", "corda", "lora_ga", "loftq"):
+        raise ValueError(
+            f"{initializer!r} starts from data: give the initializer that has it, from "
+            f"jaxlora.initializers.{initializer}"
+        )
+    if initializer not in initializers.NAMED:
+        raise ValueError(
+            f"initializer must be a function or one of {sorted(initializers.NAMED)}: "
+            f"got {initializer!r}"
+        )
 
 
 def _checked_rank(rank: Any, field: str) -> int:

@@ -6,7 +6,7 @@ merged adapter changes them.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxlora import sharding
-from jaxlora.quantized import QuantizedWeight
+from jaxlora.quantized import QuantizedWeight, stand_in
 from jaxlora.weight import Fingerprint
 
 _SAMPLES = 256
@@ -30,13 +30,11 @@ def take(leaves: Mapping[str, Any]) -> dict[str, Fingerprint]:
     Returns:
         Fingerprints by path.
     """
-    known = {path: leaf for path, leaf in leaves.items() if _has_values(leaf)}
+    # of a quantized weight the codes, for the last bits of its scales depend on where it was made
+    known = {path: stand_in(leaf) for path, leaf in leaves.items() if _has_values(stand_in(leaf))}
     with jax.ensure_compile_time_eval():  # also where a known base meets a traced factor
         samples = {
-            path: [
-                jax.jit(_sample, out_shardings=sharding.replicated(array))(array)
-                for array in jax.tree.leaves(leaf)
-            ]
+            path: jax.jit(_sample, out_shardings=sharding.replicated(leaf))(leaf)
             for path, leaf in known.items()
         }
         samples = jax.device_get(samples)
@@ -44,21 +42,14 @@ def take(leaves: Mapping[str, Any]) -> dict[str, Fingerprint]:
         path: Fingerprint(
             tuple(leaf.shape),
             leaf.code.kind if isinstance(leaf, QuantizedWeight) else str(leaf.dtype),
-            _digest(samples[path]) if path in known else None,
+            hashlib.sha256(samples[path].tobytes()).hexdigest()[:16] if path in known else None,
         )
         for path, leaf in leaves.items()
     }
 
 
-def _digest(samples: Sequence[np.ndarray]) -> str:
-    return hashlib.sha256(b"".join(sample.tobytes() for sample in samples)).hexdigest()[:16]
-
-
 def _has_values(leaf: Any) -> bool:
-    return all(
-        isinstance(array, jax.Array | np.ndarray) and not isinstance(array, Tracer)
-        for array in jax.tree.leaves(leaf)
-    )
+    return isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer)
 
 
 def _sample(leaf: Any) -> jax.Array:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlora import svd
+from jaxlora import paths, svd
 
 Initializer = Callable[..., Any]
 InitializerName = Literal["uniform", "normal", "kaiming", "orthogonal", "pissa", "milora", "olora"]
@@ -83,8 +83,8 @@ def pissa(iterations: int | None = None) -> FromWeight:
 
     def factors(key, weight, rank, scaling):
         if iterations is None:
-            return _of_svd(svd.truncated(weight, rank), scaling)
-        return _of_svd(svd.randomized(key, weight, rank, iterations), scaling)
+            return svd.factors(svd.truncated(weight, rank), scaling)
+        return svd.factors(svd.randomized(key, weight, rank, iterations), scaling)
 
     return FromWeight("pissa", factors)
 
@@ -124,7 +124,7 @@ def corda(moments: Mapping[str, jax.Array], *, keep: bool = False) -> FromWeight
         damped = moments / mean + 0.01 * jnp.eye(len(moments))
         u, s, v = jnp.linalg.svd(damped @ weight, full_matrices=False)
         kept = slice(-rank, None) if keep else slice(rank)
-        a, b = _of_svd((u[:, kept], s[kept], v[kept]), scaling)
+        a, b = svd.factors((u[:, kept], s[kept], v[kept]), scaling)
         return jnp.linalg.solve(damped, a), b
 
     return FromWeight("corda", factors, data=moments)
@@ -156,11 +156,42 @@ def lora_ga(gradients: Mapping[str, jax.Array], *, gamma: float = 16.0) -> FromW
     return FromWeight("lora_ga", factors, data=gradients)
 
 
+@dataclasses.dataclass(frozen=True)
+class LoftQ:
+    """An initializer that makes up for quantizing, see `loftq`.
+
+    Attributes:
+        weights: the weights by path, as they were.
+        iterations: how often the codes and the factors take turns.
+    """
+
+    weights: Mapping[str, Any] = dataclasses.field(hash=False)
+    iterations: int = 1
+
+
+def loftq(params: Any, *, iterations: int = 1) -> LoftQ:
+    """Return the start that makes up for what quantizing has rounded.
+
+    The codes are made anew and the factors with them, so that their sum is nearest to the weight as
+    it was (Li et al. 2023, arXiv:2310.08659). It is for weights from `jaxlora.quantize` alone.
+
+    Args:
+        params: the tree before it was quantized; its targets are read.
+        iterations: how often the codes and the factors take turns, at least 1.
+
+    Raises:
+        ValueError: iterations is below 1.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1: got {iterations}")
+    return LoftQ(paths.flatten(params)[0], iterations)
+
+
 def _milora(key, weight, rank, scaling):
     """Start at the smallest singular values (Wang et al. 2024, arXiv:2406.09044)."""
     del key
     u, s, v = jnp.linalg.svd(weight, full_matrices=False)
-    return _of_svd((u[:, -rank:], s[-rank:], v[-rank:]), scaling)
+    return svd.factors((u[:, -rank:], s[-rank:], v[-rank:]), scaling)
 
 
 def _olora(key, weight, rank, scaling):
@@ -171,13 +202,6 @@ def _olora(key, weight, rank, scaling):
     del key, scaling
     q, r = jnp.linalg.qr(weight.T)
     return r[:rank].T, q[:, :rank].T
-
-
-def _of_svd(decomposed: svd.SVD, scaling: float) -> tuple[jax.Array, jax.Array]:
-    """Return factors whose product times the scaling is ``u s v``, the roots of s in each."""
-    u, s, v = decomposed
-    roots = jnp.sqrt(s / scaling)
-    return u * roots[None], roots[:, None] * v
 
 
 NAMED: dict[str, Initializer | FromWeight] = {

@@ -60,7 +60,9 @@ def norms(weight: LoRAWeight) -> jax.Array:
 
 def _entry(weight: LoRAWeight, roles: Roles) -> LoRAWeight:
     """Return the node of one entry along the first axis, a stack, of a weight of these roles."""
-    left = (tuple(axis - 1 for axis in group if axis) for group in (roles.stack, roles.in_, roles.out))
+    left = (
+        tuple(axis - 1 for axis in group if axis) for group in (roles.stack, roles.in_, roles.out)
+    )
     return dataclasses.replace(weight, roles=Roles(*left))
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxlora import parts, paths, tracing, trees
 from jaxlora.algebra import matrices
 from jaxlora.config import LoRAConfig
+from jaxlora.quantized import QuantizedWeight
 from jaxlora.selection import select
 from jaxlora.sites import find_sites
 from jaxlora.weight import LoRAWeight
@@ -81,12 +82,14 @@ def gradients(
         Array ``(stack, in, out)`` in float32 by target.
 
     Raises:
-        ValueError: there is no batch, or the targets do not fit the program.
+        ValueError: there is no batch, the targets do not fit the program, or one is quantized.
     """
     first, batches = _peeked(batches)
     leaves, treedef = paths.flatten(params)
     sites = find_sites(loss, params, *first)
     targets = select(config, sites)
+    if held := [path for path, *_ in targets if isinstance(leaves[path], QuantizedWeight)]:
+        raise ValueError(f"{held[0]!r} is quantized and has no gradient: dequantize it before")
 
     @jax.jit
     def of_batch(weights, leaves, args):

@@ -132,27 +132,16 @@ def _axis(site: Site) -> int:
 
 def _quantized(path: str, weight: Any, code: Code, axis: int) -> QuantizedWeight:
     """Return a quantized weight, or the shapes of one; raise if it is not finite."""
-
-    def made(weight):
-        found = quantized.quantized(weight, code, axis)
-        return found, jnp.isfinite(weight).all()
-
+    abstract = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+    shapes, _ = jax.eval_shape(lambda weight: _made(weight, (code, axis)), abstract)
     if isinstance(weight, jax.ShapeDtypeStruct):
-        return jax.eval_shape(made, weight)[0]
-    found, finite = jax.jit(made)(weight)
+        return shapes
+    axes = (sharding.even_axes(weight, shapes), ())
+    found, finite = sharding.run(_made, (code, axis), (weight,), weight, axes)
     if not isinstance(finite, Tracer) and not finite:
         raise ValueError(f"only finite weights can be quantized: {path!r} holds NaN or inf")
-    if (known := sharding.of(weight)) is not None:
-        found = _placed(found, known)
     return found
 
 
-def _placed(weight: QuantizedWeight, like: jax.sharding.NamedSharding) -> QuantizedWeight:
-    """Return a quantized weight, its codes where the weight was and its scales where they can be."""
-
-    def place(part):
-        sizes = zip(part.shape, like.spec, strict=False)
-        spec = [None if size % sharding.shards(like, entry) else entry for size, entry in sizes]
-        return jax.device_put(part, jax.NamedSharding(like.mesh, jax.P(*spec)))
-
-    return jax.tree.map(place, weight)
+def _made(weight: jax.Array, how: tuple[Code, int]) -> tuple[QuantizedWeight, jax.Array]:
+    return quantized.quantized(weight, *how), jnp.isfinite(weight).all()

@@ -83,8 +83,8 @@ class QuantizedWeight:
 
     @property
     def abstract(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of the weight."""
-        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+        """Shape and dtype of the weight, and on a mesh with Explicit axes its sharding."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=_typed(self))
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +92,8 @@ class QuantizedWeight:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     def __repr__(self):
-        return f"QuantizedWeight({self.code.kind}, {self.shape}, {self.dtype})"
+        shape = self.shape if hasattr(self.codes, "shape") else self.codes
+        return f"QuantizedWeight({self.code.kind}, {shape}, {self.dtype})"
 
 
 def values(weight: Any) -> Any:
@@ -112,8 +113,21 @@ def _is_quantized(weight: Any) -> bool:
     return isinstance(weight, QuantizedWeight)
 
 
+def _typed(weight: QuantizedWeight) -> Any:
+    """Return the sharding in the type of the codes on a mesh with Explicit axes, else None."""
+    found = jax.typeof(weight.codes).sharding if isinstance(weight.codes, jax.Array) else None
+    return found if found and found.mesh.explicit_axes else None
+
+
 def dequantized(weight: QuantizedWeight) -> jax.Array:
     """Return what a quantized weight stands for, in float32."""
+    if (typed := _typed(weight)) is None:
+        return _dequantized(weight)
+    automatic: Any = jax.sharding.auto_axes(_dequantized, out_sharding=typed)
+    return automatic(weight)
+
+
+def _dequantized(weight: QuantizedWeight) -> jax.Array:
     qwix, codes, scale = _qwix(), weight.codes, weight.scale
     if weight.offset is not None:
         scale = qwix.dequantize(scale) + weight.offset
@@ -166,7 +180,7 @@ def again(weight: jax.Array, like: QuantizedWeight) -> QuantizedWeight:
 def _block(size: int, most: int) -> int:
     """Return the largest divisor of a size up to a bound, or the size if that is far below."""
     divisor = next(n for n in range(min(size, most), 0, -1) if size % n == 0)
-    return divisor if 4 * divisor >= min(size, most) else size
+    return divisor if divisor > 1 and 4 * divisor >= min(size, most) else size
 
 
 def _qwix() -> Any:

@@ -184,6 +184,10 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
 
 def _joined(name: str, adapter: Adapter, first: Adapter) -> Adapter:
     """Return the adapter of the difference of two products."""
+    if adapter.changed == "loftq":
+        raise ValueError(
+            f"the base of {name!r} was quantized anew for 'loftq', and not by a product"
+        )
     if not adapter.changed:
         raise ValueError(f"the adapter of {name!r} is plain: nothing changed its base")
     wanted, got = ((x.roles, x.base, x.a.shape[:-1]) for x in (adapter, first))

@@ -98,6 +98,23 @@ def shards(sharding: NamedSharding, entry: Any) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
+def even_axes(base: Any, shapes: Any) -> Any:
+    """Return for each array of a tree its axes along which it can be cut as a base is.
+
+    Args:
+        base: the weight, an array.
+        shapes: the tree, of arrays or shapes that have the axes of the base, in other sizes.
+    """
+    known = explicit(base) or of(base)
+
+    def axes(array):
+        spec = dict(enumerate(known.spec if known else ()))
+        counts = [shards(known, spec[i]) if i in spec and known else 1 for i in range(array.ndim)]
+        return tuple(None if array.shape[i] % count else i for i, count in enumerate(counts))
+
+    return jax.tree.map(axes, shapes)
+
+
 def default() -> jax.sharding.Sharding:
     """Return where arrays go that nothing places: the mesh in use, or else one device."""
     mesh = jax.sharding.get_mesh()
@@ -153,12 +170,12 @@ def make(
 
 
 def run(
-    build: Callable[..., Sequence[jax.Array]],
+    build: Callable[..., Any],
     static: Hashable,
     args: Sequence[Any],
     base: Any,
-    axes: Sequence[Axes],
-) -> Sequence[jax.Array]:
+    axes: Any,
+) -> Any:
     """Return the arrays of ``build(*args, static)``, sharded as the axes of a base that they have.
 
     Args:
@@ -166,17 +183,17 @@ def run(
         static: what it needs to know, hashable.
         args: what it computes them from, the base among them.
         base: the weight, an array.
-        axes: for each array, the base's axis of each of its dimensions.
+        axes: for each array of the tree, the base's axis of each of its dimensions.
     """
     base = stand_in(base)
     typed, known = explicit(base), of(base)
 
     def placed(sharding):
-        return tuple(along(sharding, kept) for kept in axes)
+        return jax.tree.map(lambda kept: along(sharding, kept), axes, is_leaf=_is_axes)
 
     if typed is not None:
         automatic: Any = jax.sharding.auto_axes(
-            lambda *args: tuple(build(*args, static)), out_sharding=placed(typed)
+            lambda *args: build(*args, static), out_sharding=placed(typed)
         )
         return jax.jit(automatic)(*args)
     if isinstance(base, Tracer):
@@ -184,6 +201,10 @@ def run(
     return jax.jit(build, static_argnums=len(args), out_shardings=known and placed(known))(
         *args, static
     )
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(axis, int | None) for axis in x)
 
 
 def _draws_are_typed(key: jax.Array) -> bool:

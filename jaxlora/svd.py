@@ -42,6 +42,13 @@ def randomized(key: jax.Array, matrix: jax.Array, rank: int, iterations: int) ->
     return times(q, u), s, v
 
 
+def factors(decomposed: SVD, scaling: float) -> tuple[jax.Array, jax.Array]:
+    """Return factors whose product times the scaling is ``u * s @ v``, the roots of s in each."""
+    u, s, v = decomposed
+    roots = jnp.sqrt(s / scaling)
+    return u * roots[..., None, :], roots[..., None] * v
+
+
 def of_product(a: jax.Array, b: jax.Array, rank: int) -> SVD:
     """Return those of ``a b`` with ``a (..., m, r)`` and ``b (..., r, n)``, which is not formed.
 

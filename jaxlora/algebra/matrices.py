@@ -57,6 +57,4 @@ def _placed(x: jax.Array, like: Any) -> jax.Array:
 
 def adapter_of_svd(adapter: Adapter, decomposed: svd.SVD, times: float = 1.0) -> Adapter:
     """Return the adapter with factors from singular values times a number."""
-    u, s, v = decomposed
-    roots = jnp.sqrt(s * times)[..., None]
-    return adapter_of(adapter, u * roots.mT, roots * v)
+    return adapter_of(adapter, *svd.factors(decomposed, 1 / times))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxlora import magnitude, parts
 from jaxlora.quantized import QuantizedWeight
-from jaxlora.tracing import axes
+from jaxlora.tracing import axes, deferred
 from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.interpreter import Walk
 from jaxlora.tracing.lowrank import LowRank, Origin, Role
@@ -62,9 +62,6 @@ def probe(path: str, leaf: Any) -> LowRank:
 
 def leave(weight: LowRank) -> LoRAWeight | None:
     """Return the node for a weight that leaves the program, or None where a node cannot say it."""
-    base = weight.base
-    if isinstance(base, Deferred) and (base := base.untouched) is None:
-        return None
     repeats = axes.REPEATED in axes.labels(weight.dims)
     if weight.gain is not None:  # its magnitude was divided by a norm
         return None
@@ -79,7 +76,7 @@ def leave(weight: LowRank) -> LoRAWeight | None:
     b = _to_role_order(weight.b, (*roles.stack, *roles.out), shape)
     keys = weight.keys
     return LoRAWeight(
-        base=base,
+        base=deferred.left(weight.base),
         a=_to_role_order(weight.a, (*roles.stack, *roles.in_), shape),
         b=jnp.moveaxis(b, -1, len(roles.stack)),
         roles=roles,

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax import lax
 
-from jaxlora.tracing import compat, deferred, forms
+from jaxlora.tracing import compat, forms
 from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
 from jaxlora.tracing.product import told

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing import axes, compat, deferred
+from jaxlora.tracing import axes, compat
 from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
 from jaxlora.tracing.lowrank import RANK, LowRank, Role
 from jaxlora.tracing.product import contract, scaled_along

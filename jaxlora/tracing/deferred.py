@@ -33,6 +33,7 @@ class Deferred:
         order: for each dimension its axis in that array.
         dtypes: what it is converted to, one after the other.
         made: shape and dtype of that array, or None if this is aligned.
+        is_cut: whether something was done to what it is made of.
     """
 
     parts: Any
@@ -40,6 +41,7 @@ class Deferred:
     order: tuple[int, ...] = dataclasses.field(metadata=_meta)
     dtypes: tuple[Any, ...] = dataclasses.field(metadata=_meta)
     made: Any = dataclasses.field(default=None, metadata=_meta)
+    is_cut: bool = dataclasses.field(default=False, metadata=_meta)
 
     @classmethod
     def of(cls, weight: QuantizedWeight) -> "Deferred":
@@ -77,12 +79,6 @@ class Deferred:
         """Whether each array it is made of has its axes."""
         return self.made is None
 
-    @property
-    def untouched(self) -> QuantizedWeight | None:
-        """The quantized weight it is to be made of, if the program did nothing to it."""
-        is_same = self.order == tuple(range(self.ndim)) and len(self.dtypes) == 1
-        return self.parts if self.is_aligned and is_same else None
-
     def entry(self) -> "Deferred":
         """Return one entry along the first dimension; its arrays are the loop's."""
         return dataclasses.replace(self, order=tuple(axis - 1 for axis in self.order[1:]))
@@ -102,7 +98,8 @@ class Deferred:
 
     def on_parts(self, change: Callable[[Any], Any], order: tuple[int, ...]) -> "Deferred":
         """Return this made of other arrays, aligned as before but for the order of dimensions."""
-        return dataclasses.replace(self, parts=jax.tree.map(change, self.parts), order=order)
+        parts = jax.tree.map(change, self.parts)
+        return dataclasses.replace(self, parts=parts, order=order, is_cut=True)
 
 
 def now(x: Any) -> Any:
@@ -117,9 +114,17 @@ def now(x: Any) -> Any:
     return array
 
 
+def left(x: Any) -> Any:
+    """Return what leaves a program: the weight, quantized if nothing was done to it."""
+    if isinstance(x, Deferred) and x.is_aligned and not x.is_cut:
+        is_same = x.order == tuple(range(x.ndim)) and len(x.dtypes) == 1
+        return x.parts if is_same else now(x)
+    return now(x)
+
+
 def abstract(x: Any) -> Any:
     """Return the shape and dtype of what is deferred; anything else as it is."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Deferred) else x
+    return jax.eval_shape(now, x) if isinstance(x, Deferred) else x
 
 
 def lazily(function: Callable[..., Any], *values: Any) -> Any:
@@ -132,7 +137,7 @@ def lazily(function: Callable[..., Any], *values: Any) -> Any:
         lambda values: function(*map(now, values)),
         tuple(range(made.ndim)),
         (made.dtype,),
-        jax.ShapeDtypeStruct(made.shape, made.dtype),
+        made,
     )
 
 
@@ -207,7 +212,11 @@ def _slice(eqn: Any, x: Deferred) -> Deferred:
     params = eqn.params
     strides = params["strides"] or (1,) * x.ndim
     for dim, size in enumerate(x.shape):
-        start, end, stride = params["start_indices"][dim], params["limit_indices"][dim], strides[dim]
+        start, end, stride = (
+            params["start_indices"][dim],
+            params["limit_indices"][dim],
+            strides[dim],
+        )
         if (start, end, stride) != (0, size, 1):
             x = along(
                 x,

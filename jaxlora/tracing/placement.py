@@ -4,7 +4,6 @@ On a mesh with Explicit axes the sharding of an array is in its type, and operat
 go several ways have to be told which.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +43,9 @@ def spec_of(
 
 def typed(x: Any) -> Any:
     """Return the sharding in the type of an array; what is deferred has none."""
-    return jax.typeof(x if isinstance(x, jax.Array) else jax.ShapeDtypeStruct(x.shape, x.dtype)).sharding
+    return jax.typeof(
+        x if isinstance(x, jax.Array) else jax.ShapeDtypeStruct(x.shape, x.dtype)
+    ).sharding
 
 
 def reshape(x: Any, sizes: Sequence[Sequence[int]]) -> Any:

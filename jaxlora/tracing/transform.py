@@ -16,7 +16,6 @@ import numpy as np
 from jaxlora import paths
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.tracing import boundary, deferred
-from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.interpreter import Form, Walk
 from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import LoRAWeight, TrainedLeaf
@@ -164,9 +163,7 @@ def _low_rank(fn: F, walk: Walk) -> F:
 def _left(walk: Walk, out: Any) -> Any:
     """Return an output as the caller gets it: an array, or the node of a weight passed through."""
     out = walk.finish(out)
-    if isinstance(out, Deferred):
-        return deferred.now(out) if out.untouched is None else out.untouched
     if not isinstance(out, LowRank):
-        return out
+        return deferred.left(out)
     node = boundary.leave(out)
     return walk.densify(None, out, "it leaves the function") if node is None else node
