@@ -12,7 +12,7 @@ round. The variants:
 - nnx.LoRA: the model in Flax NNX with its own layer (not with ``--scan`` and ``--remat``).
 - qwix: the model as qwix adapts it, where it is installed.
 - lora: `jaxlora.lora`, in the form it chooses for each product; factored and weight-side, if named:
-  in that form; dora, if named: with magnitudes.
+  in that form; dora, if named: with magnitudes; int8 and nf4, if named: over a quantized base.
 """
 
 import argparse
@@ -79,6 +79,11 @@ def variants(options: argparse.Namespace) -> dict[str, peers.Variant]:
             },
         )
 
+    def quantized(kind):
+        how = jaxlora.Quantization(kind, targets=options.targets)
+        loss, *_ = lora("auto")
+        return loss, adapters, jaxlora.quantize(model.apply, base, x, config=how)
+
     make: dict[str, Callable[[], peers.Variant]] = {
         "floor": lambda: (floor, jnp.zeros(options.width, options.dtype), params),
         "full": lambda: (full, params, ()),
@@ -88,6 +93,7 @@ def variants(options: argparse.Namespace) -> dict[str, peers.Variant]:
         "qwix": lambda: peers.qwix(model, params, x, options.rank, config.alpha),
         "lora": lambda: lora("auto"),
         "dora": dora,
+        **{kind: functools.partial(quantized, kind) for kind in ("int8", "nf4")},
         **{form: functools.partial(lora, form) for form in FORMS},
     }
     return {name: make[name]() for name in options.variants or possible(options)}

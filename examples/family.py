@@ -31,7 +31,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "MiLoRA": ({"initializer": "milora"}, lambda tx: tx),
     "LoRA+": ({}, lambda tx: optax.chain(tx, jaxlora.optim.scale_rates(b=4))),
     "LoRA-FA": ({}, lambda tx: jaxlora.freeze(tx, train=("b", "value"))),
+    "QLoRA": ({}, lambda tx: tx),
+    "QLoRA + LoftQ": ({}, lambda tx: tx),
 }
+QUANTIZED = {"QLoRA": 0, "QLoRA + LoftQ": 5}  # nf4, and iterations of LoftQ
 FULL = "full fine-tuning"
 
 
@@ -39,8 +42,14 @@ def adapted(name: str, params: Any, example: Any, seed: int) -> tuple[Any, Any, 
     """Return what is trained, what is not, and a function that puts both together."""
     if name == FULL:
         return params, (), lambda params, _: params
-    config = dataclasses.replace(LORA, **VARIANTS[name][0])
-    model = sentiment.MODEL
+    model, (changes, _) = sentiment.MODEL, VARIANTS[name]
+    config = dataclasses.replace(LORA, **changes)
+    if name in QUANTIZED:
+        if iterations := QUANTIZED[name]:
+            start = jaxlora.initializers.loftq(params, iterations=iterations)
+            config = dataclasses.replace(config, initializer=start)
+        nf4 = jaxlora.Quantization("nf4", exclude=("head",))
+        params = jaxlora.quantize(model.apply, params, *example, config=nf4)
     params = jaxlora.init(jax.random.key(seed), model.apply, params, *example, config=config)
     base, adapters = jaxlora.split(params)
     return adapters, base, lambda adapters, base: jaxlora.bind(base, adapters)

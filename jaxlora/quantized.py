@@ -187,5 +187,5 @@ def _qwix() -> Any:
     try:
         import qwix
     except ImportError as error:
-        raise ImportError("quantized weights need qwix: pip install jaxlora[quantized]") from error
+        raise ImportError("quantized weights need qwix: install jaxlora[quantized]") from error
     return qwix

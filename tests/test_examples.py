@@ -114,13 +114,15 @@ def test_sentiment_trains_saves_and_restores(tmp_path):
 
 @needs_weights
 def test_family_trains_what_each_variant_trains(tmp_path):
-    names, out = ("DoRA", "LoRA-FA", "full fine-tuning"), tmp_path / "family.json"
+    names = ("DoRA", "LoRA-FA", "QLoRA + LoftQ", "full fine-tuning")
+    out = tmp_path / "family.json"
     options = ("--sentences=60", "--steps=2", "--rates", "1e-3")
     run("examples/family.py", *options, "--out", out, "--variants", *names)
     found = json.loads(out.read_text())["results"]
     trained = {name: at["0.001"]["parameters"] for name, at in found.items()}
     head, pairs = 384 + 1, 6 * 2  # query and value of six layers
     assert trained["LoRA-FA"] == head + pairs * 8 * 384
+    assert trained["QLoRA + LoftQ"] == head + pairs * 2 * 8 * 384
     assert trained["DoRA"] == head + pairs * (2 * 8 * 384 + 384)
     assert trained["full fine-tuning"] > 22_000_000
 

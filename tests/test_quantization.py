@@ -391,5 +391,5 @@ def test_a_function_with_its_own_derivative_tells_that_it_keeps_the_weight():
 
 def test_without_qwix_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
-    with pytest.raises(ImportError, match=r"pip install jaxlora\[quantized\]"):
+    with pytest.raises(ImportError, match=r"install jaxlora\[quantized\]"):
         jaxlora.quantize(model, weights(), X, config=Quantization())
