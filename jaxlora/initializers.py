@@ -93,7 +93,7 @@ def eva(moments: Mapping[str, jax.Array]) -> FromWeight:
     """Return the start at the directions in which the inputs vary most, with ``b`` zero.
 
     They are the first right singular vectors of all inputs (Paischer et al. 2024,
-    arXiv:2410.07170), of one rank for all weights. The base stays as it is.
+    arXiv:2410.07170), each of its rank, for which there is `eva_ranks`. The base stays as it is.
 
     Args:
         moments: from `jaxlora.moments`.
@@ -105,6 +105,42 @@ def eva(moments: Mapping[str, jax.Array]) -> FromWeight:
         return vectors[:, ::-1][:, :rank], jnp.zeros((rank, weight.shape[1]))
 
     return FromWeight("eva", factors, changes_base=False, data=moments)
+
+
+def eva_ranks(moments: Mapping[str, jax.Array], rank: int, *, rho: float = 2.0) -> dict[str, int]:
+    """Return ranks by target, larger where more directions hold much of the inputs' variance.
+
+    The directions of all targets are ranked by their share of the variance of their inputs, and as
+    many kept as a rank for each target makes (Paischer et al. 2024, section 3.3). For
+    ``LoRAConfig(targets=tuple(ranks), rank_pattern=ranks)``: a target of which no direction is kept
+    is not among them.
+
+    Args:
+        moments: from `jaxlora.moments`.
+        rank: the mean rank, at least 1.
+        rho: no rank is above ``round(rho * rank)``; at least 1.
+
+    Raises:
+        ValueError: rank or rho is below 1.
+
+    >>> import jax.numpy as jnp, jaxlora
+    >>> even, steep = jnp.eye(6)[None], jnp.diag(4.0 ** -jnp.arange(6.0))[None]
+    >>> jaxlora.initializers.eva_ranks({"even": even, "steep": steep}, 3)
+    {'even': 4, 'steep': 2}
+    """
+    if rank < 1 or not rho >= 1:
+        raise ValueError(f"rank and rho must be at least 1: got {rank} and {rho}")
+    most, shares = round(rho * rank), []
+    for name, found in moments.items():
+        values = jnp.maximum(jnp.linalg.eigvalsh(found)[:, ::-1], 0)
+        mean = jnp.mean(values / values.sum(-1, keepdims=True), 0)[:most]
+        shares += [(-float(share), name) for share in mean]
+    left, ranks = rank * sum(map(len, moments.values())), dict.fromkeys(moments, 0)
+    for _, name in sorted(shares, key=lambda pair: pair[0]):
+        if len(moments[name]) <= left:
+            ranks[name] += 1
+            left -= len(moments[name])
+    return {name: rank for name, rank in ranks.items() if rank}
 
 
 def corda(moments: Mapping[str, jax.Array], *, keep: bool = False) -> FromWeight:

@@ -237,3 +237,22 @@ def test_weights_of_equal_shapes_share_a_program():
     model = lambda p, x: sum(x @ w for w in p["layers"])  # noqa: E731
     jaxlora.init(jax.random.key(0), model, params, X, config=config)
     assert count == 4 + 1  # its shapes for each, its program once
+
+
+def test_ranks_by_variance_keep_the_largest_shares():
+    moments = {
+        "even": jnp.eye(6)[None],
+        "stack": jnp.stack([jnp.diag(4.0 ** -jnp.arange(6.0))] * 2),
+    }
+    shares = {name: np.sort(np.diagonal(np.asarray(m[0])))[::-1] for name, m in moments.items()}
+    shares = {name: share / share.sum() for name, share in shares.items()}
+    ranks = initializers.eva_ranks(moments, 2)
+    assert sum(ranks[name] * len(moments[name]) for name in ranks) == 2 * 3
+    least = min(shares[name][rank - 1] for name, rank in ranks.items())
+    assert all(shares[name][rank] <= least for name, rank in ranks.items())
+    assert initializers.eva_ranks(moments, 2, rho=1) == {"even": 2, "stack": 2}
+    uneven = {"even": jnp.eye(60)[None], "steep": moments["stack"][:1]}
+    assert initializers.eva_ranks(uneven, 1) == {"steep": 2}
+    for rank, rho in [(0, 2.0), (1, 0.5), (1, float("nan"))]:
+        with pytest.raises(ValueError, match="rank and rho must be at least 1"):
+            initializers.eva_ranks(moments, rank, rho=rho)

@@ -267,12 +267,6 @@ def test_saved_adapters_are_for_the_quantized_base(tmp_path):
         assert_array_equal(x, y)
 
 
-def temp(fn, *args):
-    """Return the bytes beside arguments and results that a compiled program needs."""
-    analysis: Any = jax.jit(fn).lower(*args).compile().memory_analysis()
-    return analysis.temp_size_in_bytes
-
-
 def layers(params, x):
     for layer in params:
         h = jax.nn.softmax(x @ layer["q"] @ (x @ layer["k"]).T) @ (x @ layer["v"])
@@ -289,7 +283,7 @@ LARGEST = 4 * 256 * 1024
 
 
 @pytest.mark.parametrize("fn", [layers, scanned])
-def test_one_dequantized_weight_at_a_time(fn):
+def test_one_dequantized_weight_at_a_time(fn, compiled):
     if fn is layers and tuple(map(int, jax.__version_info__)) < (0, 11):
         pytest.skip("XLA of JAX 0.10 orders operations on CPU as if memory were free")
     depth, x = 6, jax.ShapeDtypeStruct((16, 256), jnp.float32)
@@ -297,6 +291,9 @@ def test_one_dequantized_weight_at_a_time(fn):
     layer = {n: jax.ShapeDtypeStruct((*lead, *s), jnp.float32) for n, s in SHAPES.items()}
     plain = [layer] * depth if fn is layers else layer
     config = jaxlora.LoRAConfig(rank=4)
+
+    def temp(fn, *args):
+        return compiled(fn, *args).memory_analysis().temp_size_in_bytes
 
     def programs(params):
         adapted = jaxlora.init(jax.random.key(0), fn, params, x, config=config)

@@ -228,3 +228,45 @@ def test_lora_ga_takes_out_the_same():
     batches = [(jnp.asarray(x.numpy()),)]
     found = jaxlora.gradients(loss, kernel, batches, config=CONFIG)
     compared(model, config, jaxlora.initializers.lora_ga(found))
+
+
+class Odd(torch.nn.Module):
+    """A model of odd functions: inputs without mean have activations without."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (torch.nn.Linear(*n, bias=False) for n in ((8, 12), (12, 6)))
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+@pytest.mark.parametrize(("power", "found_ranks"), [(0.0, [2, 4]), (-3.0, [3, 3])])
+def test_eva_gives_the_same_ranks_and_directions(power, found_ranks):
+    torch.manual_seed(0)
+    model, x = Odd(), torch.randn(64, 8) * torch.arange(1, 9) ** power
+    x = torch.cat([x, -x])  # for PEFT takes the mean out
+    weights = {n: jnp.asarray(getattr(model, n).weight.detach().numpy().T) for n in LAYERS}
+    options: Any = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=2.0)}
+    config = peft.LoraConfig(r=3, target_modules=list(LAYERS), **options)
+    theirs: Any = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
+    pass_on = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}
+    peft.initialize_lora_eva_weights(
+        theirs, [x] * 4, forward_fn=lambda model, x: model(x), show_progress_bar=False, **pass_on
+    )
+
+    def ours(params, x):
+        return jnp.tanh(x @ params["up"]) @ params["down"]
+
+    batch, config = jnp.asarray(x.numpy()), jaxlora.LoRAConfig(rank=3)
+    found = jaxlora.moments(ours, weights, [(batch,)], config=config)
+    ranks = jaxlora.initializers.eva_ranks(found, 3)
+    start = jaxlora.initializers.eva(found)
+    config = jaxlora.LoRAConfig(targets=tuple(ranks), rank_pattern=ranks, initializer=start)
+    params = jaxlora.init(jax.random.key(0), ours, weights, batch, config=config)
+    assert sorted(ranks.values()) == found_ranks
+    for name in LAYERS:
+        directions = getattr(theirs.base_model.model, name).lora_A["default"].weight.detach().T
+        assert directions.shape[1] == ranks[name]
+        cosines = jnp.sum(params[name].a * jnp.asarray(directions.numpy()), 0)
+        assert_allclose(abs(cosines), 1, atol=1e-3)  # signs are free

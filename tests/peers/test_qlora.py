@@ -104,7 +104,7 @@ def test_value_and_gradients_are_equal(magnitude):
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_loftq_is_the_same(iterations):
     """PEFT's own loop needs CUDA: this is it, of the same parts, on the CPU."""
-    weight = torch.from_numpy(WEIGHT)
+    weight = base = torch.from_numpy(WEIGHT)
     product = torch.zeros_like(weight)
     for _ in range(iterations):
         base = in_torch(weight - product)
