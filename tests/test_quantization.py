@@ -377,6 +377,26 @@ def test_what_quantized_weights_cannot_do():
         jaxlora.gradients(loss, params, [(X,)], config=jaxlora.LoRAConfig(rank=2))
 
 
+@pytest.mark.parametrize("targets", [("up",), ("down",)])
+def test_what_scales_a_quantized_weight_gets_its_gradient(targets):
+    def normalized(params, x):
+        return jnp.tanh(x @ (params["up"] * params["scale"])) @ params["down"]
+
+    params = weights() | {"scale": jnp.linspace(1, 2, 256)[None]}
+    params = jaxlora.quantize(normalized, params, X, config=Quantization())
+    config = jaxlora.LoRAConfig(rank=2, targets=targets)
+    params = jaxlora.init(jax.random.key(0), normalized, params, X, config=config)
+
+    def of_scale(scale, params):
+        return loss(jaxlora.lora(normalized), params | {"scale": scale}, X)
+
+    got, wanted = (
+        jax.grad(of_scale)(params["scale"], tree) for tree in (params, jaxlora.dequantize(params))
+    )
+    assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    assert jnp.abs(got).min() > 0
+
+
 def test_a_function_with_its_own_derivative_tells_that_it_keeps_the_weight():
     case = cases.CASES["inside_custom_jvp"]()
     params = jaxlora.init(

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jaxlora.quantized import QuantizedWeight, dequantized
 from jaxlora.tracing import compat
@@ -165,11 +166,21 @@ def product(
         x, w, _ = lax.optimization_barrier((x, w, after))
         return made(x, w, others)
 
-    @ordered.defjvp
     def jvp(primals, tangents):
-        _, w, others, _ = primals
-        return ordered(*primals), jax.checkpoint(made)(tangents[0], w, others)
+        values, treedef = jax.tree.flatten(primals[:3])
+        dots = enumerate(jax.tree.leaves(tangents[:3]))
+        moving = {i: dot for i, dot in dots if not isinstance(dot, SymbolicZero)}
 
+        @jax.checkpoint
+        def moved(moving):
+            own = [moving.get(i, value) for i, value in enumerate(values)]
+            return made(*treedef.unflatten(own))
+
+        if {*moving} == {0}:  # x alone, of which it is a linear function
+            return ordered(*primals), moved(moving)
+        return ordered(*primals), jax.jvp(moved, [{i: values[i] for i in moving}], [moving])[1]
+
+    ordered.defjvp(jvp, symbolic_zeros=True)
     return ordered(x, w, others, jax.tree.map(lax.stop_gradient, after))
 
 
