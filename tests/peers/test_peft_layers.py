@@ -140,3 +140,61 @@ def test_value_and_gradients_are_equal(make, options):
     for name, wanted in arrays(layer, kind, "grad").items():
         found = getattr(gradients["w"], name)
         assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
+
+
+class Tokens(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layer = torch.nn.Embedding(10, 8), torch.nn.Linear(8, 12, bias=False)
+
+    def forward(self, x):
+        return self.layer(self.embed(x))
+
+
+def test_rows_that_are_trained_are_trainable_tokens():
+    torch.manual_seed(0)
+    model, rows = Tokens(), (1, 4)
+    x = np.array([[1, 2, 1], [9, 4, 5]])
+    layers = {"embed": model.embed, "layer": model.layer}
+    weights = {name: jnp.asarray(layer.weight.detach().numpy()) for name, layer in layers.items()}
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["layer"], trainable_token_indices={"embed": list(rows)}
+    )
+    theirs: Any = peft.get_peft_model(model, config)
+    found = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    a, b, delta = (
+        next(p for n, p in found.items() if name in n)
+        for name in ("lora_A", "lora_B", "trainable_tokens_delta")
+    )
+    with torch.no_grad():
+        for parameter in (a, b, delta):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    y = theirs(torch.from_numpy(x))
+    turn = np.cos(np.arange(y.numel(), dtype=np.float32)).reshape(y.shape)
+    (y * torch.from_numpy(turn)).sum().backward()
+
+    def fn(params, x):
+        return params["embed"][x] @ params["layer"].T
+
+    config = jaxlora.LoRAConfig(rank=2, alpha=4, targets=("layer",), rows={"embed": rows})
+    params = jaxlora.init(jax.random.key(0), fn, weights, x, config=config)
+    base, adapters = jaxlora.split(params)
+
+    def read(field):
+        arrays = [getattr(p, field).detach().numpy().copy() for p in (a, b, delta)]
+        return {"layer": {"a": arrays[0].T, "b": arrays[1].T}, "embed": {"value": arrays[2]}}
+
+    adapters = {
+        name: dataclasses.replace(adapters[name], **jax.tree.map(jnp.asarray, arrays))
+        for name, arrays in read("data").items()
+    }
+
+    def loss(adapters):
+        y = jaxlora.lora(fn, strict=True)(jaxlora.bind(base, adapters), x)
+        return (y * turn).sum(), y
+
+    (_, got), gradients = jax.value_and_grad(loss, has_aux=True)(adapters)
+    assert_allclose(got, y.detach().numpy(), rtol=1e-4, atol=1e-5)
+    for name, arrays in read("grad").items():
+        for field, wanted in arrays.items():
+            assert_allclose(getattr(gradients[name], field), wanted, rtol=1e-4, atol=1e-5)
