@@ -198,7 +198,8 @@ def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
         elif wanted != got:
             line = f"{name!r} holds other values (hash {got.digest}, not {wanted.digest})"
             if getattr(adapter, "changed", ""):
-                line += f"; the base that {adapter.changed} has left is needed, or jaxlora.to_plain"
+                line += f"; the base that {adapter.changed} has left is needed"
+                line += "" if adapter.changed == "loftq" else ", or jaxlora.to_plain"
             lines.append(line)
     return lines
 

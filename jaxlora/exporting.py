@@ -5,8 +5,11 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax import export
 
+from jaxlora.quantized import Code, QuantizedWeight
 from jaxlora.weight import Adapter, Fingerprint, LoRAWeight, Replacement, Roles, TrainedLeaf
 
 
@@ -16,7 +19,11 @@ def _fields(kind: type, *, static: bool) -> list[str]:
 
 def _written(values: Iterable[Any]) -> bytes:
     """Return the static fields of a node, in order."""
-    return json.dumps(list(values), default=dataclasses.asdict).encode()
+    return json.dumps(list(values), default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, np.dtype) else dataclasses.asdict(value)
 
 
 def _read_weight(data: bytes) -> tuple[Any, ...]:
@@ -57,7 +64,13 @@ def _register(kind: type, read: Any) -> None:
     )
 
 
+def _read_quantized(data: bytes) -> tuple[Any, ...]:
+    code, dtype, is_packed = _tuples(json.loads(data))
+    return Code(*code), jnp.dtype(dtype), is_packed
+
+
 _register(LoRAWeight, _read_weight)
+_register(QuantizedWeight, _read_quantized)
 _register(Adapter, _read_adapter)
 _register(Replacement, _read_replacement)
 _register(TrainedLeaf, lambda data: _tuples(json.loads(data)))

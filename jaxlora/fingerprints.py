@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxlora import sharding
-from jaxlora.quantized import QuantizedWeight, stand_in
+from jaxlora.quantized import QuantizedWeight, level, stand_in
 from jaxlora.weight import Fingerprint
 
 _SAMPLES = 256
@@ -30,22 +30,37 @@ def take(leaves: Mapping[str, Any]) -> dict[str, Fingerprint]:
     Returns:
         Fingerprints by path.
     """
-    # of a quantized weight the codes, for the last bits of its scales depend on where it was made
+    # of a quantized weight the codes, and the level of its scales: their last bits depend on where
+    # they were made
     known = {path: stand_in(leaf) for path, leaf in leaves.items() if _has_values(stand_in(leaf))}
     with jax.ensure_compile_time_eval():  # also where a known base meets a traced factor
         samples = {
             path: jax.jit(_sample, out_shardings=sharding.replicated(leaf))(leaf)
             for path, leaf in known.items()
         }
-        samples = jax.device_get(samples)
+        levels = {
+            path: jax.jit(level)(leaves[path]) for path in known if _is_quantized(leaves[path])
+        }
+        samples, levels = jax.device_get((samples, levels))
     return {
         path: Fingerprint(
             tuple(leaf.shape),
-            leaf.code.kind if isinstance(leaf, QuantizedWeight) else str(leaf.dtype),
-            hashlib.sha256(samples[path].tobytes()).hexdigest()[:16] if path in known else None,
+            leaf.code.kind if _is_quantized(leaf) else str(leaf.dtype),
+            _digest(samples[path], levels.get(path)) if path in known else None,
         )
         for path, leaf in leaves.items()
     }
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedWeight)
+
+
+def _digest(sample: np.ndarray, level: Any) -> str:
+    found = (
+        sample.tobytes() if level is None else sample.tobytes() + b"%d" % round(8 * float(level))
+    )
+    return hashlib.sha256(found).hexdigest()[:16]
 
 
 def _has_values(leaf: Any) -> bool:

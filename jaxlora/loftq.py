@@ -57,7 +57,9 @@ def start(target: Target, base: Any, roles: Roles, initializer: LoftQ, dtype: An
         near = paths.nearest(path, initializer.weights)
         raise ValueError(f"'loftq' has no weight {path!r} as it was; {near}")
     weight = initializer.weights[path]
-    if tuple(weight.shape) != base.shape or not hasattr(weight, "__array__"):
+    if not hasattr(weight, "__array__"):
+        raise ValueError(f"'loftq' starts from the weight as it was: {path!r} is {weight}")
+    if tuple(weight.shape) != base.shape:
         raise ValueError(
             f"the weight {path!r} as it was must have the shape {base.shape}: got {weight}"
         )

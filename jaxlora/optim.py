@@ -70,7 +70,7 @@ def freeze(
 
     factors_only = optax.chain(
         optax.masked(tx, chosen),
-        optax.masked(optax.set_to_zero(), functools.partial(chosen, kept=False)),
+        optax.masked(optax.stateless(_zeros), functools.partial(chosen, kept=False)),
     )
 
     def init(params):
@@ -78,6 +78,16 @@ def freeze(
         return factors_only.init(params)
 
     return optax.GradientTransformationExtraArgs(init, factors_only.update)
+
+
+def _zeros(updates: Any, params: Any) -> Any:
+    """Return updates of zero; integers, as the codes of quantized weights, have no gradient."""
+
+    def zero(update, param):
+        dtype = param.dtype if update.dtype == jax.dtypes.float0 else update.dtype
+        return jnp.zeros(update.shape, dtype)
+
+    return jax.tree.map(zero, updates, updates if params is None else params)
 
 
 def scale_rates(

@@ -5,6 +5,7 @@ The attribute ``value`` of a box (`flax.nnx.Param`, `flax.linen.Partitioned`) ad
 that an NNX state, a boxed and a plain tree of one model have one set of paths.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,6 +32,13 @@ def plain(leaf: Any) -> Any:
     if isinstance(leaf, TrainedLeaf):
         return leaf.base
     return leaf.plain if isinstance(leaf, LoRAWeight) else leaf
+
+
+def over(leaf: Any, plain: Any) -> Any:
+    """Return a leaf or node with another frozen weight beneath it."""
+    if isinstance(leaf, TrainedLeaf):
+        return dataclasses.replace(leaf, base=plain)
+    return leaf.over(plain) if isinstance(leaf, LoRAWeight) else plain
 
 
 def abstract(leaf: Any) -> Any:

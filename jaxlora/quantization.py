@@ -96,12 +96,12 @@ def quantize(
         if paths.is_trained(leaf) and not isinstance(leaf, LoRAWeight):
             raise ValueError(f"the leaf {path!r} is trained, and cannot be quantized: exclude it")
         made = _quantized(path, weight, code, _axis(sites[path]))
-        leaves[path] = leaf.over(made) if isinstance(leaf, LoRAWeight) else made
+        leaves[path] = paths.over(leaf, made)
     return treedef.unflatten(leaves.values())
 
 
 def dequantize(params: Any) -> Any:
-    """Return a tree with plain weights in the place of quantized ones, also beneath adapters.
+    """Return a tree with plain weights in the place of quantized ones, also beneath the trained.
 
     Args:
         params: a tree with `QuantizedWeight` nodes.
@@ -115,8 +115,9 @@ def dequantize(params: Any) -> Any:
     if not found:
         raise ValueError("params has no quantized weight: make some with jaxlora.quantize")
     for path, weight in found.items():
-        leaf, plain = leaves[path], jax.jit(quantized.values)(weight)
-        leaves[path] = leaf.over(plain) if isinstance(leaf, LoRAWeight) else plain
+        is_abstract = isinstance(weight.codes, jax.ShapeDtypeStruct)
+        plain = weight.abstract if is_abstract else jax.jit(quantized.values)(weight)
+        leaves[path] = paths.over(leaves[path], plain)
     return treedef.unflatten(leaves.values())
 
 
@@ -139,9 +140,13 @@ def _quantized(path: str, weight: Any, code: Code, axis: int) -> QuantizedWeight
     axes = (sharding.even_axes(weight, shapes), ())
     found, finite = sharding.run(_made, (code, axis), (weight,), weight, axes)
     if not isinstance(finite, Tracer) and not finite:
-        raise ValueError(f"only finite weights can be quantized: {path!r} holds NaN or inf")
+        raise ValueError(
+            f"only finite weights can be quantized: {path!r} holds NaN or inf, or numbers next to "
+            "the ends of float32"
+        )
     return found
 
 
 def _made(weight: jax.Array, how: tuple[Code, int]) -> tuple[QuantizedWeight, jax.Array]:
-    return quantized.quantized(weight, *how), jnp.isfinite(weight).all()
+    found = quantized.quantized(weight, *how)
+    return found, jnp.isfinite(weight).all() & jnp.isfinite(quantized.values(found)).all()

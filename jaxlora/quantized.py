@@ -6,8 +6,9 @@ arXiv:2305.14314, section 3)::
 
     W = scale[block] * meaning(q)
 
-Quantized doubly, the scales less their mean along the axis are codes of eight bits themselves. The
-codes and scales are those of qwix, which is imported where they are made or read.
+Quantized doubly, the logarithms of the scales less their mean along the axis are codes of eight
+bits themselves, so that no scale, however small beside others, is off by more than a share of it.
+The codes and scales are those of qwix, which is imported where they are made or read.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import Tracer
 
 Kind = Literal["int8", "int4", "nf4"]
@@ -46,10 +48,11 @@ class QuantizedWeight:
     along which its blocks lie.
 
     Attributes:
-        codes: int8, or uint8 with two codes of four bits in each: those of the first half of the
-            axis in its lower bits, those of the second in its upper.
-        scale: of each block, float32; quantized doubly, a `qwix.QArray` of ``scale - offset``.
-        offset: the mean of the scales along the axis, or None where they are not quantized.
+        codes: int8, or uint8 with two codes of four bits in each, neighbours along the axis: the
+            first in its lower bits.
+        scale: of each block, float32; quantized doubly, int8 codes of ``log(scale) - offset``.
+        step: the scale of those codes, or None.
+        offset: the mean of those logarithms along the axis, or None.
         code: how it is quantized.
         dtype: dtype of the weight, in which it is used.
         is_packed: whether there are two codes in each.
@@ -57,6 +60,7 @@ class QuantizedWeight:
 
     codes: Any
     scale: Any
+    step: Any
     offset: Any
     code: Code = dataclasses.field(metadata=_meta)
     dtype: Any = dataclasses.field(metadata=_meta)
@@ -113,6 +117,11 @@ def _is_quantized(weight: Any) -> bool:
     return isinstance(weight, QuantizedWeight)
 
 
+def level(weight: QuantizedWeight) -> jax.Array:
+    """Return the mean of the logarithms of the scales, a scalar."""
+    return jnp.mean(jnp.log(weight.scale) if weight.offset is None else weight.offset)
+
+
 def _typed(weight: QuantizedWeight) -> Any:
     """Return the sharding in the type of the codes on a mesh with Explicit axes, else None."""
     found = jax.typeof(weight.codes).sharding if isinstance(weight.codes, jax.Array) else None
@@ -128,14 +137,19 @@ def dequantized(weight: QuantizedWeight) -> jax.Array:
 
 
 def _dequantized(weight: QuantizedWeight) -> jax.Array:
-    qwix, codes, scale = _qwix(), weight.codes, weight.scale
-    if weight.offset is not None:
-        scale = qwix.dequantize(scale) + weight.offset
+    codes, scale = weight.codes, weight.scale
+    if weight.step is not None:
+        scale = jnp.exp(_times(scale, weight.step, jnp.int8) + weight.offset)
     if weight.is_packed:
-        codes = jnp.concatenate([codes & 15, codes >> 4], weight.axis)
+        codes = jnp.stack([codes & 15, codes >> 4], weight.axis + 1).reshape(weight.shape)
     if weight.code.kind == "int4":
         codes = (codes ^ 8).astype(jnp.int8) - 8  # the sign is the upper of four bits
-    kind = "nf4" if weight.code.kind == "nf4" else jnp.int8
+    return _times(codes, scale, "nf4" if weight.code.kind == "nf4" else jnp.int8)
+
+
+def _times(codes: jax.Array, scale: jax.Array, kind: Any) -> jax.Array:
+    """Return the meaning of codes times the scale of their block."""
+    qwix = _qwix()
     return qwix.dequantize(qwix.QArray(codes, scale, qtype=kind))
 
 
@@ -154,17 +168,19 @@ def quantized(weight: jax.Array, code: Code, axis: int) -> QuantizedWeight:
     codes = array.qvalue if code.kind == "int8" else array.qvalue.astype(jnp.uint8) & 15
     is_packed = code.kind != "int8" and block > 2 and codes.shape[axis] % 2 == 0
     if is_packed:
-        first, second = jnp.split(codes, 2, axis)
+        first, second = (lax.slice_in_dim(codes, i, None, 2, axis) for i in (0, 1))
         codes = first | second << 4
-    scale, offset, count = array.scale, None, array.scale.shape[axis]
+    scale, step, offset, count = array.scale, None, None, array.scale.shape[axis]
     if code.double and 4 * count > count + 8:  # bytes of scales, and of codes for them
         shape = [*weight.shape[:axis], count, block, *weight.shape[axis + 1 :]]
         is_zero = jnp.max(jnp.abs(exact.reshape(shape)), axis + 1) == 0  # any scale will do there
-        offset = jnp.mean(scale, axis, keepdims=True, where=~is_zero)
-        offset = jnp.where(is_zero.all(axis, keepdims=True), 1, offset)
-        centered = jnp.where(is_zero, 0, scale - offset)
-        scale = _in_blocks(centered, jnp.int8, axis, _block(count, _SCALES_PER_BLOCK))
-    return QuantizedWeight(codes, scale, offset, code, weight.dtype, is_packed)
+        logs = jnp.log(scale)
+        offset = jnp.mean(logs, axis, keepdims=True, where=~is_zero)
+        offset = jnp.where(is_zero.all(axis, keepdims=True), 0, offset)
+        centered = jnp.where(is_zero, 0, logs - offset)
+        scales = _in_blocks(centered, jnp.int8, axis, _block(count, _SCALES_PER_BLOCK))
+        scale, step = scales.qvalue, scales.scale
+    return QuantizedWeight(codes, scale, step, offset, code, weight.dtype, is_packed)
 
 
 def _in_blocks(array: jax.Array, kind: Any, axis: int, block: int) -> Any:

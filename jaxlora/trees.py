@@ -4,7 +4,7 @@ A tree of parameters and the same tree with `LoRAWeight` nodes in it differ only
 so every function here is one pass over the leaves by path.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -129,7 +129,8 @@ def merge(
         donate: give up each adapted weight of params as soon as it is merged, so that no more
             than one is in memory twice. Their arrays are deleted, as those that are donated to a
             function under `jax.jit`, also where an error is raised.
-        requantize: quantize what was quantized again, as it was; else all becomes plain.
+        requantize: quantize weights that were quantized again, as they were, but for those that
+            are trained themselves; else all becomes plain.
 
     Returns:
         A plain tree with the structure, shapes and dtypes of the base. With ``with_error`` a
@@ -264,16 +265,25 @@ def _fold(
     """Return ``base + sign * delta`` and its rounding error; raise if it is not finite."""
     plain, dtype = node.plain, node.dtype
     is_quantized = isinstance(plain, QuantizedWeight)
-    requantize = requantize and is_quantized
-    run = jax.jit(
-        _folded,
-        static_argnums=(2, 3),
-        out_shardings=(None if requantize else sharding.of(plain), None, None),
-        donate_argnums=0 if donate and not is_quantized else (),
-    )
-    folded, error, finite = run(plain, node.over(None), sign, requantize)
+    if requantize and is_quantized:
+        axes = (
+            sharding.even_axes(plain, plain),
+            (),
+            dict.fromkeys(("sum", *_arrays(plain, node)), ()),
+        )
+        folded, error, finite = sharding.run(
+            _folded_again, sign, (plain, node.over(None)), plain, axes
+        )
+    else:
+        run = jax.jit(
+            _folded,
+            static_argnums=2,
+            out_shardings=(sharding.of(plain), None, None),
+            donate_argnums=0 if donate and not is_quantized else (),
+        )
+        folded, error, finite = run(plain, node.over(None), sign)
     if donate and is_quantized:  # of other shapes than the result, which cannot take their place
-        jax.tree.map(lambda x: x.delete(), plain)
+        jax.tree.map(lambda x: None if isinstance(x, Tracer) else x.delete(), plain)
     if not isinstance(finite["sum"], Tracer) and not finite["sum"]:
         what = "merged" if sign > 0 else "unmerged"
         found = [name for name in finite if name != "sum" and not finite[name]]
@@ -289,20 +299,29 @@ def _finite(path: str, value: Any) -> Any:
     return value
 
 
+def _folded_again(plain: Any, nodes: LoRAWeight, sign: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Return what `_folded` does, quantized as the base."""
+    return _folded(plain, nodes, sign, round_as=lambda exact: quantized.again(exact, plain))
+
+
 def _folded(
-    plain: Any, nodes: LoRAWeight, sign: int, requantize: bool
+    plain: Any, nodes: LoRAWeight, sign: int, round_as: Callable[[Any], Any] | None = None
 ) -> tuple[Any, Any, dict[str, Any]]:
     base = quantized.values(plain)
     node = nodes.over(base)
     exact = merged(node) if sign > 0 else base.astype(merge_dtype(node.dtype)) - node.delta()
-    folded = quantized.again(exact, plain) if requantize else exact.astype(node.dtype)
+    folded = exact.astype(node.dtype) if round_as is None else round_as(exact)
     rounded = quantized.values(folded)
     error = jnp.max(jnp.abs(exact - rounded.astype(exact.dtype)))
-    arrays = {"sum": [rounded], "base": [base]}
-    arrays |= {name: [getattr(layer, name) for layer in node.layers] for name in ("a", "b")}
-    if node.magnitude is not None:
-        arrays["magnitude"] = [node.magnitude]
+    arrays = {"sum": [rounded], **_arrays(base, node)}
     return folded, error, {n: _all_finite(found) for n, found in arrays.items()}
+
+
+def _arrays(base: Any, node: LoRAWeight) -> dict[str, list[Any]]:
+    """Return the arrays that a merged weight is computed from, by name."""
+    factors = ("a", "b", "magnitude")
+    found = {name: [getattr(layer, name) for layer in node.layers] for name in factors}
+    return {"base": [base]} | {n: arrays for n, arrays in found.items() if arrays[0] is not None}
 
 
 def _all_finite(arrays: Sequence[Any]) -> Any:

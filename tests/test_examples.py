@@ -79,7 +79,7 @@ def test_benchmark_measures_every_variant(tmp_path):
     file = tmp_path / "step.json"
     run("benchmarks/train_step.py", *small, "--rank=2", "--rounds=2", "--out", file)
     variants = json.loads(file.read_text())["results"]
-    assert set(variants) == {"floor", "full", "per call", "naive", "nnx.LoRA", "lora"}
+    assert set(variants) == {"floor", "full", "per call", "naive", "nnx.LoRA", "qwix", "lora"}
     assert variants["floor"]["over_floor"] == 1
     assert variants["floor"]["gflops"] < variants["lora"]["gflops"]
 

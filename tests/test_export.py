@@ -34,3 +34,10 @@ def test_exported_function_returns_adapters(params):
 def test_exported_function_holds_adapted_weights(params):
     data = export.export(jax.jit(lambda x: jaxlora.lora(mlp)(params, x)))(X).serialize()
     close(export.deserialize(data).call(X), mlp(jaxlora.merge(params), X))
+
+
+def test_exported_function_takes_quantized_weights(params):
+    config = jaxlora.Quantization(block_size=4)
+    params = jaxlora.quantize(mlp, params, X, config=config)
+    data = export.export(jax.jit(jaxlora.lora(mlp)))(params, X).serialize()
+    close(export.deserialize(data).call(params, X), mlp(jaxlora.merge(params), X))

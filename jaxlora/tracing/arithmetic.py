@@ -120,7 +120,7 @@ def pad(walk: Walk, eqn: Any, weight: Any, filling: Any) -> list[Any]:
         base = deferred.lazily(
             lambda x, filling, d=d: _padded(x, d, config[d], filling), weight.base, filling
         )
-        weight = weight.along(d, lambda x, axis, d=d: _padded(x, axis, config[d], 0), base)
+        weight = weight.along(d, lambda x, axis, d=d: _padded(x, axis, config[d], 0), base=base)
     return [weight]
 
 

@@ -6,6 +6,7 @@ reads it makes it for itself alone: in a derivative it is made again and not kep
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -184,11 +185,11 @@ def product(
     return ordered(x, w, others, jax.tree.map(lax.stop_gradient, after))
 
 
-def along(x: Any, dim: int, change: Callable[[Any, int], Any]) -> Any:
-    """Return ``change(x, dim)``, an operation on one dimension."""
+def along(x: Any, dim: int, change: Callable[..., Any], *operands: Any) -> Any:
+    """Return ``change(x, dim, *operands)``, an operation on one dimension."""
     if isinstance(x, Deferred) and x.has_whole(dim):
-        return x.on_parts(lambda part: change(part, x.order[dim]), x.order)
-    return lazily(lambda array: change(array, dim), x)
+        return x.on_parts(lambda part: change(part, x.order[dim], *operands), x.order)
+    return lazily(lambda array, *operands: change(array, dim, *operands), x, *operands)
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> Any:
@@ -229,12 +230,13 @@ def _slice(eqn: Any, x: Deferred) -> Deferred:
             strides[dim],
         )
         if (start, end, stride) != (0, size, 1):
-            x = along(
-                x,
-                dim,
-                lambda part, axis, cut=(start, end, stride): lax.slice_in_dim(part, *cut, axis),
-            )
+            x = along(x, dim, functools.partial(_sliced, cut=(start, end, stride)))
     return x
+
+
+def _sliced(part: Any, axis: int, *, cut: tuple[int, int, int]) -> Any:
+    start, end, stride = cut
+    return lax.slice_in_dim(part, start, end, stride, axis)
 
 
 def _dynamic_slice(eqn: Any, x: Deferred, *starts: Any) -> Deferred:
@@ -243,9 +245,10 @@ def _dynamic_slice(eqn: Any, x: Deferred, *starts: Any) -> Deferred:
             x = along(
                 x,
                 dim,
-                lambda part, axis, start=starts[dim], size=size: lax.dynamic_slice_in_dim(
+                lambda part, axis, start, size=size: lax.dynamic_slice_in_dim(
                     part, start, size, axis, allow_negative_indices=False
                 ),
+                starts[dim],
             )
     return x
 
@@ -280,3 +283,4 @@ _REARRANGED: dict[str, Callable[..., Deferred | None]] = {
     "gather": _gather,
 }
 KEPT = {*_REARRANGED, "reshape", "broadcast_in_dim", "copy", "copy_p", "rev", "stop_gradient"}
+KEPT |= {"mul", "div", "neg"}  # scales

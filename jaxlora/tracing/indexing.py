@@ -24,7 +24,8 @@ def slice_(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     strides = eqn.params["strides"] or (1,) * len(starts)
 
     def part(d):
-        return functools.partial(_slice_in_dim, start=starts[d], end=limits[d], stride=strides[d])
+        how = {"start": starts[d], "end": limits[d], "stride": strides[d]}
+        return (functools.partial(_slice_in_dim, **how),)
 
     cut, picked = _cut(walk, eqn, weight, eqn.outvars[0].aval.shape, part)
     if isinstance(cut, LowRank) and cut.is_probe:  # one entry of a stack, as a loop takes it
@@ -38,9 +39,10 @@ def dynamic_slice(walk: Walk, eqn: Any, weight: Any, *starts: Any) -> list[Any]:
     sizes = eqn.params["slice_sizes"]
 
     def part(d):
-        return lambda x, axis: lax.dynamic_slice_in_dim(
-            x, starts[d], sizes[d], axis, allow_negative_indices=False
-        )
+        def cut(x, axis, start):
+            return lax.dynamic_slice_in_dim(x, start, sizes[d], axis, allow_negative_indices=False)
+
+        return cut, starts[d]
 
     smaller = weight.labels(*_smaller(weight, sizes))
     cut, picked = _cut(walk, eqn, weight, sizes, part, *starts)
@@ -57,7 +59,7 @@ def _smaller(weight: LowRank, sizes: Any) -> list[int]:
 def _cut(
     walk: Walk, eqn: Any, weight: LowRank, sizes: Any, part: Any, *operands: Any
 ) -> tuple[Any, frozenset]:
-    """Apply ``part(d)`` along every dimension d that gets smaller.
+    """Apply ``part(d)``, an operation and its operands, along every dimension d that gets smaller.
 
     Returns:
         The part, and the labels of the axes of which it has a single entry.
@@ -68,7 +70,7 @@ def _cut(
         return walk.without_rule(eqn, [weight, *operands], reason)[0], frozenset()
     picked = weight.labels(*(d for d in smaller if sizes[d] == 1))
     for d in smaller:
-        weight = weight.along(d, part(d))
+        weight = weight.along(d, *part(d))
     return weight, picked
 
 

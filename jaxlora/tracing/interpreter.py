@@ -24,6 +24,7 @@ Rule = Callable[..., list[Any]]
 _RULES: dict[str, Rule] = {}
 _PASSING: set[str] = set()  # the primitives whose rules pass on what is deferred
 
+_PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 CHECKPOINT_NAME = "lora"
 Form = Literal["auto", "factored", "weight-side"]
 CONTRACTED, LOOKED_UP, MATERIALIZED = "contracted", "looked up", "materialized"
@@ -156,12 +157,24 @@ class Walk:
             return [deferred.bind(eqn, values)]
         if name not in _PASSING:
             if LowRank not in kinds:
-                return deferred.read(lambda *values: compat.bind(eqn, values), *values)
+                return self._read(eqn, values)
             values = [*map(deferred.now, values)]
         found = _RULES.get(name)
         if found is None:
             return self.without_rule(eqn, values, "it has no low-rank rule")
         return found(self, eqn, *values)
+
+    def _read(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """Run an equation that reads what is deferred, and no adapted weight."""
+        is_deferred = [isinstance(value, Deferred) for value in values]
+        if eqn.primitive.name in _PRODUCTS and sum(is_deferred) == 1 and True in is_deferred[:2]:
+            side, others = is_deferred.index(True), values[2:]
+
+            def function(x, w, *others):
+                return compat.bind(eqn, [w, x, *others] if side == 0 else [x, w, *others])[0]
+
+            return [self.product(function, values[1 - side], values[side], *others)]
+        return deferred.read(lambda *values: compat.bind(eqn, values), *values)
 
     def derivative(self) -> "Walk":
         """Return a walk as this, for programs that have to stay linear."""

@@ -166,19 +166,22 @@ class LowRank:
 
         return self._map(transpose, base=base, dims=tuple(self.dims[d] for d in permutation))
 
-    def along(self, dim: int, apply: Callable[[Any, int], Any], base: Any = None) -> "LowRank":
-        """Return this with ``apply(array, axis)`` done to the one piece of a dimension.
+    def along(
+        self, dim: int, apply: Callable[..., Any], *operands: Any, base: Any = None
+    ) -> "LowRank":
+        """Return this with ``apply(array, axis, *operands)`` done to the one piece of a dimension.
 
         Args:
             dim: a dimension of one piece.
             apply: the operation on one axis of an array.
+            *operands: arrays that it takes.
             base: the new base, where something else was done to it.
 
         Returns:
             The weight with the base and each factor that carries the piece changed.
         """
         ((label, _),) = self.dims[dim]
-        base = deferred.along(self.base, dim, apply) if base is None else base
+        base = deferred.along(self.base, dim, apply, *operands) if base is None else base
         size = base.shape[dim]
         new = ((label, size),) if size != 1 or self.is_probe else ()
 
@@ -186,7 +189,7 @@ class LowRank:
             if label not in carries:
                 return factor
             axis = sum(piece[0] in carries for piece in axes.pieces(self.dims[:dim]))
-            factor = apply(factor, axis)
+            factor = apply(factor, axis, *operands)
             return factor if new else factor.squeeze(axis)
 
         return self._map(change, base=base, dims=(*self.dims[:dim], new, *self.dims[dim + 1 :]))

@@ -41,20 +41,31 @@ def sharding_constraint(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
 
 def _on_mesh(base: Any, sharding: Any, place: Any) -> Any:
     """Return a base that is placed; what is deferred, all it is made of where that has its axes."""
-    if isinstance(base, Deferred) and _fits(base, sharding):
-        return base.on_parts(lambda part: place(part, sharding), base.order)
-    return deferred.lazily(lambda base: place(base, sharding), base)
-
-
-def _fits(base: Deferred, sharding: Any) -> bool:
-    """Tell whether all that a base is made of can be sharded as it."""
-    if not isinstance(sharding, NamedSharding) or not base.is_aligned:
-        return False
-    return base.order == tuple(range(base.ndim)) and all(
-        part.shape[axis] % placement.shards(sharding, entry) == 0
-        for part in jax.tree.leaves(base.parts)
-        for axis, entry in enumerate(sharding.spec)
+    specs = _specs_of_parts(base, sharding) if isinstance(base, Deferred) else None
+    if specs is None:
+        return deferred.lazily(lambda base: place(base, sharding), base)
+    return jax.tree.map(
+        lambda part, spec: place(part, NamedSharding(sharding.mesh, spec)), base, specs
     )
+
+
+def _specs_of_parts(base: Deferred, sharding: Any) -> Deferred | None:
+    """Return where each part of a base goes, or None where one cannot be cut as the base."""
+    in_order = base.order == tuple(range(base.ndim))
+    if not isinstance(sharding, NamedSharding) or not base.is_aligned or not in_order:
+        return None
+    cuts = [(axis, placement.shards(sharding, entry)) for axis, entry in enumerate(sharding.spec)]
+    codes, *scales = jax.tree.leaves(base)
+    sizes = [(codes.shape[axis], count) for axis, count in cuts]
+    sizes += [(x.shape[axis], n) for x in scales for axis, n in cuts if x.shape[axis] != 1]
+    if any(size % count for size, count in sizes):
+        return None
+
+    def spec(part):
+        sizes = zip(part.shape, sharding.spec, strict=False)
+        return PartitionSpec(*(None if size == 1 else entry for size, entry in sizes))
+
+    return jax.tree.map(spec, base)
 
 
 def constrained(value: Any, sharding: Any) -> Any:
@@ -123,7 +134,7 @@ def all_gather(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
             x, params["axis_name"], axis=axis, tiled=True, axis_index_groups=groups
         )
 
-    return [weight.along(dim, gather, base)]
+    return [weight.along(dim, gather, base=base)]
 
 
 @rule("shard_map", passes=True)
@@ -179,20 +190,23 @@ class _Sharded:
     @classmethod
     def of(cls, walk: Walk, eqn: Any, value: Any, sharding: NamedSharding) -> "_Sharded":
         """Return a value that enters, dense where its factors cannot be sharded along."""
-        base = getattr(value, "base", value)
-        if isinstance(base, Deferred) and not _fits(base, sharding):
-            base = deferred.now(base)
-            value = value.replace(base=base) if isinstance(value, LowRank) else base
+        base, spec = getattr(value, "base", value), sharding.spec
+        if isinstance(base, Deferred) and (spec := _specs_of_parts(base, sharding)) is None:
+            base, spec = deferred.now(base), sharding.spec
         if isinstance(value, LowRank):
-            specs = _specs(value, sharding)
+            value, specs = value.replace(base=base), _specs(value, sharding)
             if specs is not None:
-                return cls(value, _arrays(value), specs, sharding)
-            value = walk.densify(eqn, value, "a shard cuts one of several axes of a dimension")
-        return cls(None, {"base": value}, {"base": sharding.spec}, sharding)
+                return cls(value, _arrays(value), specs | {"base": spec}, sharding)
+            base = walk.densify(eqn, value, "a shard cuts one of several axes of a dimension")
+            spec = sharding.spec
+        return cls(None, {"base": base}, {"base": spec}, sharding)
 
     @classmethod
     def left(cls, value: Any, sharding: NamedSharding) -> "_Sharded":
-        """Return a value that leaves, with the dimensions of the whole."""
+        """Return a value that leaves, with the dimensions of the whole, and made if deferred."""
+        if isinstance(value, LowRank):
+            value = value.replace(base=deferred.now(value.base))
+        value = deferred.now(value)
         if not isinstance(value, LowRank):
             return cls(None, {"base": value}, {"base": sharding.spec}, sharding)
         entries = [*sharding.spec, *[None] * len(value.dims)]
@@ -210,8 +224,8 @@ class _Sharded:
         mesh = self.sharding.mesh
         if not mesh.explicit_axes:
             return self.parts
-        shardings = {name: NamedSharding(mesh, spec) for name, spec in self.specs.items()}
-        return {name: jax.sharding.reshard(x, shardings[name]) for name, x in self.parts.items()}
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs)
+        return jax.tree.map(jax.sharding.reshard, self.parts, shardings)
 
     def shard(self, parts: dict[str, Any]) -> Any:
         """Return one shard."""

@@ -1,0 +1,127 @@
+"""Eight devices: the codes of quantized weights live where the weights lived."""
+
+import contextlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import P
+from jax.sharding import NamedSharding
+from numpy.testing import assert_allclose
+
+import jaxlora
+from devices import meshes
+
+SHAPES = {"up": (3, 64, 128), "down": (3, 128, 64)}
+SPECS = {"up": P(None, "data", "model"), "down": P(None, "model", None)}
+NF4 = jaxlora.Quantization("nf4", block_size=8)
+LORA = jaxlora.LoRAConfig(rank=3, alpha=6)
+
+
+def model(params, x):
+    def layer(x, w):
+        h = jnp.tanh(x @ w["up"])
+        mesh = jax.typeof(h).sharding.mesh
+        out: Any = {"out_sharding": P()} if mesh.explicit_axes else {}
+        return jnp.einsum("bi,io->bo", h, w["down"], **out), None
+
+    return jax.lax.scan(layer, x, params)[0]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return meshes.random(SHAPES)
+
+
+@pytest.fixture(params=meshes.KINDS)
+def placed(request, plain):
+    mesh = meshes.make(request.param)
+    is_explicit = request.param == "explicit"
+    specs = {n: P(*spec[:2], None) for n, spec in SPECS.items()} if is_explicit else SPECS
+    specs = specs | {"up": P(None, None, "model")} if is_explicit else specs
+    with jax.set_mesh(mesh) if is_explicit else contextlib.nullcontext():
+        yield meshes.place(plain, specs, mesh)
+
+
+X = jnp.cos(jnp.arange(4 * 64.0)).reshape(4, 64)
+
+
+def results(params) -> dict[str, Any]:
+    """Return what is made of quantized weights."""
+    adapted = jaxlora.init(jax.random.key(0), model, params, X, config=LORA)
+    base, adapters = jaxlora.split(adapted)
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+
+    def loss(adapters, base, key):
+        adapted = jaxlora.dropout(jaxlora.bind(base, adapters), key, 0.1)
+        return jnp.sum(jaxlora.lora(model)(adapted, X) ** 2)
+
+    bound = jaxlora.bind(base, adapters)
+    again = jaxlora.merge(bound, requantize=True)
+    return {
+        "gradients": jax.jit(jax.grad(loss))(adapters, base, jax.random.key(0)),
+        "merged": jaxlora.merge(bound),
+        "again": {path: weight.codes for path, weight in again.items()},
+    }
+
+
+def test_values_are_those_of_one_device(placed, plain):
+    params = jaxlora.quantize(model, placed, X, config=NF4)
+    of_one = jaxlora.quantize(model, plain, X, config=NF4)
+    got, wanted = results(params), results(jax.tree.map(np.asarray, params))
+    for name in ("gradients", "merged"):
+        for x, y in zip(*(jax.tree.leaves(found[name]) for found in (got, wanted)), strict=True):
+            x, y = jax.device_get((x, y))
+            assert_allclose(x, y, rtol=0, atol=1e-4 * abs(y).max())
+    for path, weight in placed.items():
+        for codes, others in (
+            (params[path].codes, of_one[path].codes),
+            (got["again"][path], wanted["again"][path]),
+        ):
+            assert codes.sharding.is_equivalent_to(weight.sharding, codes.ndim)
+            same = jax.device_get(codes) == jax.device_get(others)
+            assert same.mean() > 0.999  # what lies between two codes goes to either
+
+
+def test_start_of_loftq_lives_where_the_base_does(placed):
+    x = jax.ShapeDtypeStruct((4, 64), jnp.float32)
+    params = jaxlora.quantize(model, placed, x, config=NF4)
+    start = jaxlora.initializers.loftq(placed)
+    config = jaxlora.LoRAConfig(rank=3, initializer=start)
+    adapted = jaxlora.init(jax.random.key(0), model, params, x, config=config)
+    for path, weight in placed.items():
+        spec = (*weight.sharding.spec, None, None)[:3]
+        assert meshes.is_placed(adapted[path].a, spec[0], spec[1], None)
+        assert meshes.is_placed(adapted[path].b, spec[0], None, spec[2])
+        assert meshes.is_placed(adapted[path].base.codes, *spec)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["quantized", "adapted"])
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_shards_of_blocks_in_shard_map(kind, double, adapted):
+    mesh = meshes.make("auto", "tp")
+    rows = NamedSharding(mesh, P("model", None))
+
+    def summed(params, x):
+        def of_shard(w, x):
+            return jax.lax.psum(x @ w, "model"), w.T
+
+        specs: Any = {"in_specs": (P("model", None), P(None, "model"))}
+        specs |= {"out_specs": (P(), P(None, "model"))}
+        return jax.shard_map(of_shard, mesh=mesh, **specs)(params["w"], x)
+
+    params = {"w": jax.device_put(meshes.random({"w": (128, 32)})["w"], rows)}
+    x = jnp.cos(jnp.arange(4 * 128.0)).reshape(4, 128)
+    config = jaxlora.Quantization(kind, block_size=8, double=double, targets=("w",))
+    params = jaxlora.quantize(summed, params, x, config=config)
+    wanted = summed(jaxlora.dequantize(params), x)
+    if adapted:
+        lora = jaxlora.LoRAConfig(rank=2, targets=("w",))
+        params = jaxlora.init(jax.random.key(0), summed, params, x, config=lora)
+    y, turned = jaxlora.lora(summed)(params, x)
+    assert_allclose(y, wanted[0], atol=1e-4)
+    turned = jaxlora.merge(turned) if adapted else turned
+    assert_allclose(turned, wanted[1], rtol=1e-5)
