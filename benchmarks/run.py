@@ -41,6 +41,7 @@ BENCHMARKS = {  # environment, script and options
     "scaling": ("jax", "scaling.py"),
     "compile": ("jax", "compile.py"),
 }
+UNTIMED = ("decompose.py", "llama.py")  # which have no rounds
 
 
 def environment(name: str) -> Path:
@@ -62,7 +63,8 @@ def run(name: str, folder: Path, extra: list[str]) -> None:
     out = folder / f"{name}_{'_'.join(told.stdout.split())}.json"
     print(f"== {name} -> {out}", flush=True)
     script, *options = command.split()
-    subprocess.run([python, HERE / script, *options, *extra, "--out", out], check=True)
+    options += extra if script not in UNTIMED else []
+    subprocess.run([python, HERE / script, *options, "--out", out], check=True)
 
 
 def main() -> None:
@@ -71,7 +73,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="default all")
-    parser.add_argument("--rounds", help="of each, default as the benchmark's")
+    parser.add_argument("--rounds", help="of each that has rounds, default as the benchmark's")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder")
     options = parser.parse_args()
     extra = ["--rounds", options.rounds] if options.rounds else []
