@@ -21,6 +21,7 @@ from jaxlora import exporting as exporting
 from jaxlora.adapt import dropout, init
 from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
 from jaxlora.config import LoRAConfig
+from jaxlora.merging import merge, unmerge
 from jaxlora.observing import gradients, moments
 from jaxlora.optim import freeze
 from jaxlora.quantization import Quantization, dequantize, quantize
@@ -30,7 +31,7 @@ from jaxlora.residual import to_plain
 from jaxlora.sites import Site, Sites, find_sites
 from jaxlora.summary import Summary, summary
 from jaxlora.tracing import Cost, MaterializationWarning, Use, lora
-from jaxlora.trees import bind, mask, merge, split, unmerge
+from jaxlora.trees import bind, mask, split
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf
 
 __version__ = "0.1.0"

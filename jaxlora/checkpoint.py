@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import fingerprints, parts, paths, sharding
+from jaxlora.merging import merge
 from jaxlora.processes import together
-from jaxlora.trees import FACTORS, Adapters, bind, merge, split
+from jaxlora.trees import FACTORS, Adapters, bind, split
 from jaxlora.weight import Adapter, Fingerprint, Replacement, Roles
 
 FORMAT = "jaxlora.adapters"

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlora.tracing import compat, cost, deferred, grouping
+from jaxlora.tracing import compat, cost, deferred, frames, grouping
 from jaxlora.tracing.deferred import Deferred
+from jaxlora.tracing.frames import Frame
 from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import merge_dtype
 
@@ -75,26 +76,6 @@ def rule(*primitives: str, passes: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
-@dataclasses.dataclass
-class Frame:
-    """What is known of the program that is being run.
-
-    Attributes:
-        env: values of the variables.
-        readers: the products that read one input, see `grouping.Plan`.
-        values: what the variables stand for, see `_values`.
-        last: the last product with a weight that was made for it, see `deferred.product`.
-        narrowed: by id of an equation, the product of its input and the first factor, and how
-            many equations share that, where it was made for several.
-    """
-
-    env: dict[Any, Any]
-    readers: dict[tuple[int, int], list[tuple[Any, int]]]
-    values: dict[Any, tuple[Any, bool]]
-    last: Any = None
-    narrowed: dict[int, tuple[Any, int]] = dataclasses.field(default_factory=dict)
-
-
 class Walk:
     """One way to evaluate programs: what to do where there is no rule, and what to write down.
 
@@ -131,8 +112,8 @@ class Walk:
         env = dict(zip(program.constvars, compat.consts(jaxpr), strict=True))
         env.update(zip(program.invars, args, strict=True))
         plan = grouping.plan(program)
-        last = _last_uses(plan.eqns, program.outvars)
-        outer, self.frame = self.frame, Frame(env, plan.readers, _values(program))
+        last = frames.last_uses(plan.eqns, program.outvars)
+        outer, self.frame = self.frame, Frame(env, plan.readers, frames.values(program))
 
         def read(atom):
             return atom.val if isinstance(atom, compat.Literal) else env[atom]
@@ -286,45 +267,3 @@ def _axes_of(path: str, labels: Any) -> frozenset:
         for label in labels
         if not isinstance(label, tuple) or label[0] == path
     )
-
-
-def _values(program: Any) -> dict[Any, tuple[Any, bool]]:
-    """Return what the variables of a program stand for, for those that select between them.
-
-    Returns:
-        By variable: the first that is computed in the same way, whatever stops a gradient or
-        selects between one and the same, and whether a gradient is stopped on the way.
-    """
-    if all(eqn.primitive.name != "select_n" for eqn in program.eqns):
-        return {}
-    values: dict[Any, tuple[Any, bool]] = {}
-    first: dict[Any, Any] = {}
-    for eqn in program.eqns:
-        has_literal = any(isinstance(atom, compat.Literal) for atom in eqn.invars)
-        if has_literal or eqn.effects or compat.inner_jaxprs(eqn):
-            continue
-        name = eqn.primitive.name
-        inputs = [values.get(atom, (atom, False)) for atom in eqn.invars]
-        cases = {value for value, _ in inputs[name == "select_n" :]}
-        if name == "stop_gradient" or (name == "select_n" and len(cases) == 1):
-            is_stopped = name == "stop_gradient" or all(stopped for _, stopped in inputs[1:])
-            values[eqn.outvars[0]] = (*cases, is_stopped)
-            continue
-        for i, var in enumerate(eqn.outvars):
-            way = (i, name, str(eqn.params), *(value for value, _ in inputs))
-            values[var] = (first.setdefault(way, var), any(stopped for _, stopped in inputs))
-    return values
-
-
-def _last_uses(eqns: Sequence[Any], outvars: Sequence[Any]) -> dict[int, list[Any]]:
-    """Return the variables that no later equation reads, by index of equation."""
-    kept = {atom for atom in outvars if not isinstance(atom, compat.Literal)}
-    last = {}
-    for i, eqn in enumerate(eqns):
-        for atom in (*eqn.invars, *eqn.outvars):
-            if not isinstance(atom, compat.Literal) and atom not in kept:
-                last[atom] = i
-    by_index: dict[int, list[Any]] = {}
-    for var, i in last.items():
-        by_index.setdefault(i, []).append(var)
-    return by_index
