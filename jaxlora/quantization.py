@@ -59,9 +59,9 @@ def quantize(
 
     One weight at a time is quantized. They are frozen: `jaxlora.init` gives them adapters as any
     others, `jaxlora.lora` makes functions accept them, `jaxlora.merge` makes them plain. A program
-    makes each where it reads it, and again to derive it, one at a time. (But the CPU compiler of
-    JAX 0.10 makes those of an unrolled program all at once, unless ``XLA_FLAGS`` has
-    ``--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED``.)
+    makes each where it reads it, and again to derive it, one at a time. (But for the CPU compiler
+    of JAX 0.10, which makes those of an unrolled program all at once and keeps them; those of
+    layers that are scanned it does not.)
 
     Args:
         fn: the function that uses the parameters, as ``model.apply``; it is traced, not run.
