@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import fingerprints, paths, sharding, svd, table
+from jaxlora import fingerprints, paths, quantized, sharding, svd, table
 from jaxlora.algebra import matrices
 from jaxlora.sites import Sites
 from jaxlora.trees import Adapters
@@ -48,7 +48,8 @@ def extract(base: Any, finetuned: Any, rank: int, *, sites: Sites | None = None)
     adapter has that rank.
 
     Args:
-        base: weights before, a plain tree.
+        base: weights before, a plain tree; where they are quantized, the adapters make up for the
+            rounding too.
         finetuned: the same tree after.
         rank: rank of the adapters, at least 1.
         sites: from `jaxlora.find_sites`, how the model uses its weights. Without it every matrix is
@@ -76,14 +77,16 @@ def extract(base: Any, finetuned: Any, rank: int, *, sites: Sites | None = None)
         raise ValueError(f"base and finetuned must have the same leaves: {odd!r} is in one alone")
     adapters, energy, left = {}, {}, {}
     for path, leaf in before.items():
-        largest = _largest_change(path, leaf, after[path])
+        was, now = quantized.values(leaf), quantized.values(after[path])
+        largest = _largest_change(path, was, now)
         if not largest:
             continue
-        roles = _roles(path, leaf, sites)
+        roles = _roles(path, was, sites)
         if roles is None:
             left[path] = largest
         else:
-            adapters[path], energy[path] = _adapter(path, leaf, after[path], roles, rank)
+            change = now.astype(jnp.float32) - was.astype(jnp.float32)
+            adapters[path], energy[path] = _adapter(path, leaf, change, roles, rank)
     if not adapters:
         raise ValueError(f"no weight that an adapter is for has changed; others: {sorted(left)}")
     return Extracted(adapters, energy, left)
@@ -110,10 +113,9 @@ def _roles(path: str, leaf: Any, sites: Sites | None) -> Roles | None:
     return Roles((), (0,), (1,)) if is_matrix else None
 
 
-def _adapter(path: str, before: Any, after: Any, roles: Roles, rank: int) -> tuple[Adapter, float]:
+def _adapter(path: str, before: Any, change: Any, roles: Roles, rank: int) -> tuple[Adapter, float]:
     """Return the adapter of the change of a weight, and the share of its energy."""
     rank = min(rank, roles.max_rank(before.shape))
-    change = after.astype(jnp.float32) - before.astype(jnp.float32)
     u, s, v = svd.truncated(matrices.of_weight(change, roles), rank)
     known, shapes = sharding.of(before), roles.factor_shapes(before.shape, rank)
     a, b = (
