@@ -114,10 +114,11 @@ def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRACo
 
 def _with_magnitude(path: str, node: LoRAWeight) -> LoRAWeight:
     """Return a node with the norms of its columns as they are, so that its output stays."""
-    if not hasattr(quantized.stand_in(node.base), "__array__"):
-        raise ValueError(f"a magnitude starts from values: {path!r} is {node.base}")
-    axes = sharding.factor_axes(node.roles)
-    (magnitude,) = sharding.run(_norms, None, (node,), node.base, axes[2:])
+    plain = node.plain
+    if not hasattr(quantized.stand_in(plain), "__array__"):
+        raise ValueError(f"a magnitude starts from values: {path!r} is {plain}")
+    axes = sharding.factor_axes(node.roles, node.part)
+    (magnitude,) = sharding.run(_norms, None, (node,), plain, axes[2:])
     return dataclasses.replace(node, magnitude=magnitude)
 
 

@@ -166,7 +166,7 @@ def _abstract(entry: dict[str, Any], leaves: dict[str, Any]) -> Adapter | Replac
     part = parts.resolve(text, base.shape)
     shapes = (
         *roles.factor_shapes(parts.shape(part, base.shape), entry["rank"]),
-        roles.magnitude_shape(base.shape),
+        roles.magnitude_shape(parts.shape(part, base.shape)),
     )
     a, b, *magnitude = (
         jax.ShapeDtypeStruct(

@@ -48,7 +48,8 @@ class LoRAConfig:
         bias: also train biases, the leaves whose name is ``bias`` or ``b``: ``"all"``,
             ``"lora_only"`` for those beside adapted weights, or ``"none"``.
         magnitude: also train the norm of each column of the weight (DoRA, see
-            `jaxlora.magnitude`), in float32 or wider.
+            `jaxlora.magnitude`), in float32 or wider; of whole weights, or with layers of entries
+            of a stack.
         dtype: floating dtype of the factors.
 
     Raises:

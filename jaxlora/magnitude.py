@@ -9,12 +9,13 @@ No gradient goes through the norm (section 4.3).
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora import quantized, sharding
+from jaxlora import parts, quantized, sharding
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.weight import LoRAWeight, Roles, merge_dtype
 
@@ -26,11 +27,12 @@ def norms(weight: LoRAWeight) -> jax.Array:
     of the size of the rank alone.
 
     Args:
-        weight: a node for a whole weight.
+        weight: a node for a whole weight or for entries of its stack.
 
     Returns:
-        Array ``(*stack, *out)``, float32 or wider.
+        Array ``(*stack, *out)`` of what the node is for, float32 or wider.
     """
+    weight = _cut(weight)
     roles, dtype = weight.roles, merge_dtype(weight.dtype)
     if isinstance(weight.base, QuantizedWeight) and 0 in roles.stack:  # one entry at a time
         return jax.lax.map(lambda entry: norms(_entry(entry, roles)), weight)
@@ -58,6 +60,13 @@ def norms(weight: LoRAWeight) -> jax.Array:
     return jnp.sqrt(jnp.maximum(squared + summed.sum(len(roles.stack)), 0))
 
 
+def _cut(weight: LoRAWeight) -> LoRAWeight:
+    """Return the node of what a node is for alone: of the entries of a stack, if it is for some."""
+    index = parts.slices(weight.part)
+    base = jax.tree.map(lambda x: x[index], weight.plain) if index else weight.plain
+    return dataclasses.replace(weight, base=base, part=None, dropout_keys=None)
+
+
 def _entry(weight: LoRAWeight, roles: Roles) -> LoRAWeight:
     """Return the node of one entry along the first axis, a stack, of a weight of these roles."""
     left = (
@@ -67,20 +76,28 @@ def _entry(weight: LoRAWeight, roles: Roles) -> LoRAWeight:
 
 
 def gain(weight: LoRAWeight) -> jax.Array:
-    """Return ``m / norm(V)``, ``(*stack, *out)``, 1 where a column is zero.
+    """Return ``m / norm(V)``, ``(*stack, *out)``, 1 where a column is zero or has no magnitude.
 
     Args:
-        weight: a node with a magnitude.
+        weight: a node of a weight with magnitudes, the outermost.
     """
-    norm = norms(jax.lax.stop_gradient(weight))
-    magnitude = weight.magnitude.astype(norm.dtype)
-    return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
+    gains = [_own_gain(node) for node in weight.layers if node.magnitude is not None]
+    return functools.reduce(jnp.multiply, gains)  # no column is in two of them
+
+
+def _own_gain(node: LoRAWeight) -> jax.Array:
+    norm = norms(jax.lax.stop_gradient(node))
+    magnitude = node.magnitude.astype(norm.dtype)
+    own = jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
+    around = parts.padding(node.part, node.shape)
+    columns = (*node.roles.stack, *node.roles.out)
+    return jnp.pad(own, [around[axis] for axis in columns], constant_values=1)
 
 
 def merged(weight: LoRAWeight) -> jax.Array:
     """Return the weight in effect, ``base + delta`` times its gain, in float32 or wider."""
     total = quantized.values(weight.plain).astype(merge_dtype(weight.dtype)) + weight.delta()
-    if weight.magnitude is None:
+    if not weight.has_magnitude:
         return total
     roles, factor = weight.roles, gain(weight)
     columns = (*roles.stack, *roles.out)

@@ -88,7 +88,7 @@ def unmerge(plain: Any, adapters: trees.Adapters) -> Any:
     leaves, treedef = paths.flatten(plain)
     for path, node in trees.nodes_over(leaves, adapters).items():
         lost = "leaf" if isinstance(node, TrainedLeaf) else "magnitude"
-        if isinstance(node, TrainedLeaf) or node.magnitude is not None:
+        if isinstance(node, TrainedLeaf) or node.has_magnitude:
             raise ValueError(f"the {lost} of {path!r} cannot be unmerged: keep the base instead")
         if isinstance(node.plain, QuantizedWeight):
             raise ValueError(f"{path!r} is quantized and cannot be unmerged: keep the base instead")

@@ -85,9 +85,12 @@ def select(config: LoRAConfig, sites: Sites) -> list[Target]:
             f"no site for rank {config.rank}; the leaves are:\n{sites}"
         )
     _check_patterns(config, chosen, sites.shapes)
-    if config.magnitude and (cut := [t for t in chosen if t.part]):
-        names = [parts.name(*target[:2]) for target in cut[:3]]
-        raise ValueError(f"only a whole weight can have a magnitude: got {names}")
+    if config.magnitude:
+        cut = [t for t in chosen if not parts.has_entries(t.part, sites[t.path].stack)]
+        if names := [parts.name(*target[:2]) for target in cut[:3]]:
+            raise ValueError(
+                f"only whole weights or entries of a stack have magnitudes: got {names}"
+            )
     order = {path: i for i, path in enumerate(sites.shapes)}
     return sorted(chosen, key=lambda target: (order[target.path], parts.name(*target[:2])))
 

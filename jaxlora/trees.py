@@ -162,10 +162,13 @@ def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> part
             f"the factors of {path!r} must have the shapes a={wanted[0]}, b={wanted[1]}: "
             f"got a={adapter.a.shape}, b={adapter.b.shape}"
         )
-    columns = adapter.roles.magnitude_shape(leaf.shape)
-    if adapter.magnitude is not None and (part or tuple(adapter.magnitude.shape) != columns):
+    if adapter.magnitude is None:
+        return part
+    columns = adapter.roles.magnitude_shape(parts.shape(part, leaf.shape))
+    fits = tuple(adapter.magnitude.shape) == columns
+    if not fits or not parts.has_entries(part, adapter.roles.stack):
         raise ValueError(
-            f"the magnitude of {path!r} must have the shape {columns} and be of the whole weight: "
-            f"got {adapter.magnitude.shape}"
+            f"the magnitude of {path!r} must have the shape {columns} and be of the whole weight "
+            f"or of entries of its stack: got {adapter.magnitude.shape}"
         )
     return part

@@ -179,6 +179,11 @@ class LoRAWeight:
         """The frozen weight, beneath every node."""
         return self.layers[0].base
 
+    @property
+    def has_magnitude(self) -> bool:
+        """Whether a node of this weight has a magnitude."""
+        return any(node.magnitude is not None for node in self.layers)
+
     def adapter(self, base: Fingerprint) -> Adapter:
         """Return what is trained of this node, for a base of this fingerprint."""
         return Adapter(self.a, self.b, self.roles, self.alpha, base, self.changed, self.magnitude)

@@ -165,7 +165,9 @@ def test_what_has_no_meaning_with_a_magnitude_is_refused():
             call()
     with pytest.raises(ValueError, match="the magnitude of 'w' cannot be unmerged"):
         jaxlora.unmerge(jaxlora.merge(params), adapters)
-    with pytest.raises(ValueError, match=r"only a whole weight can have a magnitude: got .*0:4"):
+    with pytest.raises(
+        ValueError, match=r"only whole weights or entries of a stack have magnitudes: got .*0:4"
+    ):
         start(targets=("w[0:4]",))
     shapes = {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32)}
     config = jaxlora.LoRAConfig(rank=2, magnitude=True)
@@ -189,3 +191,44 @@ def test_magnitude_of_narrow_factors_is_not_rounded():
     assert (params["w"].a.dtype, params["w"].magnitude.dtype) == (jnp.bfloat16, jnp.float32)
     x = normal(1, 5, 8)
     assert_allclose(jaxlora.lora(linear)(params, x), x @ normal(0, 8, 6), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("initializer", "is_quantized"), [("uniform", False), ("pissa", False), ("uniform", True)]
+)
+def test_some_layers_of_a_stack_have_magnitudes(initializer, is_quantized, tmp_path):
+    def fn(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    params, x = {"w": normal(0, 5, 8, 8)}, normal(1, 3, 8)
+    fields: dict[str, Any] = {"layers": (0, 2, 3), "magnitude": True}
+    config = jaxlora.LoRAConfig(rank=2, initializer=initializer, **fields)
+    if is_quantized:
+        how = jaxlora.Quantization(block_size=4)
+        params = jaxlora.quantize(fn, params, x, config=how)
+    adapted = jaxlora.init(jax.random.key(0), fn, params, x, config=config)
+    plain = jaxlora.dequantize(params) if is_quantized else params
+    assert_allclose(jaxlora.lora(fn)(adapted, x), fn(plain, x), atol=1e-5)
+    base, adapters = jaxlora.split(adapted)
+    assert {name: adapter.magnitude.shape for name, adapter in adapters.items()} == {
+        "w[0:1, :, :]": (1, 8),
+        "w[2:4, :, :]": (2, 8),
+    }
+    moved = drawn(jax.random.key(1), adapters)
+
+    def low_rank(adapters):
+        return loss(jaxlora.lora(fn, strict=True), jaxlora.bind(base, adapters), x)
+
+    def merged(adapters):
+        return loss(fn, jaxlora.merge(jaxlora.bind(base, adapters)), x)
+
+    got, wanted = (jax.jit(jax.value_and_grad(f))(moved) for f in (low_rank, merged))
+    assert_close(got, wanted, 1.2e-7, ulps=512)
+    after = jaxlora.merge(jaxlora.bind(base, moved))["w"]
+    assert_allclose(after[jnp.array([1, 4])], plain["w"][jnp.array([1, 4])], rtol=1e-6)
+    norms = jnp.linalg.norm(after[2:4], axis=1)
+    assert_allclose(norms, jnp.abs(moved["w[2:4, :, :]"].magnitude), rtol=1e-5)
+    jaxlora.save_adapters(tmp_path / "adapters", moved, base=base)
+    loaded = jaxlora.load_adapters(tmp_path / "adapters", base=base)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(moved), strict=True):
+        assert_allclose(a, b)

@@ -61,7 +61,7 @@ def delta(params: Any, path: str) -> jax.Array:
     node = leaves[path]
     return (
         node.delta()
-        if node.magnitude is None
+        if not node.has_magnitude
         else merged(node) - quantized.values(node.plain).astype(merge_dtype(node.dtype))
     )
 

@@ -42,7 +42,7 @@ def enter(walk: Walk, path: str, weight: LoRAWeight | QuantizedWeight) -> LowRan
         dims=axes.from_shape(shape, roles.labels(Role.STACK, Role.IN, Role.OUT)),
         origin=Origin((path,), roles, shape, alpha, weight.dropout_rate),
     )
-    if weight.magnitude is None:
+    if not weight.has_magnitude:
         return value
     with walk.scope(value):
         return value.replace(gain=_to_axis_order(magnitude.gain(weight), out_side, shape))
