@@ -79,11 +79,15 @@ def quantize(
             quantized already or trained whole, or is not finite.
         ImportError: qwix is not installed.
 
-    >>> import jax.numpy as jnp, jaxlora
+    >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 128))
-    >>> config = jaxlora.Quantization("nf4", double=False)
-    >>> jaxlora.quantize(model, {"w": jnp.ones((128, 64))}, x, config=config)
+    >>> nf4, lora = jaxlora.Quantization("nf4"), jaxlora.LoRAConfig(rank=4)
+    >>> base = jaxlora.quantize(model, {"w": jnp.ones((128, 64))}, x, config=nf4)
+    >>> base
     {'w': QuantizedWeight(nf4, (128, 64), float32)}
+    >>> params = jaxlora.init(jax.random.key(0), model, base, x, config=lora)
+    >>> jaxlora.lora(model)(params, x).shape
+    (2, 64)
     """
     leaves, treedef = paths.flatten(params)
     sites = find_sites(fn, params, *args, **kwargs)
