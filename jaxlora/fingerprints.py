@@ -39,21 +39,19 @@ def take(leaves: Mapping[str, Any]) -> dict[str, Fingerprint]:
             for path, leaf in known.items()
         }
         levels = {
-            path: jax.jit(level)(leaves[path]) for path in known if _is_quantized(leaves[path])
+            path: jax.jit(level)(weight)
+            for path, weight in leaves.items()
+            if path in known and isinstance(weight, QuantizedWeight)
         }
         samples, levels = jax.device_get((samples, levels))
     return {
         path: Fingerprint(
             tuple(leaf.shape),
-            leaf.code.kind if _is_quantized(leaf) else str(leaf.dtype),
+            leaf.code.kind if isinstance(leaf, QuantizedWeight) else str(leaf.dtype),
             _digest(samples[path], levels.get(path)) if path in known else None,
         )
         for path, leaf in leaves.items()
     }
-
-
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedWeight)
 
 
 def _digest(sample: np.ndarray, level: Any) -> str:

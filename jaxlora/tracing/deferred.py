@@ -6,7 +6,6 @@ reads it makes it for itself alone: in a derivative it is made again and not kep
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxlora.quantized import QuantizedWeight, dequantized
-from jaxlora.tracing import compat
+from jaxlora.tracing import compat, cuts
 
 _meta = {"static": True}
 
@@ -145,8 +144,6 @@ def lazily(function: Callable[..., Any], *values: Any) -> Any:
 
 def read(function: Callable[..., Any], *values: Any) -> Any:
     """Return ``function(*values)``, with what is deferred made for it, and again to derive it."""
-    if not any(isinstance(value, Deferred) for value in values):
-        return function(*values)
     return jax.checkpoint(lambda *values: function(*map(now, values)))(*values)
 
 
@@ -220,36 +217,9 @@ def _squeeze(eqn: Any, x: Deferred) -> Deferred | None:
     return x.on_parts(lambda part: lax.squeeze(part, sorted(gone)), order)
 
 
-def _slice(eqn: Any, x: Deferred) -> Deferred:
-    params = eqn.params
-    strides = params["strides"] or (1,) * x.ndim
-    for dim, size in enumerate(x.shape):
-        start, end, stride = (
-            params["start_indices"][dim],
-            params["limit_indices"][dim],
-            strides[dim],
-        )
-        if (start, end, stride) != (0, size, 1):
-            x = along(x, dim, functools.partial(_sliced, cut=(start, end, stride)))
-    return x
-
-
-def _sliced(part: Any, axis: int, *, cut: tuple[int, int, int]) -> Any:
-    start, end, stride = cut
-    return lax.slice_in_dim(part, start, end, stride, axis)
-
-
-def _dynamic_slice(eqn: Any, x: Deferred, *starts: Any) -> Deferred:
-    for dim, size in enumerate(eqn.params["slice_sizes"]):
-        if size != x.shape[dim]:
-            x = along(
-                x,
-                dim,
-                lambda part, axis, start, size=size: lax.dynamic_slice_in_dim(
-                    part, start, size, axis, allow_negative_indices=False
-                ),
-                starts[dim],
-            )
+def _cut(eqn: Any, x: Deferred, *starts: Any) -> Deferred:
+    for cut in cuts.of(eqn, x.shape, *starts):
+        x = along(x, *cut)
     return x
 
 
@@ -278,8 +248,8 @@ _REARRANGED: dict[str, Callable[..., Deferred | None]] = {
     "convert_element_type": _convert,
     "transpose": _transpose,
     "squeeze": _squeeze,
-    "slice": _slice,
-    "dynamic_slice": _dynamic_slice,
+    "slice": _cut,
+    "dynamic_slice": _cut,
     "gather": _gather,
 }
 KEPT = {*_REARRANGED, "reshape", "broadcast_in_dim", "copy", "copy_p", "rev", "stop_gradient"}

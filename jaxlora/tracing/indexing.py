@@ -5,14 +5,13 @@ a table ``(vocabulary, width)`` are rows of ``a``, and ``b`` stays as it is; an 
 is an entry of both.
 """
 
-import functools
 import itertools
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing import axes, compat, deferred
+from jaxlora.tracing import axes, compat, cuts, deferred
 from jaxlora.tracing.interpreter import Walk, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
 
@@ -20,14 +19,7 @@ from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
 @rule("slice")
 def slice_(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
     """Cut a part out along some dimensions."""
-    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
-    strides = eqn.params["strides"] or (1,) * len(starts)
-
-    def part(d):
-        how = {"start": starts[d], "end": limits[d], "stride": strides[d]}
-        return (functools.partial(_slice_in_dim, **how),)
-
-    cut, picked = _cut(walk, eqn, weight, eqn.outvars[0].aval.shape, part)
+    cut, picked, _ = _cut(walk, eqn, weight)
     if isinstance(cut, LowRank) and cut.is_probe:  # one entry of a stack, as a loop takes it
         cut = cut.replace(scanned=cut.scanned | picked)
     return [cut]
@@ -36,42 +28,29 @@ def slice_(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
 @rule("dynamic_slice")
 def dynamic_slice(walk: Walk, eqn: Any, weight: Any, *starts: Any) -> list[Any]:
     """Cut a part out along some dimensions, from where the program says."""
-    sizes = eqn.params["slice_sizes"]
-
-    def part(d):
-        def cut(x, axis, start):
-            return lax.dynamic_slice_in_dim(x, start, sizes[d], axis, allow_negative_indices=False)
-
-        return cut, starts[d]
-
-    smaller = weight.labels(*_smaller(weight, sizes))
-    cut, picked = _cut(walk, eqn, weight, sizes, part, *starts)
+    cut, picked, smaller = _cut(walk, eqn, weight, *starts)
     if not isinstance(cut, LowRank):
         return [cut]
     indexed, windows = cut.indexed | picked, cut.windows | (smaller - picked)
     return [cut.replace(indexed=indexed, windows=windows, picked_at=compat.where(eqn))]
 
 
-def _smaller(weight: LowRank, sizes: Any) -> list[int]:
-    return [d for d, size in enumerate(sizes) if size != weight.base.shape[d]]
-
-
-def _cut(
-    walk: Walk, eqn: Any, weight: LowRank, sizes: Any, part: Any, *operands: Any
-) -> tuple[Any, frozenset]:
-    """Apply ``part(d)``, an operation and its operands, along every dimension d that gets smaller.
+def _cut(walk: Walk, eqn: Any, weight: LowRank, *starts: Any) -> tuple[Any, frozenset, frozenset]:
+    """Cut a weight along every dimension that gets smaller.
 
     Returns:
-        The part, and the labels of the axes of which it has a single entry.
+        The part, the labels of the axes of which it has a single entry, and of those it cuts.
     """
-    smaller = _smaller(weight, sizes)
-    if any(len(weight.dims[d]) != 1 for d in smaller):
+    found = cuts.of(eqn, weight.shape, *starts)
+    if any(len(weight.dims[d]) != 1 for d, *_ in found):
         reason = "it cuts what is not one axis"
-        return walk.without_rule(eqn, [weight, *operands], reason)[0], frozenset()
-    picked = weight.labels(*(d for d in smaller if sizes[d] == 1))
-    for d in smaller:
-        weight = weight.along(d, *part(d))
-    return weight, picked
+        return walk.without_rule(eqn, [weight, *starts], reason)[0], frozenset(), frozenset()
+    smaller = [d for d, *_ in found]
+    picked = [d for d in smaller if eqn.outvars[0].aval.shape[d] == 1]
+    labels = weight.labels(*picked), weight.labels(*smaller)
+    for cut in found:
+        weight = weight.along(*cut)
+    return weight, *labels
 
 
 @rule("split")
@@ -82,13 +61,8 @@ def split(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
         return walk.without_rule(eqn, [weight], "it splits a dimension of several axes")
     parts = []
     for start, end in zip([0, *ends], ends, strict=False):
-        cut = functools.partial(_slice_in_dim, start=start, end=end)
-        parts.append(weight.along(axis, cut))
+        parts.append(weight.along(axis, cuts.between(start, end)))
     return parts
-
-
-def _slice_in_dim(x: Any, axis: int, *, start: int, end: int, stride: int = 1) -> Any:
-    return lax.slice_in_dim(x, start, end, stride, axis)
 
 
 @rule("gather")
