@@ -1,6 +1,6 @@
-"""What becomes of adapted weights: the program is walked with them, and each use written down.
+"""What becomes of adapted weights: the program is evaluated with them, and each use written down.
 
-The walk is abstract: nothing is computed.
+The evaluation is abstract: nothing is computed.
 """
 
 import dataclasses
@@ -95,18 +95,19 @@ def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -
     adapted = [path for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)]
     if not adapted:
         raise ValueError("params has no adapted weight: make some with jaxlora.init")
-    walk = tracing.Walk(record=True)
+    recorder = tracing.Recorder()
+    evaluator = tracing.Evaluator(recorder=recorder)
     program = tracing.trace(fn, *tracing.values(((params, *args), kwargs)))
 
     def run(*inputs):
-        return [walk.finish(out) for out in walk.run(program.jaxpr, *program.enter(walk, inputs))]
+        return program.evaluated(evaluator, inputs)
 
     counted = cost.count(jax.make_jaxpr(run)(*program.inputs))
     uses: dict[str, list[tracing.Use]] = {path: [] for path in adapted}
-    for use in (walk.uses or {}).values():
+    for use in recorder.uses:
         uses.setdefault(use.path, []).append(use)
     costs = dict.fromkeys(uses, tracing.Cost())
-    for weights, number in walk.numbers.items():
+    for weights, number in recorder.numbers.items():
         for path in weights:
             costs[path] += counted.get(number, tracing.Cost()).shared(len(weights))
     return Report({path: tuple(found) for path, found in uses.items()}, costs)

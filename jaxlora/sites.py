@@ -1,6 +1,6 @@
-"""Where adapters can go: the program is walked once with a probe in the place of each leaf.
+"""Where adapters can go: the program is evaluated once with a probe in the place of each leaf.
 
-The walk is abstract: nothing is computed.
+The evaluation is abstract: nothing is computed.
 """
 
 import dataclasses
@@ -134,7 +134,8 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
     leaves = {path: _plain(leaf) for path, leaf in leaves.items()}
     params = treedef.unflatten(leaves.values())
     unfit = {path: why for path, leaf in leaves.items() if (why := _unfit(leaf))}
-    walk = tracing.Walk(record=True)
+    recorder = tracing.Recorder()
+    evaluator = tracing.Evaluator(recorder=recorder)
     program = tracing.trace(fn, (params, *args), kwargs)
     fit = [path for path, leaf in leaves.items() if tracing.is_array(leaf)]
 
@@ -143,11 +144,11 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
         for i, path in enumerate(fit):
             if path not in unfit:
                 values[i] = boundary.probe(path, values[i])
-        return [walk.finish(out) for out in walk.run(program.jaxpr, *values)]
+        return [*map(evaluator.left, evaluator.run(program.jaxpr, *values))]
 
     jax.eval_shape(run, *program.inputs)
     uses: dict[str, list[tracing.Use]] = {path: [] for path in leaves}
-    for use in (walk.uses or {}).values():
+    for use in recorder.uses:
         uses[use.path].append(use)
     sites, skipped = {}, dict(unfit)
     for path, leaf in leaves.items():
@@ -178,18 +179,18 @@ def _unfit(leaf: Any) -> str | None:
     return None
 
 
-_FIRST = (tracing.LOOKED_UP, tracing.CONTRACTED)
-
-
 def _roles(uses: tuple[tracing.Use, ...], ndim: int) -> Roles | None:
     """Return the roles of the use that decides: a lookup before a product.
 
-    A lookup whose rows are themselves contracted as weights is a stack that is indexed.
+    What is looked up along axes that are a stack in a product, as entries of experts beside those
+    that are multiplied, leaves it to the product.
     """
-    for kind in _FIRST:
-        for use in uses:
-            if use.kind == kind and (found := _roles_of(use, ndim)):
-                return found
+    stacks = [use.stack for use in uses if use.kind == tracing.CONTRACTED]
+    lookups = [use for use in uses if use.kind == tracing.LOOKED_UP]
+    first = [use for use in lookups if not any(use.in_ <= stack for stack in stacks)]
+    for use in (*first, *(use for use in uses if use.kind == tracing.CONTRACTED), *lookups):
+        if found := _roles_of(use, ndim):
+            return found
     return None
 
 

@@ -9,18 +9,13 @@ from jaxlora.tracing import (
     control,
     convolution,
     indexing,
+    loops,
     spmd,
     structural,
 )
 from jaxlora.tracing.cost import Cost
-from jaxlora.tracing.interpreter import (
-    CONTRACTED,
-    LOOKED_UP,
-    MATERIALIZED,
-    MaterializationWarning,
-    Use,
-    Walk,
-)
+from jaxlora.tracing.interpreter import Evaluator, MaterializationWarning
+from jaxlora.tracing.recorder import CONTRACTED, LOOKED_UP, MATERIALIZED, Recorder, Use
 from jaxlora.tracing.transform import is_array, lora, observe, trace, values
 
 __all__ = [
@@ -28,15 +23,17 @@ __all__ = [
     "LOOKED_UP",
     "MATERIALIZED",
     "Cost",
+    "Evaluator",
     "MaterializationWarning",
+    "Recorder",
     "Use",
-    "Walk",
     "arithmetic",
     "contraction",
     "control",
     "convolution",
     "indexing",
     "is_array",
+    "loops",
     "lora",
     "observe",
     "spmd",

@@ -17,75 +17,69 @@ import numpy as np
 from jax import lax
 
 from jaxlora.tracing import axes, compat, deferred
-from jaxlora.tracing.interpreter import Walk, rule
+from jaxlora.tracing.interpreter import Evaluation, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Origin, Role
 from jaxlora.weight import merge_dtype, scaling
 
 
 @rule("neg")
-def negate(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
+def negate(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Negate the base and ``b``."""
     base = deferred.lazily(lax.neg, weight.base)
     return [weight.replace(base=base, b=None if weight.is_probe else -weight.b)]
 
 
 @rule("add", "sub", "add_any")
-def add(walk: Walk, eqn: Any, x: Any, y: Any) -> list[Any]:
+def add(run: Evaluation, eqn: Any, x: Any, y: Any) -> list[Any]:
     """Add what is no weight to the base, and to a weight another of the same axes."""
     weights = [value for value in (x, y) if isinstance(value, LowRank)]
     if any(
         weight.is_rows() or weight.base.shape != eqn.outvars[0].aval.shape for weight in weights
     ):
-        return walk.without_rule(eqn, [x, y], "it is added to what is no weight")
+        return run.without_rule(eqn, [x, y], "it is added to what is no weight")
     is_negated = eqn.primitive.name == "sub" and isinstance(y, LowRank) and not y.is_probe
     parts = [x, y.replace(b=-y.b) if is_negated else y]
-    return _joined(walk, eqn, [x, y], parts, None)
+    return _joined(run, eqn, [x, y], parts, None)
 
 
 @rule("mul", "div")
-def scale(walk: Walk, eqn: Any, x: Any, y: Any) -> list[Any]:
+def scale(run: Evaluation, eqn: Any, x: Any, y: Any) -> list[Any]:
     """Scale a weight by a number, or by a vector along the axes of one factor."""
     is_division = eqn.primitive.name == "div"
     weight, vector = (x, y) if is_division or _size(x) >= _size(y) else (y, x)
-    vector = walk.densify(eqn, vector, "it scales another weight")
+    vector = run.densify(eqn, vector, "it scales another weight")
     if not isinstance(weight, LowRank):
         return compat.bind(eqn, [weight, vector] if weight is x else [vector, weight])
     values = [weight, vector] if weight is x else [vector, weight]
     along = [d for d, size in enumerate(jnp.shape(vector)) if size != 1]
     if jnp.size(vector) == weight.size > 1 or eqn.outvars[0].aval.shape != weight.base.shape:
-        return walk.without_rule(eqn, values, "it does not scale whole axes")
+        return run.without_rule(eqn, values, "it does not scale whole axes")
     base = deferred.bind(eqn, [getattr(value, "base", value) for value in values])
     if weight.is_probe:
         return [weight.replace(base=base)]
     for name in ("b", "a"):
         if weight.labels(*along) <= CARRIES[name]:
             factor = getattr(weight, name)
-            vector = jnp.asarray(vector, factor.dtype).reshape(_aligned(weight, name, along))
+            vector = weight.beside(name, jnp.asarray(vector, factor.dtype), along)
             factor = factor / vector if is_division else factor * vector
             return [weight.replace(base=base, **{name: factor})]
-    return walk.without_rule(eqn, values, "it scales along axes of both factors")
+    return run.without_rule(eqn, values, "it scales along axes of both factors")
 
 
 def _size(x: Any) -> int:
     return x.size if isinstance(x, LowRank) else jnp.size(x) - 1  # of equals, the weight
 
 
-def _aligned(weight: LowRank, name: str, along: Sequence[int]) -> list[int]:
-    """Return the shape in which a vector along some dimensions broadcasts against a factor."""
-    sizes = [[size if d in along else 1 for _, size in dim] for d, dim in enumerate(weight.dims)]
-    return [*weight.piece_labels(sizes, name), 1]
-
-
 @rule("reduce_sum")
-def sum_(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
+def sum_(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Sum along axes of the factors; the entries of a stack become so many times the rank."""
     gone = eqn.params["axes"]
     kept = [d for d in range(len(weight.dims)) if d not in gone]
     sums_stack = Role.STACK in weight.labels(*gone)
     if sums_stack and weight.keys is not None:
-        return walk.without_rule(eqn, [weight], "it sums a stack that has dropout")
+        return run.without_rule(eqn, [weight], "it sums a stack that has dropout")
     if weight.gain is not None and weight.labels(*gone) & CARRIES["gain"]:
-        return walk.without_rule(eqn, [weight], "it sums columns that have magnitudes")
+        return run.without_rule(eqn, [weight], "it sums columns that have magnitudes")
     base = deferred.bind(eqn, [weight.base])
     fields: dict[str, Any] = {"base": base, "dims": tuple(weight.dims[d] for d in kept)}
     if weight.is_probe:
@@ -107,15 +101,15 @@ def sum_(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
 
 
 @rule("pad")
-def pad(walk: Walk, eqn: Any, weight: Any, filling: Any) -> list[Any]:
+def pad(run: Evaluation, eqn: Any, weight: Any, filling: Any) -> list[Any]:
     """Pad the base as the program does, and the factors with zeros."""
     config = eqn.params["padding_config"]
     padded = [d for d, amounts in enumerate(config) if any(amounts)]
     if not isinstance(weight, LowRank) or any(len(weight.dims[d]) != 1 for d in padded):
-        return walk.without_rule(eqn, [weight, filling], "it pads what is not one axis")
-    filling = walk.densify(eqn, filling, "it is padded with")
+        return run.without_rule(eqn, [weight, filling], "it pads what is not one axis")
+    filling = run.densify(eqn, filling, "it is padded with")
     if weight.gain is not None and not (isinstance(filling, float | np.ndarray) and filling == 0):
-        return walk.without_rule(eqn, [weight, filling], "it has a magnitude, its padding none")
+        return run.without_rule(eqn, [weight, filling], "it has a magnitude, its padding none")
     for d in padded:
         base = deferred.lazily(
             lambda x, filling, d=d: _padded(x, d, config[d], filling), weight.base, filling
@@ -131,7 +125,7 @@ def _padded(x: Any, axis: int, amounts: Any, filling: Any) -> Any:
 
 
 @rule("stack")
-def stack(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
+def stack(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
     """Put weights on top of each other along a new axis."""
     axis = eqn.params["axis"]
 
@@ -142,24 +136,24 @@ def stack(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
         dims = (*value.dims[:axis], (), *value.dims[axis:])
         return value.replace(base=base, dims=dims)
 
-    return _joined(walk, eqn, values, [expanded(value) for value in values], axis)
+    return _joined(run, eqn, values, [expanded(value) for value in values], axis)
 
 
 @rule("concatenate")
-def concatenate(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
+def concatenate(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
     """Put weights side by side along an axis; what has no size along it adds nothing."""
     axis = eqn.params["dimension"]
     parts = [value for value in values if value.shape[axis] != 0]
-    return parts if len(parts) == 1 else _joined(walk, eqn, values, parts, axis)
+    return parts if len(parts) == 1 else _joined(run, eqn, values, parts, axis)
 
 
 def _joined(
-    walk: Walk, eqn: Any, values: Sequence[Any], parts: Sequence[Any], axis: int | None
+    run: Evaluation, eqn: Any, values: Sequence[Any], parts: Sequence[Any], axis: int | None
 ) -> list[Any]:
     """Return one weight for parts along an axis, or for a sum; plain parts have zero factors."""
     weights = [part for part in parts if isinstance(part, LowRank)]
     if reason := _obstacle(parts, weights, axis):
-        return walk.without_rule(eqn, values, reason)
+        return run.without_rule(eqn, values, reason)
     base = deferred.bind(eqn, [getattr(value, "base", value) for value in values])
     first = weights[0]
     origin = Origin(tuple(dict.fromkeys(path for w in weights for path in w.origin.paths)))

@@ -10,12 +10,14 @@ from jaxlora import magnitude, parts
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.tracing import axes, deferred
 from jaxlora.tracing.deferred import Deferred
-from jaxlora.tracing.interpreter import Walk
+from jaxlora.tracing.interpreter import Evaluator
 from jaxlora.tracing.lowrank import LowRank, Origin, Role
 from jaxlora.weight import LoRAWeight, Roles
 
 
-def enter(walk: Walk, path: str, weight: LoRAWeight | QuantizedWeight) -> LowRank | Deferred:
+def enter(
+    evaluator: Evaluator, path: str, weight: LoRAWeight | QuantizedWeight
+) -> LowRank | Deferred:
     """Return the traced value of a weight that is adapted or quantized; the base gets no gradient.
 
     Factors of parts are those of the whole with zeros around them, and adapters of several parts
@@ -44,7 +46,7 @@ def enter(walk: Walk, path: str, weight: LoRAWeight | QuantizedWeight) -> LowRan
     )
     if not weight.has_magnitude:
         return value
-    with walk.scope(value):
+    with evaluator.scope(value):
         return value.replace(gain=_to_axis_order(magnitude.gain(weight), out_side, shape))
 
 

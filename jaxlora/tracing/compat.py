@@ -46,16 +46,19 @@ def scope(eqn: Any) -> Iterator[None]:
 
 
 def where(eqn: Any) -> tuple[str, str]:
-    """Return the operation and the user's line of an equation; None is the end of the program."""
+    """Return the operation and the user's line of an equation, empty where it is unknown.
+
+    None is the end of the program.
+    """
     if eqn is None:
         return "output", "the end of the program"
     line = source_info_util.summarize(eqn.source_info)
-    return eqn.primitive.name, line or "an unknown line"
+    return eqn.primitive.name, line
 
 
-def line(eqn: Any) -> tuple[str, int]:
-    """Return the file and the number of the user's line of an equation."""
-    found = re.match(r"(.*?):(\d+)", where(eqn)[1])
+def file_and_number(line: str) -> tuple[str, int]:
+    """Return the file and the number of a line from `where`."""
+    found = re.match(r"(.*?):(\d+)", line)
     return (found[1], int(found[2])) if found else ("<program>", 1)
 
 

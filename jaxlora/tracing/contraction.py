@@ -9,155 +9,184 @@ from typing import Any
 
 from jax import lax
 
-from jaxlora.tracing import compat, forms
-from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
-from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
+from jaxlora.tracing import axes, compat, forms
+from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.lowrank import CARRIES, LowRank
 from jaxlora.tracing.product import told
+from jaxlora.tracing.recorder import CONTRACTED
 from jaxlora.tracing.term import Sides, Term
 from jaxlora.weight import merge_dtype
 
 
 @rule("dot_general")
-def dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
+def dot_general(run: Evaluation, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     """Add ``x a b`` to a product with a weight on either side.
 
     With ``m`` tokens the low-rank term costs 2·m·rank·(in + out) operations.
     """
-    values = [_weight_or_array(walk, eqn, 0, lhs, rhs)]
-    values.append(_weight_or_array(walk, eqn, 1, rhs, values[0]))
+    values = [_weight_or_array(run, eqn, 0, lhs, rhs)]
+    values.append(_weight_or_array(run, eqn, 1, rhs, values[0]))
     for side, value in enumerate(values):
         if isinstance(value, LowRank):
-            return [_product(walk, eqn, values[1 - side], value, side)]
+            return [_product(run, eqn, values[1 - side], value, side)]
     return compat.bind(eqn, values)
 
 
-def _weight_or_array(walk: Walk, eqn: Any, side: int, value: Any, other: Any) -> Any:
+def _weight_or_array(run: Evaluation, eqn: Any, side: int, value: Any, other: Any) -> Any:
     """Return the weight if the product can take it as one, else an array; tell a probe's use."""
     if not isinstance(value, LowRank):
         return value
     in_, out, stack = _axes_used(eqn, side, value)
-    picked = value.indexed & (in_ | out)
-    if (picked and value.is_rows()) or (value.is_probe and value.indexed and not (in_ and out)):
-        return walk.densify(eqn, value, "")
+    if value.is_probe:
+        is_row = bool(value.indexed) and not (in_ and out)
+    else:
+        is_picked = bool(value.indexed & (in_ | out))
+        is_row = is_picked and value.is_rows() and not value.has_matrices()
+    if is_row:
+        return run.densify(eqn, value, "")
     is_lesser = isinstance(other, LowRank) and not other.is_rows() and other.size >= value.size
     if is_lesser or (isinstance(other, LowRank) and value.is_rows()):
-        return walk.densify(eqn, value, "both operands are adapted weights")
+        return run.densify(eqn, value, "both operands are adapted weights")
     if not value.is_probe:
         return value
-    walk.record(eqn, value, CONTRACTED, in_=in_, out=out, stack=stack)
+    run.record(eqn, value, CONTRACTED, in_=in_, out=out, stack=stack)
     return value.base
 
 
 def _narrowed(
-    walk: Walk, eqn: Any, side: int, term: Term, weight: LowRank, x: Any
+    run: Evaluation, eqn: Any, side: int, term: Term, weight: LowRank, x: Any
 ) -> tuple[Any, int]:
     """Return the product of the input and the first factor, and how many products share it.
 
     It is made at the first of them, for all at once; a product that shares nothing has None.
     """
-    frame = walk.frame
-    if id(eqn) in frame.narrowed:
-        return frame.narrowed.pop(id(eqn))
+    if id(eqn) in run.narrowed:
+        return run.narrowed.pop(id(eqn))
     if weight.has_dropout or term.scales_input:
         return None, 1
     group, start = {id(eqn): weight}, term.start(weight)
-    readers = iter(frame.readers.get((id(eqn), 1 - side), ()))
+    readers = iter(run.readers.get((id(eqn), 1 - side), ()))
     next((other for other, _ in readers if other is eqn), None)  # those before have run
     for other, at in readers:
-        found = frame.env.get(other.invars[1 - at])
+        found = run.env.get(other.invars[1 - at])
         if not isinstance(found, LowRank) or found.is_rows():
             continue
         if Term.of(other, 1 - at, found, x).start(found) == start:
             group[id(other)] = found
     if len(group) == 1:
         return None, 1
-    with walk.scope(*group.values()):
-        products = term.narrow(walk, x, [*group.values()])
-    frame.narrowed.update((at, (h, len(group))) for at, h in zip(group, products, strict=True))
-    return frame.narrowed.pop(id(eqn))
+    with run.scope(*group.values()):
+        products = term.narrow(run, x, [*group.values()])
+    run.narrowed.update((at, (h, len(group))) for at, h in zip(group, products, strict=True))
+    return run.narrowed.pop(id(eqn))
 
 
 def _axes_used(eqn: Any, side: int, weight: LowRank) -> tuple[frozenset, frozenset, frozenset]:
-    """Return the labels of a weight that are summed, free, and in the batch or picked."""
+    """Return the labels of a weight that are summed, free, and in the batch or picked.
+
+    Entries that were picked are a stack, wherever the axes of the indices go.
+    """
     groups = Sides.of(eqn, side).weight
     in_, free, batch = (weight.labels(*dims) for dims in groups)
+    if weight.is_probe:
+        in_, free = in_ - weight.indexed, free - weight.indexed
     out = free - in_
     return in_, out, (batch - in_ - free) | (weight.indexed - in_ - out)
 
 
-def _product(walk: Walk, eqn: Any, x: Any, weight: LowRank, side: int) -> Any:
+def _product(run: Evaluation, eqn: Any, x: Any, weight: LowRank, side: int) -> Any:
     """Return the product of x and a weight, in the form that is cheaper."""
 
     def bind(x, w):
-        return walk.product(lambda x, w: compat.bind(eqn, [x, w] if side else [w, x])[0], x, w)
+        return run.product(lambda x, w: compat.bind(eqn, [x, w] if side else [w, x])[0], x, w)
 
     term = Term.of(eqn, side, weight, x)
-    if walk.observes:
-        return _observed(walk, bind(x, weight.base), x, weight, term)
+    if run.options.observes:
+        return _observed(run, bind(x, weight.base), x, weight, term)
     if (gain := term.gain) is not None and gain.side == "weight":
-        return bind(x, walk.densify(eqn, weight, "its magnitude is along summed and other axes"))
+        return bind(x, run.densify(eqn, weight, "its magnitude is along summed and other axes"))
     columns, weight = weight.gain, weight.replace(gain=None)
     if gain is not None and gain.side == "in":
-        with walk.scope(weight):
+        with run.scope(weight):
             x = gain.scale(x, columns)
-    h, sharing = _narrowed(walk, eqn, side, term, weight, x)
-    form = forms.choose(walk, weight, term, is_shared=h is not None)
+    h, sharing = _narrowed(run, eqn, side, term, weight, x)
+    form = forms.choose(run, weight, term, is_shared=h is not None)
     in_, out, stack = _axes_used(eqn, side, weight)
     how: Any = {"form": form, "sharing": sharing}
-    walk.record(eqn, weight, CONTRACTED, in_=in_, out=out, stack=stack, **how)
+    run.record(eqn, weight, CONTRACTED, in_=in_, out=out, stack=stack, **how)
     if form == "weight-side":
-        y = forms.weight_side(walk, x, weight, h, bind, term)
+        y = forms.weight_side(run, x, weight, h, bind, term)
     else:
-        y = forms.with_term(walk, bind(x, weight.base), x, weight, h, term)
+        y = forms.with_term(run, bind(x, weight.base), x, weight, h, term)
     if gain is None or gain.side != "out":
         return y
-    with walk.scope(weight):
+    with run.scope(weight):
         return gain.scale(y, columns)
 
 
-def _observed(walk: Walk, y: Any, x: Any, weight: LowRank, term: Term) -> Any:
+def _observed(run: Evaluation, y: Any, x: Any, weight: LowRank, term: Term) -> Any:
     """Return the product y, whose gradients tell of the input, in float32 or wider."""
     if term.order != ("a", "b"):  # it sums over the columns: what goes in is no input of ``a``
         return y
     wide = merge_dtype(x.dtype)
     weight = weight.replace(base=weight.base.astype(wide))
     term = dataclasses.replace(term, dtype=wide, precision=lax.Precision.HIGHEST)
-    return told(y, *term.narrow(walk, x.astype(wide), [weight]))
+    return told(y, *term.narrow(run, x.astype(wide), [weight]))
 
 
 @rule("ragged_dot_general")
-def ragged_dot(walk: Walk, eqn: Any, x: Any, weight: Any, groups: Any) -> list[Any]:
-    """Add two ragged products, by the factors of the expert of each group of rows."""
+def ragged_dot(run: Evaluation, eqn: Any, x: Any, weight: Any, groups: Any) -> list[Any]:
+    """Add two products, each ragged where its factor has an entry for each group of rows."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_summed, summed), (x_batch, _) = numbers.dot_dimension_numbers
-    x = walk.densify(eqn, x, "it is multiplied with other weights in groups")
+    x = run.densify(eqn, x, "it is multiplied with other weights in groups")
     if not isinstance(weight, LowRank):
         return compat.bind(eqn, [x, weight, groups])
     free = [d for d in range(x.ndim) if d not in x_summed]
     if x_batch or list(numbers.lhs_ragged_dimensions) != free:
-        return walk.without_rule(eqn, [x, weight, groups], "it has several batch or row axes")
+        return run.without_rule(eqn, [x, weight, groups], "it has several batch or row axes")
     group = list(numbers.rhs_group_dimensions)
     out = [d for d in range(weight.base.ndim) if d not in (*summed, *group)]
     labels: dict[str, Any] = {"stack": weight.labels(*group), "in_": weight.labels(*summed)}
     labels["out"] = weight.labels(*out)
     names = ("a", "b") if labels["in_"] <= CARRIES["a"] else ("b", "a")
-    fits = [labels["in_"] <= CARRIES[names[0]], labels["out"] <= CARRIES[names[1]]]
-    if not weight.is_probe and not (all(fits) and labels["stack"] <= {Role.STACK}):
-        reason = "its axes have other roles elsewhere"
-        return walk.without_rule(eqn, [x, weight, groups], reason)
+    if not weight.is_probe:
+        fits = labels["in_"] <= CARRIES[names[0]] and labels["out"] <= CARRIES[names[1]]
+        if not fits or len(labels["stack"]) > 1 or axes.REPEATED in labels["stack"]:
+            reason = "its axes have other roles elsewhere"
+            return run.without_rule(eqn, [x, weight, groups], reason)
     if weight.gain is not None:
-        return walk.without_rule(eqn, [x, weight, groups], "it has a magnitude")
-    walk.record(eqn, weight, CONTRACTED, **labels)
-    y = walk.product(lambda *values: compat.bind(eqn, values)[0], x, weight.base, groups)
+        return run.without_rule(eqn, [x, weight, groups], "it has a magnitude")
+    run.record(eqn, weight, CONTRACTED, **labels)
+    y = run.product(lambda *values: compat.bind(eqn, values)[0], x, weight.base, groups)
     if weight.is_probe:
         return [y]
     weight = weight.transposed(weight.base, [*group, *summed, *out])
-    with walk.scope(weight):
-        factors = dict(zip("ab", weight.factors(weight.base.dtype), strict=True))
-        first, second = (factors[name].reshape(len(groups), -1, weight.rank) for name in names)
-        how = {"precision": eqn.params["precision"], "group_offset": eqn.params["group_offset"]}
-        how["preferred_element_type"] = eqn.params["preferred_element_type"]
+    with run.scope(weight):
         h = weight.input(x).transpose(*free, *x_summed).reshape(len(x), -1)
-        h = walk.named(lax.ragged_dot(h, first, groups, **how)).astype(second.dtype)
-        product = lax.ragged_dot(h, second.swapaxes(1, 2), groups, **how)
+        first, second = (
+            _of_each_group(name, factor, weight, labels["stack"], len(groups))
+            for name, factor in zip(names, _in_order(names, weight), strict=True)
+        )
+        h = run.named(_ragged(h, first, groups, eqn.params)).astype(second.dtype)
+        product = _ragged(h, second.mT, groups, eqn.params)
         return [y + product.reshape(y.shape).astype(y.dtype)]
+
+
+def _in_order(names: tuple[str, str], weight: LowRank) -> list[Any]:
+    factors = dict(zip("ab", weight.factors(weight.base.dtype), strict=True))
+    return [factors[name] for name in names]
+
+
+def _of_each_group(name: str, factor: Any, weight: LowRank, label: frozenset, count: int) -> Any:
+    """Return a factor ``(groups, size, rank)``, or ``(size, rank)`` where all groups have one."""
+    leading = (count,) if label and label <= CARRIES[name] else ()
+    return factor.reshape(*leading, -1, weight.rank)
+
+
+def _ragged(x: Any, factor: Any, groups: Any, params: dict[str, Any]) -> Any:
+    """Return the product of the rows of x with the matrix of their group, or of all."""
+    how = {name: params[name] for name in ("precision", "preferred_element_type")}
+    if factor.ndim == 2:
+        return lax.dot(x, factor, **how)
+    return lax.ragged_dot(x, factor, groups, group_offset=params["group_offset"], **how)

@@ -13,15 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlora.tracing import axes, compat
-from jaxlora.tracing.interpreter import CONTRACTED, Walk, rule
+from jaxlora.tracing.interpreter import Evaluation, rule
 from jaxlora.tracing.lowrank import RANK, LowRank, Role
 from jaxlora.tracing.product import contract, scaled_along
+from jaxlora.tracing.recorder import CONTRACTED
 
 _OWN = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
 
 
 @rule("conv_general_dilated")
-def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
+def convolution(run: Evaluation, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     """Add the convolution by the factors.
 
     With groups, each group's input is convolved with the same ``a`` and multiplied with its own
@@ -29,7 +30,7 @@ def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     with a group for each entry (as `jax.vmap` makes them), have factors for each.
     """
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
-    x = walk.densify(eqn, x, "the weight is convolved with, not by")
+    x = run.densify(eqn, x, "the weight is convolved with, not by")
     if not isinstance(kernel, LowRank):
         return compat.bind(eqn, [x, kernel])
     order = out_dim, in_dim, *window = numbers.rhs_spec
@@ -37,14 +38,14 @@ def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     stack, out = _stack_and_out(kernel, out_dim, groups)
     in_ = kernel.labels(in_dim, *window)
     if params["batch_group_count"] != 1:
-        return walk.without_rule(eqn, [x, kernel], "it has batch groups")
+        return run.without_rule(eqn, [x, kernel], "it has batch groups")
     fits = not in_ & out if kernel.is_probe else _fits(kernel, numbers, groups)
     if not fits:
-        return walk.without_rule(eqn, [x, kernel], "its axes have other roles elsewhere")
+        return run.without_rule(eqn, [x, kernel], "its axes have other roles elsewhere")
     if kernel.gain is not None and _runs_back(kernel, numbers):
-        return walk.without_rule(eqn, [x, kernel], "it sums columns that have magnitudes")
-    walk.record(eqn, kernel, CONTRACTED, in_=in_, out=out, stack=stack | kernel.indexed - in_ - out)
-    y = walk.product(lambda *values: compat.bind(eqn, values)[0], x, kernel.base)
+        return run.without_rule(eqn, [x, kernel], "it sums columns that have magnitudes")
+    run.record(eqn, kernel, CONTRACTED, in_=in_, out=out, stack=stack | kernel.indexed - in_ - out)
+    y = run.product(lambda *values: compat.bind(eqn, values)[0], x, kernel.base)
     if kernel.is_probe:
         return [y]
     product = _from_rank if _runs_back(kernel, numbers) else _to_rank
@@ -54,8 +55,8 @@ def convolution(walk: Walk, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     )
     shape = jax.ShapeDtypeStruct([kernel.base.shape[d] for d in order], kernel.base.dtype)
     kernel = kernel.transposed(shape, order)  # channels first: (out, in, *window)
-    with walk.scope(kernel):
-        y += product(walk, params, numbers, kernel.input(x), kernel).astype(y.dtype)
+    with run.scope(kernel):
+        y += product(run, params, numbers, kernel.input(x), kernel).astype(y.dtype)
         if kernel.gain is None:
             return [y]
         names, sizes = [[d] for d in range(y.ndim)], [[size] for size in y.shape]
@@ -98,7 +99,7 @@ def _first_piece(dim: axes.Dim, role: Role) -> tuple[int, axes.Dim]:
     return (dim[0][1], dim[1:]) if dim and dim[0][0] == role else (1, dim)
 
 
-def _to_rank(walk: Walk, params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
+def _to_rank(run: Evaluation, params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
     """Return the product of ``b`` with the convolution of ``x`` by ``a``."""
     groups, channel = params["feature_group_count"], numbers.out_spec[1]
     stack, _ = _first_piece(kernel.dims[0], Role.STACK)
@@ -106,7 +107,7 @@ def _to_rank(walk: Walk, params: Any, numbers: Any, x: Any, kernel: LowRank) -> 
     a, b = kernel.factors(kernel.base.dtype)
     a = jnp.moveaxis(a.reshape(stack, 1, *window, kernel.rank), -1, 2)
     a = jnp.broadcast_to(a, (stack, copies, kernel.rank, *window)).reshape(-1, *window)
-    h = walk.named(_convolved(params, numbers, x, a))
+    h = run.named(_convolved(params, numbers, x, a))
     h = h.reshape(*h.shape[:channel], stack, copies, -1, *h.shape[channel + 1 :])
     names: list[Any] = [("h", i) for i in range(h.ndim)]
     names[channel : channel + 3] = ["stack", "copy", RANK]
@@ -116,7 +117,7 @@ def _to_rank(walk: Walk, params: Any, numbers: Any, x: Any, kernel: LowRank) -> 
     return y.reshape(*y.shape[:channel], -1, *y.shape[channel + 3 :])
 
 
-def _from_rank(walk: Walk, params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
+def _from_rank(run: Evaluation, params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
     """Return the convolution by ``a`` of the product of ``x`` and ``b``."""
     groups, channel = params["feature_group_count"], numbers.lhs_spec[1]
     stack, _ = _first_piece(kernel.dims[0], Role.STACK)
@@ -127,7 +128,7 @@ def _from_rank(walk: Walk, params: Any, numbers: Any, x: Any, kernel: LowRank) -
     names[channel : channel + 2] = ["group", "in"]
     wanted = [name if name != "in" else RANK for name in names]
     h = _mixed(params, x, names, b.reshape(groups, -1, kernel.rank), ["group", "in", RANK], wanted)
-    h = walk.named(h.reshape(*h.shape[:channel], -1, *h.shape[channel + 2 :]))
+    h = run.named(h.reshape(*h.shape[:channel], -1, *h.shape[channel + 2 :]))
     a = jnp.moveaxis(a.reshape(stack, 1, -1, *window, kernel.rank), -1, 3)
     a = jnp.broadcast_to(a, (stack, groups // stack, *a.shape[2:])).reshape(-1, *a.shape[3:])
     return _convolved(params, numbers, h.astype(a.dtype), a)

@@ -1,6 +1,6 @@
 """What the low-rank terms of a program cost beyond the program itself.
 
-In a walk that writes down, all that a rule adds stands under a scope with the number of its
+In an evaluation that is recorded, all that a rule adds stands under a scope with the number of its
 weight. So the cost is counted on the program that runs, whatever form a rule has chosen.
 """
 

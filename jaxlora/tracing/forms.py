@@ -33,27 +33,27 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxlora.tracing import axes, placement
 from jaxlora.tracing.deferred import Deferred
-from jaxlora.tracing.interpreter import Form, Walk
+from jaxlora.tracing.interpreter import Evaluation, Form
 from jaxlora.tracing.lowrank import LowRank, Role
 from jaxlora.tracing.term import Term
 from jaxlora.weight import merge_dtype
 
 
-def choose(walk: Walk, weight: LowRank, term: Term, *, is_shared: bool) -> Form:
+def choose(run: Evaluation, weight: LowRank, term: Term, *, is_shared: bool) -> Form:
     """Return the form of the product of an input with a weight.
 
     Args:
-        walk: tells the user's choice, and whether the program is to be transposed.
+        run: tells the user's choice, and whether the program is to be transposed.
         weight: the weight.
         term: the low-rank term.
         is_shared: whether other products share that of the input and the first factor.
     """
     labels = [label for label, _ in axes.pieces(weight.dims)]
     is_deferred = isinstance(weight.base, Deferred)
-    if walk.is_linear or weight.has_dropout or is_deferred or axes.REPEATED in labels:
+    if run.options.is_linear or weight.has_dropout or is_deferred or axes.REPEATED in labels:
         return "factored"
-    if walk.form != "auto":
-        return walk.form
+    if run.options.form != "auto":
+        return run.options.form
     in_, out = (
         math.prod(size for label, size in axes.pieces(weight.dims) if label == role)
         for role in (Role.IN, Role.OUT)
@@ -71,12 +71,12 @@ def choose(walk: Walk, weight: LowRank, term: Term, *, is_shared: bool) -> Form:
 
 
 def weight_side(
-    walk: Walk, x: Any, weight: LowRank, h: Any, bind: Callable[[Any, Any], Any], term: Term
+    run: Evaluation, x: Any, weight: LowRank, h: Any, bind: Callable[[Any, Any], Any], term: Term
 ) -> Any:
     """Return the product of x with a weight that is made for it.
 
     Args:
-        walk: the walk.
+        run: the evaluation of the program.
         x: the input.
         weight: the weight.
         h: the product of x and the first factor, where other products share it; the weight is
@@ -90,13 +90,13 @@ def weight_side(
         return weight.replace(base=base, a=a, b=b)
 
     def made(x, base, a, b, h):
-        with walk.scope(weight):
+        with run.scope(weight):
             dense = of(base, a, b).dense(merge_dtype(base.dtype))
             effective = jax.lax.optimization_barrier(dense)
         return bind(x, effective)
 
     def factored(x, base, a, b, h):
-        return with_term(walk, bind(x, base), x, of(base, a, b), h, term)
+        return with_term(run, bind(x, base), x, of(base, a, b), h, term)
 
     def tangent(y, primals, tangents):
         x, base, a, b, h = primals
@@ -108,12 +108,12 @@ def weight_side(
         moved = {"a": (da, of(base, da, b)), "b": (db, of(base, a, db))}
         if is_shared:
             del moved[term.order[0]]
-        with walk.scope(weight):
+        with run.scope(weight):
             if is_shared and _moves(dh):
-                yield _like(term(walk, x, of(base, a, b), dh), y)
+                yield _like(term(run, x, of(base, a, b), dh), y)
             for name, (factor, changed) in moved.items():
                 if _moves(factor):
-                    yield _like(term(walk, x, changed, h, moving=name), y)
+                    yield _like(term(run, x, changed, h, moving=name), y)
 
     def jvp(primals, tangents):
         y = differentiated(*primals)
@@ -127,10 +127,10 @@ def weight_side(
     return product(x, weight.base, weight.a, weight.b, h)
 
 
-def with_term(walk: Walk, y: Any, x: Any, weight: LowRank, h: Any, term: Term) -> Any:
+def with_term(run: Evaluation, y: Any, x: Any, weight: LowRank, h: Any, term: Term) -> Any:
     """Return the product with the base plus the low-rank term."""
-    with walk.scope(weight):
-        return jax.lax.add(y, _like(term(walk, x, weight, h), y))
+    with run.scope(weight):
+        return jax.lax.add(y, _like(term(run, x, weight, h), y))
 
 
 def _moves(tangent: Any) -> bool:

@@ -12,30 +12,32 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlora.tracing import axes, compat, cuts, deferred
-from jaxlora.tracing.interpreter import Walk, rule
+from jaxlora.tracing.interpreter import Evaluation, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
 
 
 @rule("slice")
-def slice_(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
+def slice_(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Cut a part out along some dimensions."""
-    cut, picked, _ = _cut(walk, eqn, weight)
+    cut, picked, _ = _cut(run, eqn, weight)
     if isinstance(cut, LowRank) and cut.is_probe:  # one entry of a stack, as a loop takes it
         cut = cut.replace(scanned=cut.scanned | picked)
     return [cut]
 
 
 @rule("dynamic_slice")
-def dynamic_slice(walk: Walk, eqn: Any, weight: Any, *starts: Any) -> list[Any]:
+def dynamic_slice(run: Evaluation, eqn: Any, weight: Any, *starts: Any) -> list[Any]:
     """Cut a part out along some dimensions, from where the program says."""
-    cut, picked, smaller = _cut(walk, eqn, weight, *starts)
+    cut, picked, smaller = _cut(run, eqn, weight, *starts)
     if not isinstance(cut, LowRank):
         return [cut]
     indexed, windows = cut.indexed | picked, cut.windows | (smaller - picked)
     return [cut.replace(indexed=indexed, windows=windows, picked_at=compat.where(eqn))]
 
 
-def _cut(walk: Walk, eqn: Any, weight: LowRank, *starts: Any) -> tuple[Any, frozenset, frozenset]:
+def _cut(
+    run: Evaluation, eqn: Any, weight: LowRank, *starts: Any
+) -> tuple[Any, frozenset, frozenset]:
     """Cut a weight along every dimension that gets smaller.
 
     Returns:
@@ -44,7 +46,7 @@ def _cut(walk: Walk, eqn: Any, weight: LowRank, *starts: Any) -> tuple[Any, froz
     found = cuts.of(eqn, weight.shape, *starts)
     if any(len(weight.dims[d]) != 1 for d, *_ in found):
         reason = "it cuts what is not one axis"
-        return walk.without_rule(eqn, [weight, *starts], reason)[0], frozenset(), frozenset()
+        return run.without_rule(eqn, [weight, *starts], reason)[0], frozenset(), frozenset()
     smaller = [d for d, *_ in found]
     picked = [d for d in smaller if eqn.outvars[0].aval.shape[d] == 1]
     labels = weight.labels(*picked), weight.labels(*smaller)
@@ -54,11 +56,11 @@ def _cut(walk: Walk, eqn: Any, weight: LowRank, *starts: Any) -> tuple[Any, froz
 
 
 @rule("split")
-def split(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
+def split(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Cut a dimension into parts, each a low-rank weight."""
     axis, ends = eqn.params["axis"], list(itertools.accumulate(eqn.params["sizes"]))
     if len(weight.dims[axis]) != 1:
-        return walk.without_rule(eqn, [weight], "it splits a dimension of several axes")
+        return run.without_rule(eqn, [weight], "it splits a dimension of several axes")
     parts = []
     for start, end in zip([0, *ends], ends, strict=False):
         parts.append(weight.along(axis, cuts.between(start, end)))
@@ -66,17 +68,17 @@ def split(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
 
 
 @rule("gather")
-def gather(walk: Walk, eqn: Any, weight: Any, indices: Any) -> list[Any]:
+def gather(run: Evaluation, eqn: Any, weight: Any, indices: Any) -> list[Any]:
     """Pick entries, or windows, by index along some dimensions and all of the others.
 
     The dimensions of the indices carry the role of what they pick: rows looked up of
     ``a`` (in, rank) are ``(tokens, rank)``, and ``b`` stays as it is.
     """
     if not isinstance(weight, LowRank):
-        return walk.without_rule(eqn, [weight, indices], "it is an index")
+        return run.without_rule(eqn, [weight, indices], "it is an index")
     pick = _Pick(eqn, weight, indices)
     if reason := pick.obstacle():
-        return walk.without_rule(eqn, [weight, indices], reason)
+        return run.without_rule(eqn, [weight, indices], reason)
     base = deferred.bind(eqn, [weight.base, indices])
     single = [d for d in pick.columns if pick.sizes[d] == 1]
     windows = [d for d in pick.columns if pick.sizes[d] != 1]

@@ -2,23 +2,28 @@
 
 The program is a jaxpr. An equation without a low-rank weight among its inputs runs as it is. One
 with goes to the rule of its primitive; a rule is a function registered here by primitive name,
-``rule(walk, eqn, *values) -> list of outputs``. Where there is no rule, or the rule does not
+``rule(run, eqn, *values) -> list of outputs``. Where there is no rule, or the rule does not
 cover the case, the weight is made dense: correct, and never silent.
+
+A function from `jaxlora.lora` holds an `Evaluator`, which says how programs are evaluated and
+knows nothing of any of them. Each run of a program, of an inner one too, makes an `Evaluation`,
+which is handed to the rules and ends with the run. So one function serves many threads.
 """
 
 import dataclasses
-import functools
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlora.tracing import compat, cost, deferred, frames, grouping
+from jaxlora.tracing import compat, cost, dataflow, deferred, grouping
 from jaxlora.tracing.deferred import Deferred
-from jaxlora.tracing.frames import Frame
 from jaxlora.tracing.lowrank import LowRank
+from jaxlora.tracing.product import CHECKPOINT_NAME
+from jaxlora.tracing.recorder import LOOKED_UP, MATERIALIZED, Recorder
 from jaxlora.weight import merge_dtype
 
 Rule = Callable[..., list[Any]]
@@ -26,43 +31,11 @@ _RULES: dict[str, Rule] = {}
 _PASSING: set[str] = set()  # the primitives whose rules pass on what is deferred
 
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
-CHECKPOINT_NAME = "lora"
 Form = Literal["auto", "factored", "weight-side"]
-CONTRACTED, LOOKED_UP, MATERIALIZED = "contracted", "looked up", "materialized"
 
 
 class MaterializationWarning(UserWarning):
     """An adapted weight was made dense, because an operation has no low-rank rule."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One operation that consumes a weight.
-
-    Attributes:
-        path: path of the weight.
-        operation: name of the primitive.
-        source: line of the user's program, ``file:line``.
-        kind: "contracted", "looked up" or "materialized".
-        stack: axes of the weight that are a stack here.
-        in_: axes contracted or looked up along.
-        out: axes left in the result.
-        reason: why the weight was materialized.
-        form: the form of a product where it is differentiated, see `jaxlora.lora`.
-        sharing: the number of products of one input that share the product with their first
-            factors, this among them.
-    """
-
-    path: str
-    operation: str
-    source: str
-    kind: str
-    stack: frozenset = frozenset()
-    in_: frozenset = frozenset()
-    out: frozenset = frozenset()
-    reason: str = ""
-    form: str = ""
-    sharing: int = 1
 
 
 def rule(*primitives: str, passes: bool = False) -> Callable[[Rule], Rule]:
@@ -76,56 +49,171 @@ def rule(*primitives: str, passes: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
-class Walk:
-    """One way to evaluate programs: what to do where there is no rule, and what to write down.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How programs are evaluated.
 
     Attributes:
         strict: raise where a weight would be materialized.
         form: form of the products, see `jaxlora.tracing.forms`.
-        is_linear: the program is a derivative, to be transposed, and so nothing in it is named.
         observes: products tell of their inputs and have no low-rank term, see `transform.observe`.
-        uses: the uses met so far, or None where they are not wanted.
-        frame: the program being run.
-        numbers: with uses, the number by which `cost.scope` knows the paths of a weight.
+        is_linear: the program is a derivative, to be transposed, and so nothing in it is named.
+    """
+
+    strict: bool = False
+    form: Form = "auto"
+    observes: bool = False
+    is_linear: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluator:
+    """Evaluates programs by some options; of those it has evaluated it holds nothing.
+
+    Attributes:
+        options: how programs are evaluated.
+        recorder: what writes down the uses of weights, or None where they are not wanted.
+        told: the registry of `warnings`: each line is told of once.
+        compiled: by inner program the function that evaluates it under `jax.jit`, so that it is
+            compiled once; it goes when the program goes.
+    """
+
+    options: Options = Options()
+    recorder: Recorder | None = None
+    told: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    compiled: Any = dataclasses.field(default_factory=weakref.WeakKeyDictionary)
+
+    def run(self, jaxpr: Any, *args: Any, line: str = "") -> list[Any]:
+        """Evaluate a jaxpr on arrays and low-rank weights.
+
+        Args:
+            jaxpr: the program.
+            *args: its inputs.
+            line: the user's line that calls it, for what stands in it at none.
+        """
+        return self.run_open(jaxpr, compat.consts(jaxpr), *args, line=line)
+
+    def run_open(self, jaxpr: Any, consts: Sequence[Any], *args: Any, line: str = "") -> list[Any]:
+        """Evaluate a jaxpr on other constants than its own."""
+        return Evaluation(self, compat.opened(jaxpr), consts, args, line).outputs()
+
+    def jitted(self, jaxpr: Any, name: str, line: str) -> Callable[..., Any]:
+        """Return a function of the constants and inputs of a jaxpr that is compiled by `jax.jit`.
+
+        The constants are inputs of it, so that no compiled program has a copy of them.
+        """
+        found = self.compiled.get(jaxpr)
+        if found is None:
+            known = weakref.ref(jaxpr)  # there whenever it is called: the caller has it
+
+            def evaluate(consts, *values):
+                return self.run_open(known(), consts, *values, line=line)
+
+            evaluate.__name__ = evaluate.__qualname__ = name
+            found = self.compiled.setdefault(jaxpr, jax.jit(evaluate))
+        return found
+
+    def derivative(self) -> "Evaluator":
+        """Return an evaluator as this, for programs that have to stay linear."""
+        options = dataclasses.replace(self.options, is_linear=True, observes=False)
+        return dataclasses.replace(self, options=options, compiled=weakref.WeakKeyDictionary())
+
+    def densify(self, eqn: Any, where: tuple[str, str], value: Any, reason: str) -> Any:
+        """Return an array for a value that reaches an operation, see `Evaluation.densify`."""
+        if not isinstance(value, LowRank):
+            return deferred.now(value)
+        kind = LOOKED_UP if value.is_rows() else MATERIALIZED
+        if self.recorder is not None:
+            fields = {} if value.is_rows() else {"reason": reason}
+            self.recorder.record(eqn, where, value, kind, **fields)
+        if not value.is_rows():
+            self.complain(where, value, reason)
+        if value.is_probe:
+            return value.base
+        dtype = value.base.dtype if value.is_rows() else merge_dtype(value.base.dtype)
+        with self.scope(value):
+            return value.dense(dtype)
+
+    def left(self, out: Any, reason: str = "") -> Any:
+        """Return what leaves a program, an array for rows, and for a weight if there is a reason.
+
+        Args:
+            out: an output.
+            reason: why a weight cannot leave as one.
+        """
+        if isinstance(out, LowRank) and (reason or out.is_rows()):
+            return self.densify(None, compat.where(None), out, reason)
+        return out
+
+    def scope(self, *weights: LowRank) -> Any:
+        """Return the name scope of what is added to a program for some weights."""
+        if self.recorder is None:
+            return jax.named_scope(CHECKPOINT_NAME)
+        paths = tuple(path for weight in weights for path in weight.origin.paths)
+        return jax.named_scope(cost.scope(self.recorder.number(paths)))
+
+    def complain(self, where: tuple[str, str], weight: LowRank, reason: str) -> None:
+        """Warn that a weight is made dense, once for each line, or raise if that is asked for."""
+        if weight.is_probe or self.recorder is not None:
+            return
+        path = " + ".join(weight.origin.paths)
+        what = f"the weight {path!r} reaches {where[0]!r} at {where[1]}, and {reason}"
+        if self.options.strict:
+            raise ValueError(f"{what}: strict=True needs a low-rank rule at every use")
+        warnings.warn_explicit(
+            f"{what}: it is materialized there",
+            MaterializationWarning,
+            *compat.file_and_number(where[1]),
+            registry=self.told,
+        )
+
+
+class Evaluation:
+    """One run of a program, and what its rules may ask and do.
+
+    Attributes:
+        evaluator: how it is evaluated.
+        options: those of the evaluator.
+        env: values of the variables, as long as they are read.
+        readers: the products that read one input, see `grouping.Plan`.
+        values: what the variables stand for, see `dataflow.values`.
+        varying: along which dimensions predicates vary, see `dataflow.varying`.
+        last: the last product with a weight that was made for it, see `deferred.product`.
+        narrowed: by id of an equation, the product of its input and the first factor, and how
+            many equations share that, where it was made for several.
     """
 
     def __init__(
-        self,
-        *,
-        strict: bool = False,
-        form: Form = "auto",
-        record: bool = False,
-        is_linear: bool = False,
-        observes: bool = False,
+        self, evaluator: Evaluator, program: Any, consts: Sequence[Any], args: Any, line: str
     ):
-        self.strict, self.is_linear, self.observes = strict, is_linear, observes
-        self.form: Form = form
-        self.uses: dict[Any, Use] | None = {} if record else None
-        self.numbers: dict[tuple[str, ...], int] = {}
-        self.warned: dict[Any, Any] = {}  # the registry of `warnings`: each line is told of once
-        self.frame = Frame({}, {}, {})
-        self.compiled = functools.lru_cache(maxsize=256)(self._compiled)
+        self.evaluator, self.options, self._line = evaluator, evaluator.options, line
+        self._program, self._plan = program, grouping.plan(program)
+        self.env = dict(zip(program.constvars, consts, strict=True))
+        self.env.update(zip(program.invars, args, strict=True))
+        self.readers = self._plan.readers
+        self.values, self.varying = dataflow.values(program), dataflow.varying(program)
+        self.last: Any = None
+        self.narrowed: dict[int, tuple[Any, int]] = {}
 
-    def run(self, jaxpr: Any, *args: Any) -> list[Any]:
-        """Evaluate a jaxpr on arrays and low-rank weights."""
-        program = compat.opened(jaxpr)
-        env = dict(zip(program.constvars, compat.consts(jaxpr), strict=True))
-        env.update(zip(program.invars, args, strict=True))
-        plan = grouping.plan(program)
-        last = frames.last_uses(plan.eqns, program.outvars)
-        outer, self.frame = self.frame, Frame(env, plan.readers, frames.values(program))
+    def outputs(self) -> list[Any]:
+        """Run every equation, and return the outputs; what was computed on the way is let go."""
+        env, outvars = self.env, self._program.outvars
+        last = dataflow.last_uses(self._plan.eqns, outvars)
 
         def read(atom):
             return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
-        for i, eqn in enumerate(plan.eqns):
-            values = [read(atom) for atom in eqn.invars]
-            with compat.scope(eqn):
-                env.update(zip(eqn.outvars, self._step(eqn, values), strict=True))
-            for var in last.get(i, ()):
-                env.pop(var, None)
-        self.frame = outer
-        return [read(atom) for atom in program.outvars]
+        try:
+            for i, eqn in enumerate(self._plan.eqns):
+                values = [read(atom) for atom in eqn.invars]
+                with compat.scope(eqn):
+                    env.update(zip(eqn.outvars, self._step(eqn, values), strict=True))
+                for var in last.get(i, ()):
+                    env.pop(var, None)
+            return [read(atom) for atom in outvars]
+        finally:  # functions that rules hand to JAX may outlive the run, and hold this
+            env.clear()
+            self.last = None
 
     def _step(self, eqn: Any, values: list[Any]) -> list[Any]:
         kinds, name = {*map(type, values)}, eqn.primitive.name
@@ -157,21 +245,23 @@ class Walk:
             return [self.product(function, values[1 - side], values[side], *others)]
         return deferred.read(lambda *values: compat.bind(eqn, values), *values)
 
-    def derivative(self) -> "Walk":
-        """Return a walk as this, for programs that have to stay linear."""
-        walk = Walk(strict=self.strict, form=self.form, is_linear=True)
-        walk.uses, walk.numbers, walk.warned = self.uses, self.numbers, self.warned
-        return walk
+    def inner(self, eqn: Any, jaxpr: Any, *args: Any) -> list[Any]:
+        """Evaluate a program that stands in an equation of this."""
+        return self.evaluator.run(jaxpr, *args, line=self.where(eqn)[1])
+
+    def jitted(self, eqn: Any, jaxpr: Any, *args: Any) -> list[Any]:
+        """Do as `inner` does, under `jax.jit` and the name of the equation."""
+        evaluate = self.evaluator.jitted(jaxpr, eqn.params["name"], self.where(eqn)[1])
+        return evaluate(compat.consts(jaxpr), *args)
+
+    def where(self, eqn: Any) -> tuple[str, str]:
+        """Return the operation of an equation, and the user's line that runs it."""
+        operation, line = compat.where(eqn)
+        return operation, line or self._line or "an unknown line"
 
     def named(self, h: jax.Array) -> jax.Array:
         """Name a rank-sized product, so that a policy of `jax.checkpoint` can keep it."""
-        return h if self.is_linear else checkpoint_name(h, CHECKPOINT_NAME)
-
-    def finish(self, out: Any) -> Any:
-        """Return what leaves the program at its end: rows that were looked up as an array."""
-        if isinstance(out, LowRank) and out.is_rows():
-            return self.densify(None, out, "")
-        return out
+        return h if self.options.is_linear else checkpoint_name(h, CHECKPOINT_NAME)
 
     def without_rule(self, eqn: Any, values: Sequence[Any], reason: str) -> list[Any]:
         """Run an equation with every low-rank weight among its inputs made dense."""
@@ -179,91 +269,28 @@ class Walk:
 
     def densify(self, eqn: Any, value: Any, reason: str) -> Any:
         """Return an array for a value; say so if that is a weight and not rows of it."""
-        if not isinstance(value, LowRank):
-            return deferred.now(value)
-        if value.is_rows():
-            self.record(eqn, value, LOOKED_UP)
-        else:
-            self.record(eqn, value, MATERIALIZED, reason)
-            self._complain(eqn, value, reason)
-        if value.is_probe:
-            return value.base
-        dtype = value.base.dtype if value.is_rows() else merge_dtype(value.base.dtype)
-        with self.scope(value):
-            return value.dense(dtype)
+        return self.evaluator.densify(eqn, self.where(eqn), value, reason)
 
     def product(self, function: Callable[..., Any], x: Any, w: Any, *others: Any) -> Any:
         """Return a function, linear in x, of it and a weight, which is made for it if deferred."""
         if not isinstance(w, Deferred):
             return function(x, w, *others)
-        self.frame.last = deferred.product(function, x, w, *others, after=self.frame.last)
-        return self.frame.last
+        self.last = deferred.product(function, x, w, *others, after=self.last)
+        return self.last
 
     def made(self, eqn: Any, value: Any) -> Any:
         """Return a value that is not deferred; say so, for it will be kept as it is made here."""
         if isinstance(value, LowRank) and isinstance(value.base, Deferred):
-            self._complain(eqn, value, "it is dequantized for a function with its own derivative")
+            reason = "it is dequantized for a function with its own derivative"
+            self.evaluator.complain(self.where(eqn), value, reason)
             return value.replace(base=deferred.now(value.base))
         return value
 
     def scope(self, *weights: LowRank) -> Any:
         """Return the name scope of what is added to the program for some weights."""
-        if self.uses is None:
-            return jax.named_scope(CHECKPOINT_NAME)
-        paths = tuple(path for weight in weights for path in weight.origin.paths)
-        number = self.numbers.setdefault(paths, len(self.numbers))
-        return jax.named_scope(cost.scope(number))
+        return self.evaluator.scope(*weights)
 
-    def record(
-        self,
-        eqn: Any,
-        weight: LowRank,
-        kind: str,
-        reason: str = "",
-        form: str = "",
-        sharing: int = 1,
-        **axes_of: Any,
-    ) -> None:
-        """Write down a use of a weight; a lookup tells its axes from what was picked."""
-        if self.uses is None:
-            return
-        where = compat.where(eqn)
-        if kind == LOOKED_UP:
-            where, every = weight.picked_at, weight.labels(*range(len(weight.dims)))
-            out = every - weight.picked - weight.scanned
-            axes_of = {"in_": weight.picked, "out": out, "stack": frozenset()}
-        if "stack" in axes_of:
-            axes_of["stack"] |= weight.scanned
-        for path in weight.origin.paths:
-            found = {name: _axes_of(path, labels) for name, labels in axes_of.items()}
-            use = Use(path, *where, kind, reason=reason, form=form, sharing=sharing, **found)
-            self.uses.setdefault((id(eqn), use), use)
-
-    def _complain(self, eqn: Any, weight: LowRank, reason: str) -> None:
-        if weight.is_probe or self.uses is not None:
-            return
-        operation, source = compat.where(eqn)
-        path = " + ".join(weight.origin.paths)
-        what = f"the weight {path!r} reaches {operation!r} at {source}, and {reason}"
-        if self.strict:
-            raise ValueError(f"{what}: strict=True needs a low-rank rule at every use")
-        message = f"{what}: it is materialized there"
-        warnings.warn_explicit(
-            message, MaterializationWarning, *compat.line(eqn), registry=self.warned
-        )
-
-    def _compiled(self, jaxpr: Any, name: str) -> Callable[..., Any]:
-        def evaluate(*values):
-            return self.run(jaxpr, *values)
-
-        evaluate.__name__ = evaluate.__qualname__ = name
-        return jax.jit(evaluate)
-
-
-def _axes_of(path: str, labels: Any) -> frozenset:
-    """Return the axes of one weight among the labels of a probe; roles as they are."""
-    return frozenset(
-        label[1] if isinstance(label, tuple) else label
-        for label in labels
-        if not isinstance(label, tuple) or label[0] == path
-    )
+    def record(self, eqn: Any, weight: LowRank, kind: str, **fields: Any) -> None:
+        """Write down a use of a weight, see `Recorder.record`."""
+        if (recorder := self.evaluator.recorder) is not None:
+            recorder.record(eqn, self.where(eqn), weight, kind, **fields)

@@ -7,7 +7,7 @@ factor has one axis for each piece of a role that it carries, in the order of th
 is an operation on one axis of the factors that carry it.
 
 Without factors it is a *probe*, whose labels are sets of original axes, each a path and an axis
-number: the same walk of the same program with probes finds the sites.
+number: an evaluation of the same program with probes finds the sites.
 """
 
 import dataclasses
@@ -132,6 +132,15 @@ class LowRank:
             return bool(self.picked) and (bool(rest) or len(self.indexed) > 1)
         return bool(self.indexed - {Role.STACK}) or Role.IN in self.windows
 
+    def has_matrices(self) -> bool:
+        """Whether each entry that was picked of this is a matrix, with axes of both factors."""
+        if self.origin.roles is None:
+            return False
+        _, *sides = self.origin.roles.sizes(self.origin.shape)
+        picked = (Role.IN in self.indexed, Role.OUT in self.indexed)
+        counts = (sum(size != 1 for size in sizes) for sizes in sides)
+        return all(count > is_picked for count, is_picked in zip(counts, picked, strict=True))
+
     @property
     def picked(self) -> frozenset:
         """Labels of axes along which entries or parts were picked out."""
@@ -156,6 +165,30 @@ class LowRank:
         label = self.labels(0) - {axes.REPEATED}
         fields: dict[str, Any] = {"scanned": self.scanned | label} if self.is_probe else {}
         return self.replace(dims=self.dims[1:], **fields or {"indexed": self.indexed | label})
+
+    def unrepeated(self, along: Sequence[int]) -> "LowRank":
+        """Return this with factors for each entry along dimensions in which it repeats."""
+        dims = enumerate(self.dims)
+        is_repeated = [d in along and label is axes.REPEATED for d, dim in dims for label, _ in dim]
+        if not any(is_repeated):
+            return self
+        pieces = list(zip(axes.pieces(self.dims), is_repeated, strict=True))
+
+        def repeat(factor, carries):
+            kept = [
+                (size, is_new) for (label, size), is_new in pieces if is_new or label in carries
+            ]
+            more = factor.shape[self._count(carries) :]
+            factor = jnp.expand_dims(factor, [i for i, (_, is_new) in enumerate(kept) if is_new])
+            return jnp.broadcast_to(factor, (*(size for size, _ in kept), *more))
+
+        dims = tuple(
+            tuple((Role.STACK, n) if label is axes.REPEATED else (label, n) for label, n in dim)
+            if d in along
+            else dim
+            for d, dim in enumerate(self.dims)
+        )
+        return self._map(repeat, dims=dims)
 
     def transposed(self, base: Any, permutation: Sequence[int]) -> "LowRank":
         """Return this with its dimensions in another order."""
@@ -198,6 +231,19 @@ class LowRank:
         """Return this with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def beside(self, factor: str, vector: Any, along: Sequence[int]) -> Any:
+        """Return an array that varies along some dimensions in a shape that meets a factor.
+
+        Args:
+            factor: name of a factor, which carries the pieces of these dimensions.
+            vector: the array, of size 1 along the other dimensions.
+            along: the dimensions.
+        """
+        sizes = [[size if d in along else 1 for _, size in dim] for d, dim in enumerate(self.dims)]
+        shape = self.piece_labels(sizes, factor)
+        more = getattr(self, factor).ndim - len(shape)  # the rank
+        return vector.reshape([*shape, *[1] * more])
+
     def piece_labels(self, dims: Sequence[Sequence[Any]], factor: str) -> list[Any]:
         """Return the names, given for each piece of each dimension, that a factor carries."""
         named = zip(axes.pieces(self.dims), (name for dim in dims for name in dim), strict=True)
@@ -213,8 +259,8 @@ class LowRank:
         return self.a.astype(dtype), scaled(self.b, self.scale, dtype)
 
     def input(self, x: Any) -> Any:
-        """Return the low-rank path's input: floating, and with dropout if the weight has it."""
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        """Return the low-rank path's input: inexact, and with dropout if the weight has it."""
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
             x = x.astype(self.base.dtype)
         if not self.has_dropout:
             return x

@@ -9,16 +9,18 @@ with all tokens flattened into one axis it does not. So every product here is fl
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.tracing import placement
 from jaxlora.weight import merge_dtype
 
 Name = Hashable
+CHECKPOINT_NAME = "lora"
 
 
 def contract(
@@ -162,19 +164,22 @@ class How:
         precision: as in `jax.lax.dot_general`.
         dtype: dtype of the products.
         factor_dtype: what the factors are cast to.
-        named: names the rank-sized product.
+        is_named: the rank-sized product has a name, `CHECKPOINT_NAME`, for policies of
+            `jax.checkpoint`.
         is_tangent: the first factor is a tangent, and so is the rank-sized product.
     """
 
     precision: Any
     dtype: Any
     factor_dtype: Any
-    named: Callable[[jax.Array], jax.Array]
+    is_named: bool
     is_tangent: bool = False
 
 
 def scaled(factor: jax.Array, scale: float, dtype: Any) -> jax.Array:
     """Return a factor scaled as it is stored, or in float32 if that is wider, and then cast."""
+    if scale == 1:
+        return factor.astype(dtype)
     return (factor.astype(merge_dtype(dtype)) * scale).astype(dtype)
 
 
@@ -189,7 +194,7 @@ def narrow(
 ) -> Sequence[jax.Array]:
     """Return the rank-sized products of x and each of some scaled factors, made as one product.
 
-    The scaling and the copy with the rank first are one operation.
+    The scaling, if any, and the copy with the rank first are one operation.
 
     Args:
         x: the input, which is read once.
@@ -205,18 +210,18 @@ def narrow(
     rows = [turn(scaled(first, scale, how.factor_dtype)) for first, scale in pairs]
     whole = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
     h = contract(x, x_names, whole, rank_first, h_names, how.precision, how.dtype)
-    h = h if how.is_tangent else how.named(h)
+    h = checkpoint_name(h, CHECKPOINT_NAME) if how.is_named and not how.is_tangent else h
     return jax.lax.split(h, [len(row) for row in rows], h_names.index(first_names[-1]))
 
 
-@functools.partial(jax.jit, static_argnames=("names", "scale", "how"), inline=True)
+@functools.partial(jax.jit, static_argnames=("names", "scales", "how"), inline=True)
 def chain(
     x: Any,
     first: Any,
     second: Any,
     *,
     names: tuple[tuple[Name, ...], ...],
-    scale: float,
+    scales: tuple[float, float],
     how: How,
 ) -> jax.Array:
     """Return x times two factors; no array of the size of ``first @ second`` is made on the way.
@@ -229,12 +234,14 @@ def chain(
         second: the other factor.
         names: names of the axes of x, of first, of the rank-sized product, of second and of the
             result.
-        scale: of first.
+        scales: of first and second.
         how: how it is computed.
     """
     _, _, h_names, second_names, out_names = names
     h = x
     if first is not None:
-        (h,) = narrow(x, [first], names=names[:3], scales=(scale,), how=how)
-    h, second = h.astype(how.factor_dtype), second.astype(how.factor_dtype)
-    return contract(h, h_names, second, second_names, out_names, how.precision, how.dtype)
+        (h,) = narrow(x, [first], names=names[:3], scales=scales[:1], how=how)
+    second = scaled(second, scales[1], how.factor_dtype)
+    return contract(
+        h.astype(second.dtype), h_names, second, second_names, out_names, how.precision, how.dtype
+    )

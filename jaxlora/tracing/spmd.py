@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.tracing import axes, compat, deferred, placement
 from jaxlora.tracing.deferred import Deferred
-from jaxlora.tracing.interpreter import Walk, rule
+from jaxlora.tracing.interpreter import Evaluation, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
 
 
@@ -32,7 +32,7 @@ def _placed(weight: LowRank, base: Any, sharding: Any, place: Any) -> LowRank:
 
 
 @rule("sharding_constraint")
-def sharding_constraint(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
+def sharding_constraint(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Constrain the factors along."""
     sharding = eqn.params["sharding"]
     base = _on_mesh(weight.base, sharding, lax.with_sharding_constraint)
@@ -79,14 +79,14 @@ def constrained(value: Any, sharding: Any) -> Any:
 
 
 @rule("reshard")
-def reshard(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
+def reshard(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Move the factors along."""
     base = deferred.bind(eqn, [weight.base])
     return [_placed(weight, base, placement.typed(base), jax.sharding.reshard)]
 
 
 @rule("device_put")
-def device_put(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
+def device_put(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
     """Put the factors on the same devices."""
     bases = compat.bind(eqn, [deferred.now(getattr(value, "base", value)) for value in values])
     moved = []
@@ -101,13 +101,13 @@ def device_put(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
 
 
 @rule("pvary")
-def vary(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
+def vary(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Let the factors vary over the mesh as the base does."""
     return [jax.tree.map(lambda x: compat.bind(eqn, [x])[0], weight)]
 
 
 @rule("ppermute")
-def permute(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
+def permute(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Send each factor where the base goes, but for one that is the same everywhere."""
     mesh_axes = set(eqn.params["axis_name"])
     is_known = mesh_axes & compat.varying(weight.base)  # else nothing says what varies
@@ -120,12 +120,12 @@ def permute(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
 
 
 @rule("all_gather")
-def all_gather(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
+def all_gather(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Gather the shards of the factors along an axis."""
     params = eqn.params
     dim = params["all_gather_dimension"]
     if not params["tiled"] or len(weight.dims[dim]) != 1:
-        return walk.without_rule(eqn, [weight], "it gathers along what is not one axis")
+        return run.without_rule(eqn, [weight], "it gathers along what is not one axis")
     base = deferred.bind(eqn, [weight.base])
 
     def gather(x, axis):
@@ -138,11 +138,11 @@ def all_gather(walk: Walk, eqn: Any, weight: LowRank) -> list[Any]:
 
 
 @rule("shard_map", passes=True)
-def shard_map(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
-    """Map the walk of the inner program over the shards; a shard of a weight is a weight."""
+def shard_map(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
+    """Map the evaluation of the inner program over the shards; a shard of a weight is a weight."""
     params = eqn.params
     entered = [
-        _Sharded.of(walk, eqn, value, NamedSharding(params["mesh"], spec))
+        _Sharded.of(run, eqn, value, NamedSharding(params["mesh"], spec))
         for value, spec in zip(values, params["in_specs"], strict=True)
     ]
     out_shardings = [NamedSharding(params["mesh"], spec) for spec in params["out_specs"]]
@@ -150,7 +150,7 @@ def shard_map(walk: Walk, eqn: Any, *values: Any) -> list[Any]:
 
     def body(*parts):
         shards = [value.shard(part) for value, part in zip(entered, parts, strict=True)]
-        outs = [walk.finish(out) for out in walk.run(params["jaxpr"], *shards)]
+        outs = [*map(run.evaluator.left, run.inner(eqn, params["jaxpr"], *shards))]
         left[:] = [_Sharded.left(*pair) for pair in zip(outs, out_shardings, strict=True)]
         return [value.parts for value in left]
 
@@ -188,7 +188,7 @@ class _Sharded:
     sharding: NamedSharding
 
     @classmethod
-    def of(cls, walk: Walk, eqn: Any, value: Any, sharding: NamedSharding) -> "_Sharded":
+    def of(cls, run: Evaluation, eqn: Any, value: Any, sharding: NamedSharding) -> "_Sharded":
         """Return a value that enters, dense where its factors cannot be sharded along."""
         base, spec = getattr(value, "base", value), sharding.spec
         if isinstance(base, Deferred) and (spec := _specs_of_parts(base, sharding)) is None:
@@ -197,7 +197,7 @@ class _Sharded:
             value, specs = value.replace(base=base), _specs(value, sharding)
             if specs is not None:
                 return cls(value, _arrays(value), specs | {"base": spec}, sharding)
-            base = walk.densify(eqn, value, "a shard cuts one of several axes of a dimension")
+            base = run.densify(eqn, value, "a shard cuts one of several axes of a dimension")
             spec = sharding.spec
         return cls(None, {"base": base}, {"base": spec}, sharding)
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlora.tracing import axes, placement
-from jaxlora.tracing.interpreter import Walk
+from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.lowrank import RANK, LowRank
 from jaxlora.tracing.product import How, Name, chain, narrow, scaled_along
 
@@ -139,23 +140,23 @@ class Term:
         """Whether the input is scaled for this weight, so that no other product has the same."""
         return self.gain is not None and self.gain.side == "in"
 
-    def narrow(self, walk: Walk, x: Any, weights: Sequence[LowRank]) -> Sequence[jax.Array]:
+    def narrow(self, run: Evaluation, x: Any, weights: Sequence[LowRank]) -> Sequence[jax.Array]:
         """Return the products of the input with the first factor of each weight, made as one."""
         return narrow(
             self._input(weights[0], x),
             [getattr(weight, self.order[0]) for weight in weights],
             names=self.names[:3],
-            scales=tuple(weight.scale for weight in weights),
-            how=self._how(walk, weights[0]),
+            scales=tuple(self._scales(weight)[0] for weight in weights),
+            how=self._how(run, weights[0], x),
         )
 
     def __call__(
-        self, walk: Walk, x: Any, weight: LowRank, h: Any = None, moving: str = ""
+        self, run: Evaluation, x: Any, weight: LowRank, h: Any = None, moving: str = ""
     ) -> jax.Array:
         """Return the term.
 
         Args:
-            walk: the walk.
+            run: the evaluation of the program.
             x: the input.
             weight: the weight.
             h: the product of the input and the first factor, where it is known.
@@ -167,8 +168,8 @@ class Term:
             first if h is None else None,
             second,
             names=self.names,
-            scale=weight.scale,
-            how=self._how(walk, weight, is_tangent=moving == self.order[0]),
+            scales=self._scales(weight),
+            how=self._how(run, weight, x, is_tangent=moving == self.order[0]),
         )
         return placement.repeated(product, self.out_kept, self.out_sizes)
 
@@ -176,8 +177,17 @@ class Term:
         x = placement.reshape(weight.input(x), self.x_sizes)
         return x.sum(self.repeated) if self.repeated else x
 
-    def _how(self, walk: Walk, weight: LowRank, *, is_tangent: bool = False) -> How:
-        return How(self.precision, self.dtype, weight.base.dtype, walk.named, is_tangent)
+    def _scales(self, weight: LowRank) -> tuple[float, float]:
+        """Return what the factors are scaled by: ``b`` takes it, for which no scaling is too large.
+
+        It starts at zero, and ``a`` scaled would overflow float16 before it has learned anything.
+        """
+        return (weight.scale, 1.0) if self.order == ("b", "a") else (1.0, weight.scale)
+
+    def _how(self, run: Evaluation, weight: LowRank, x: Any, *, is_tangent: bool = False) -> How:
+        is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
+        factor_dtype = x.dtype if is_complex else weight.base.dtype
+        return How(self.precision, self.dtype, factor_dtype, not run.options.is_linear, is_tangent)
 
 
 def _names(

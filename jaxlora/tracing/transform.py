@@ -16,7 +16,7 @@ import numpy as np
 from jaxlora import paths
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.tracing import boundary, deferred
-from jaxlora.tracing.interpreter import Form, Walk
+from jaxlora.tracing.interpreter import Evaluator, Form, Options
 from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import LoRAWeight, TrainedLeaf
 
@@ -46,10 +46,11 @@ class Program:
     paths: list[str]
     rebuild: Callable[[list[Any]], Any]
 
-    def enter(self, walk: Walk, inputs: Sequence[Any]) -> list[Any]:
-        """Return the inputs with a low-rank weight for each adapted one."""
+    def evaluated(self, evaluator: Evaluator, inputs: Sequence[Any]) -> list[Any]:
+        """Return the outputs for some inputs, in which adapted weights are low-rank."""
         pairs = zip(self.paths, inputs, strict=True)
-        return [boundary.enter(walk, path, x) if _is_weight(x) else x for path, x in pairs]
+        entered = [boundary.enter(evaluator, p, x) if _is_weight(x) else x for p, x in pairs]
+        return [*map(evaluator.left, evaluator.run(self.jaxpr, *entered))]
 
 
 def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Program:
@@ -133,7 +134,7 @@ def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:
     """
     if form not in typing.get_args(Form):
         raise ValueError(f"form must be one of {typing.get_args(Form)}: got {form!r}")
-    return _low_rank(fn, Walk(strict=strict, form=form))
+    return _low_rank(fn, Options(strict=strict, form=form))
 
 
 def observe(fn: F) -> F:
@@ -142,11 +143,12 @@ def observe(fn: F) -> F:
     Its results are those of the bases. The gradient of a factor ``a`` of any function of them is
     ``(x^T x) a``, with x all that the weight was multiplied with.
     """
-    return _low_rank(fn, Walk(observes=True))
+    return _low_rank(fn, Options(observes=True))
 
 
-def _low_rank(fn: F, walk: Walk) -> F:
-    """Return a function that is evaluated by a walk."""
+def _low_rank(fn: F, options: Options) -> F:
+    """Return a function that is evaluated by some options."""
+    evaluator = Evaluator(options)
 
     @functools.wraps(fn)
     def fn_lora(*args, **kwargs):
@@ -154,16 +156,15 @@ def _low_rank(fn: F, walk: Walk) -> F:
         if not any(map(_is_weight, jax.tree.leaves((args, kwargs), is_leaf=_is_weight))):
             return fn(*args, **kwargs)
         program = trace(fn, args, kwargs)
-        outs = walk.run(program.jaxpr, *program.enter(walk, program.inputs))
-        return program.rebuild([_left(walk, out) for out in outs])
+        outs = program.evaluated(evaluator, program.inputs)
+        return program.rebuild([_left(evaluator, out) for out in outs])
 
     return fn_lora  # pyright: ignore[reportReturnType]
 
 
-def _left(walk: Walk, out: Any) -> Any:
+def _left(evaluator: Evaluator, out: Any) -> Any:
     """Return an output as the caller gets it: an array, or the node of a weight passed through."""
-    out = walk.finish(out)
     if not isinstance(out, LowRank):
         return deferred.left(out)
     node = boundary.leave(out)
-    return walk.densify(None, out, "it leaves the function") if node is None else node
+    return evaluator.left(out, "it leaves the function") if node is None else node
