@@ -5,13 +5,14 @@ A case is a function marked with `case` that returns a `Case`; its name is the f
 operations.
 """
 
-from cases import control, layers_linen, layers_nnx, products, reading
+from cases import control, experts, layers_linen, layers_nnx, products, reading
 from cases.base import CASES, Case, normal
 
 __all__ = [
     "CASES",
     "Case",
     "control",
+    "experts",
     "layers_linen",
     "layers_nnx",
     "normal",
