@@ -31,7 +31,7 @@ from jaxlora.residual import to_plain
 from jaxlora.sites import Site, Sites, find_sites
 from jaxlora.summary import Summary, summary
 from jaxlora.tracing import Cost, MaterializationWarning, Use, lora
-from jaxlora.trees import bind, mask, split
+from jaxlora.trees import bind, labels, mask, split
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf
 
 __version__ = "0.1.0"
@@ -62,6 +62,7 @@ __all__ = [
     "gradients",
     "init",
     "initializers",
+    "labels",
     "load_adapters",
     "lora",
     "mask",
