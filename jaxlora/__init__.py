@@ -18,6 +18,7 @@ and merges them back into plain weights.
 
 from jaxlora import algebra, initializers, optim
 from jaxlora import exporting as exporting
+from jaxlora import serialization as serialization
 from jaxlora.adapt import dropout, init
 from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
 from jaxlora.config import LoRAConfig
@@ -31,7 +32,7 @@ from jaxlora.residual import to_plain
 from jaxlora.sites import Site, Sites, find_sites
 from jaxlora.summary import Summary, summary
 from jaxlora.tracing import Cost, MaterializationWarning, Use, lora
-from jaxlora.trees import bind, mask, split
+from jaxlora.trees import bind, labels, mask, split
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ __all__ = [
     "gradients",
     "init",
     "initializers",
+    "labels",
     "load_adapters",
     "lora",
     "mask",

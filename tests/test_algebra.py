@@ -122,6 +122,19 @@ def test_padded_product_is_the_same_and_truncates_to_it():
     assert_products(algebra.truncate(padded, 2), matrices(adapters))
 
 
+def test_adapters_padded_to_one_rank_stack_and_run_together():
+    base, one = trained(0, rank=1, alpha=5.0)
+    two = trained(1, rank=2, alpha=0.5)[1]
+    padded = [algebra.pad(adapters, 4) for adapters in (one, two)]
+    assert jax.tree.structure(padded[0]) == jax.tree.structure(padded[1])
+    stacked = jax.tree.map(lambda *factors: jnp.stack(factors), *padded)
+    fn = jaxlora.lora(model, strict=True)
+    got = jax.vmap(lambda adapters: fn(jaxlora.bind(base, adapters), X))(stacked)
+    for y, adapters in zip(got, (one, two), strict=True):
+        wanted = model(jaxlora.merge(jaxlora.bind(base, adapters)), X)
+        assert_allclose(y, wanted, rtol=1e-4, atol=1e-3 * float(jnp.max(jnp.abs(wanted))))
+
+
 def pruned(x, density):
     kept = np.argsort(-np.abs(x), axis=None, kind="stable")[: int(density * x.size)]
     return np.where(np.isin(np.arange(x.size), kept).reshape(x.shape), x, 0)

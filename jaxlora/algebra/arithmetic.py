@@ -70,14 +70,30 @@ def pad(adapters: Adapters, rank: int) -> Adapters:
     """Return adapters of a larger rank with the same products, their new columns and rows zero.
 
     Gradients of what is zero in both factors are zero too: this is for adapters of one shape,
-    which share a compiled program, and not for training further.
+    which share a compiled program, and not for training further. ``b`` takes the scaling, so that
+    adapters of any ranks and alphas that are padded to one rank can be stacked
+    (``jax.tree.map``).
 
     Args:
         adapters: factors by path.
         rank: rank of the result.
 
+    Returns:
+        Factors by path, with scaling 1.
+
     Raises:
         ValueError: an adapter has a larger rank.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> def made(rank):
+    ...     config = jaxlora.LoRAConfig(rank=rank)
+    ...     params = {"w": jnp.ones((4, 3))}
+    ...     params = jaxlora.init(jax.random.key(0), model, params, x, config=config)
+    ...     return jaxlora.split(params)[1]
+    >>> both = [jaxlora.algebra.pad(made(rank), 3) for rank in (1, 2)]
+    >>> jax.tree.map(lambda *factors: jnp.stack(factors), *both)["w"].a.shape
+    (2, 4, 3)
     """
 
     def padded(path: str, adapter: Adapter) -> Adapter:
@@ -89,9 +105,9 @@ def pad(adapters: Adapters, rank: int) -> Adapters:
         more = rank - adapter.rank
         axis = len(adapter.roles.stack)
         a = jnp.pad(adapter.a, [*[(0, 0)] * (adapter.a.ndim - 1), (0, more)])
-        b = jnp.pad(adapter.b, [(0, more * (i == axis)) for i in range(adapter.b.ndim)])
-        alpha = adapter.alpha * rank / adapter.rank
-        return dataclasses.replace(adapter, a=a, b=b, alpha=alpha)
+        b = (adapter.b * scaling(adapter.alpha, adapter.rank)).astype(adapter.b.dtype)
+        b = jnp.pad(b, [(0, more * (i == axis)) for i in range(b.ndim)])
+        return dataclasses.replace(adapter, a=a, b=b, alpha=float(rank))
 
     return {
         path: padded(path, adapter) if isinstance(adapter, Adapter) else adapter
