@@ -29,6 +29,7 @@ from jaxlora.quantized import QuantizedWeight
 from jaxlora.report import Report, explain
 from jaxlora.residual import to_plain
 from jaxlora.sites import Site, Sites, find_sites
+from jaxlora.skipped import SkippedWeightWarning
 from jaxlora.summary import Summary, summary
 from jaxlora.tracing import Cost, MaterializationWarning, Use, lora
 from jaxlora.trees import bind, mask, split
@@ -49,6 +50,7 @@ __all__ = [
     "Roles",
     "Site",
     "Sites",
+    "SkippedWeightWarning",
     "Summary",
     "TrainedLeaf",
     "Use",

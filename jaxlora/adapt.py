@@ -15,6 +15,7 @@ from jaxlora.config import LoRAConfig
 from jaxlora.magnitude import norms
 from jaxlora.selection import Target, select, select_whole
 from jaxlora.sites import Site, find_sites
+from jaxlora.skipped import warn_of_skipped
 from jaxlora.weight import LoRAWeight, TrainedLeaf
 
 
@@ -43,6 +44,10 @@ def init(
         *args: its other arguments, or their shapes.
         config: what to adapt and how.
         **kwargs: its keyword arguments, but for one named ``config``.
+
+    Warns:
+        SkippedWeightWarning: the targets leave out weights of two or more axes; once, with the
+            reason for each.
 
     Returns:
         The same tree with ``LoRAWeight(base, a, b)`` at the targets: ``a`` of shape
@@ -74,6 +79,7 @@ def init(
         leaf, now = leaves[path], quantized.values(leaves[path])
         value = jnp.array(now) if rows is None else jnp.asarray(now)[jnp.array(rows)]
         leaves[path] = TrainedLeaf(leaf, value, rows)
+    warn_of_skipped(config, sites, leaves)
     return treedef.unflatten(leaves.values())
 
 

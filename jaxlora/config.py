@@ -27,9 +27,12 @@ class LoRAConfig:
         rank_stabilized: scale it by alpha / √rank instead (rsLoRA, Kalajdzievski 2023,
             arXiv:2312.03732), which is an alpha of alpha · √rank, and kept so in the adapters.
         targets: ``"all-linear"`` (every matmul and convolution weight whose smaller side is at
-            least the rank, no lookups), one regular expression (`re.fullmatch` on the path), or
-            a sequence of names, each a run of whole path parts, with slices behind it for a part
-            of the weight: ``"qkv/kernel[:, 0:64]"``.
+            least the rank and that is looked up nowhere; `jaxlora.init` warns of those it leaves
+            out), one regular expression (`re.fullmatch` on the path), or a sequence of names, each
+            a run of whole path parts, with slices behind it for a part of the weight:
+            ``"qkv/kernel[:, 0:64]"``. ``"all-linear"`` may be among the names. A weight that no
+            low-rank rule covers is adapted if a name ends at it, as ``"gate/kernel"``, or a target
+            matches nothing else, and runs dense (see `jaxlora.Sites`).
         exclude: as targets, but whole weights alone, and wins over them.
         layers: adapt these layers alone, by index from 0: those with such a number in their path
             (the first that ends a part of it, as in ``block_3``), or, of a weight with no number

@@ -184,7 +184,7 @@ class Walk:
         if value.is_rows():
             self.record(eqn, value, LOOKED_UP)
         else:
-            self.record(eqn, value, MATERIALIZED, reason)
+            self.record(eqn, value, MATERIALIZED, reason, stack=frozenset())
             self._complain(eqn, value, reason)
         if value.is_probe:
             return value.base
