@@ -33,6 +33,37 @@ def matches(targets: Targets, candidates: Iterable[str]) -> dict[str, list[str]]
     return found
 
 
+def hint(name: str, *, is_expression: bool) -> str:
+    """Return what to do about a target that matches nothing, if its form tells.
+
+    >>> hint("query", is_expression=True)
+    '; one string is a regular expression for whole paths: for a name write ("query",)'
+    >>> hint("block_*", is_expression=False)
+    '; a name is a run of whole path parts: for one regular expression write ".*block_.*"'
+    >>> hint("params.query", is_expression=False)
+    "; the parts of a path are joined by '/': write ('params/query',)"
+    """
+    text = parts.parse(name)[0]
+    is_glob = bool(re.search(r"(?<!\\.)(?<![.)\]\\])[*?]", name))
+    if is_expression and is_glob:
+        return f'; it is a regular expression, in which any text is .*: write "{_from_glob(name)}"'
+    if is_expression and re.fullmatch(r"[\w/.-]+", name):
+        return f'; one string is a regular expression for whole paths: for a name write ("{name}",)'
+    if not is_expression and re.search(r"[*?|()^$\\+]", text):
+        written = _from_glob(name) if is_glob else name
+        return (
+            f'; a name is a run of whole path parts: for one regular expression write "{written}"'
+        )
+    if not is_expression and re.fullmatch(r"\w+(\.\w+)+", text):
+        return f"; the parts of a path are joined by '/': write {(text.replace('.', '/'),)}"
+    return ""
+
+
+def _from_glob(name: str) -> str:
+    """Return the regular expression for whole paths that a glob for a part of one means."""
+    return ".*" + name.replace("?", ".").replace("*", ".*").removeprefix(".*")
+
+
 def matched(targets: Targets, candidates: Iterable[str]) -> set[str]:
     """Return the paths that one of the targets matches; no targets match none."""
     return {path for found in matches(targets or (), candidates).values() for path in found}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxlora import parts, paths
 from jaxlora.config import LoRAConfig, Targets
-from jaxlora.patterns import contains, ends_in, layer, matched, matches, means, without_all
+from jaxlora.patterns import contains, ends_in, hint, layer, matched, matches, means, without_all
 from jaxlora.sites import Sites, is_bias
 
 
@@ -99,6 +99,7 @@ def select_whole(config: LoRAConfig, leaves: dict[str, Any]) -> dict[str, tuple[
         if not of:
             raise ValueError(
                 f"{name!r} is to be trained, but is no leaf; {paths.nearest(name, leaves)}"
+                f"{hint(name, is_expression=name == config.train)}"
             )
         for path in of:
             if found.setdefault(path, (name, rows))[1] != rows:
@@ -138,7 +139,7 @@ def _part(targets: Targets, name: str, path: str, sites: Sites) -> parts.Part | 
 
 
 def _in_layers(
-    layers: Sequence[int], named: Iterable[tuple[str, parts.Part | None]], sites: Sites
+    layers: Sequence[int], named: set[tuple[str, parts.Part | None]], sites: Sites
 ) -> Iterator[tuple[str, parts.Part | None]]:
     """Yield what of the named weights and parts lies in some layers; each has to be somewhere."""
     found: set[int] = set()
@@ -157,7 +158,19 @@ def _in_layers(
             for start, stop in _runs(kept):
                 yield path, _cut(part, stack[0], (start, stop), sites.shapes[path])
     if missing := sorted(set(layers) - found):
-        raise ValueError(f"the targets have no layers {missing}: they have {sorted(found)}")
+        without = "" if found else _without_layers(named)
+        raise ValueError(
+            f"the targets have no layers {missing}: they have {sorted(found)}{without}"
+        )
+
+
+def _without_layers(named: set[tuple[str, parts.Part | None]]) -> str:
+    """Return what to do where no target is in a layer."""
+    paths_of = ", ".join(repr(path) for path in sorted(path for path, _ in named)[:3])
+    return (
+        "; a layer is a number that ends a path part, as in 'block_3', or an entry along the "
+        f"first stack axis, and {paths_of or 'nothing'} has neither: choose layers by targets"
+    )
 
 
 def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
@@ -222,7 +235,9 @@ def _matched(targets: Targets, word: str, shapes: dict[str, Any]) -> list[tuple[
     found = matches(targets, shapes) if targets else {}
     for name, of in found.items():
         if not of:
-            raise ValueError(f"{word} {name!r} matches no leaf; {paths.nearest(name, shapes)}")
+            more = hint(name, is_expression=isinstance(targets, str))
+            near = paths.nearest(name, shapes)
+            raise ValueError(f"{word} {name!r} matches no leaf; {near}{more}")
     return [(name, path) for name, of in found.items() for path in of]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import paths, table, tracing
+from jaxlora import checks, paths, table, tracing
 from jaxlora.tracing import boundary
 from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import Roles
@@ -137,6 +137,7 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
 
     Raises:
         ValueError: the tree is empty, or two leaves have the same path.
+        TypeError: fn is no function, or params no tree of arrays.
 
     >>> import jax.numpy as jnp, jaxlora
     >>> def model(params, x):
@@ -148,9 +149,10 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
     bias  (3,)                       no site: reaches add
     w     (4, 3)  ()     (0,)  (1,)  dot_general
     """
+    order = "find_sites(fn, params, *args)"
+    checks.check_function(fn, order)
+    checks.check_tree(params, order)
     leaves, treedef = paths.flatten(params)
-    if not leaves:
-        raise ValueError("params is an empty tree: it must hold the weights of the program")
     leaves = {path: _plain(leaf) for path, leaf in leaves.items()}
     params = treedef.unflatten(leaves.values())
     unfit = {path: why for path, leaf in leaves.items() if (why := _unfit(leaf))}
@@ -173,7 +175,7 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
     uses: dict[str, list[tracing.Use]] = {path: [] for path in leaves}
     for use in (walk.uses or {}).values():
         uses[use.path].append(use)
-    sites, skipped, dense = {}, dict(unfit), {}
+    sites, skipped, dense, states = {}, dict(unfit), {}, paths.states(params)
     for path, leaf in leaves.items():
         if path in unfit:
             continue
@@ -183,6 +185,8 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
             sites[path] = Site(path, shape, leaf.dtype, roles, supported)
             continue
         skipped[path] = _why(uses[path], path in returned)
+        if path in states:
+            continue
         if (roles := _dense_roles(path, uses[path], shape)) is not None:
             dense[path] = Site(path, shape, leaf.dtype, roles, tuple(uses[path]))
     shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves.items()}

@@ -12,22 +12,24 @@ class SkippedWeightWarning(UserWarning):
     """The targets leave out weights that cannot be adapted, or only when they are named."""
 
 
-def warn_of_skipped(config: LoRAConfig, sites: Sites, leaves: dict[str, Any]) -> None:
+def warn_of_skipped(config: LoRAConfig, sites: Sites, params: Any) -> None:
     """Warn once of the floating weights of two or more axes that the targets leave out.
 
     With ``"all-linear"`` that is every one that ``exclude`` does not name, with names every one
     that a target matches; in the layers, where they are chosen. A stack is as many axes less.
-    Biases, and what is trained otherwise, are not left out.
+    Biases, states as statistics and caches, and what is trained otherwise, are not left out.
 
     Args:
         config: what to adapt.
         sites: what `jaxlora.find_sites` found.
-        leaves: the leaves by path, adapted and trained as the config says.
+        params: the parameters, adapted and trained as the config says.
     """
+    leaves, _ = paths.flatten(params)
+    states = paths.states(params)
     rows = [
         (path, str(sites.shapes[path]), why)
         for path in _wanted(config, sites)
-        if not paths.is_trained(leaves[path]) and (why := _why(path, sites))
+        if not paths.is_trained(leaves[path]) and path not in states and (why := _why(path, sites))
     ]
     if not rows:
         return

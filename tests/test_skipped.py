@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from cases import normal
 from flax import linen as nn
+from flax import nnx
 from flax.linen import fp8_ops
 
 import jaxlora
@@ -259,3 +260,27 @@ def test_name_of_a_module_is_not_that_of_its_weights():
     assert ends_in("a/query/kernel", "query/kernel")
     assert ends_in("a/w", "w[:, :2]")
     assert not ends_in("a/query/kernel", "query")
+
+
+def test_states_of_flax_are_no_weights():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.perturb("moved", x)
+            return nn.Dense(4)(x + self.variable("cache", "last", jnp.zeros, x.shape).value)
+
+    variables = Model().init(jax.random.key(0), X)
+    assert jnp.shape(variables["cache"]["last"]) == X.shape
+    adapted = init(Model().apply, variables, X)
+    assert list(jaxlora.split(adapted)[1]) == ["params/Dense_0/kernel"]
+    module: Any = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    module.last, module.table = nnx.Cache(jnp.zeros((3, 4))), nnx.Param(jnp.zeros((3, 4)))
+    state = nnx.state(module)
+    graphdef = nnx.graphdef(module)
+
+    def call(state, x):
+        module = nnx.merge(graphdef, state)
+        return module(x + module.last[...] + module.table[...])
+
+    assert [line.split()[0] for line in said(call, state)] == ["table"]
+    assert list(jaxlora.find_sites(call, state, X).dense) == ["table"]
