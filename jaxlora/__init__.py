@@ -30,6 +30,7 @@ from jaxlora.quantized import QuantizedWeight
 from jaxlora.report import Report, explain
 from jaxlora.residual import to_plain
 from jaxlora.sites import Site, Sites, find_sites
+from jaxlora.skipped import SkippedWeightWarning
 from jaxlora.summary import Summary, summary
 from jaxlora.tracing import Cost, MaterializationWarning, Use, lora
 from jaxlora.trees import bind, labels, mask, split
@@ -50,6 +51,7 @@ __all__ = [
     "Roles",
     "Site",
     "Sites",
+    "SkippedWeightWarning",
     "Summary",
     "TrainedLeaf",
     "Use",

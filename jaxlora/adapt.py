@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlora import initializers, loftq, parts, paths, quantized, residual, sharding
+from jaxlora import checks, initializers, loftq, parts, paths, quantized, residual, sharding
 from jaxlora.config import LoRAConfig
 from jaxlora.magnitude import norms
 from jaxlora.selection import Target, select, select_whole
 from jaxlora.sites import Site, find_sites
+from jaxlora.skipped import warn_of_skipped
 from jaxlora.weight import LoRAWeight, TrainedLeaf
+
+_ORDER = "init(key, fn, params, *args, config=config)"
 
 
 def init(
@@ -44,6 +47,10 @@ def init(
         config: what to adapt and how.
         **kwargs: its keyword arguments, but for one named ``config``.
 
+    Warns:
+        SkippedWeightWarning: the targets leave out weights of two or more axes; once, with the
+            reason for each.
+
     Returns:
         The same tree with ``LoRAWeight(base, a, b)`` at the targets: ``a`` of shape
         ``(*stack, *in, rank)``, ``b`` of shape ``(*stack, rank, *out)``, in ``config.dtype``.
@@ -52,6 +59,8 @@ def init(
         ValueError: params is adapted already or empty, has two leaves of one path, or the targets
             do not fit the program (see `LoRAConfig`); the initializer starts from the weights,
             and they are shapes or not finite; magnitudes and leaves to train, of shapes.
+        TypeError: key is no random key, fn no function, params no tree of arrays, or config no
+            `LoRAConfig`; the initializer cannot be called as it has to be.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["up"] @ params["down"], jnp.ones((2, 4))
@@ -60,10 +69,11 @@ def init(
     >>> jaxlora.init(jax.random.key(0), model, params, x, config=config)["up"]
     LoRAWeight(base=(4, 8), a=(4, 2), b=(2, 8), alpha=4)
     """
+    checks.check_key(key, _ORDER)
+    checks.check_function(fn, _ORDER)
+    checks.check_config(config, LoRAConfig)
+    checks.check_plain(checks.check_tree(params, _ORDER), "init")
     leaves, treedef = paths.flatten(params)
-    for path, leaf in leaves.items():
-        if paths.is_trained(leaf):
-            raise ValueError(f"the leaf {path!r} is adapted already: init needs a plain tree")
     sites = find_sites(fn, params, *args, **kwargs)
     for target in select(config, sites):
         path = target.path
@@ -74,7 +84,9 @@ def init(
         leaf, now = leaves[path], quantized.values(leaves[path])
         value = jnp.array(now) if rows is None else jnp.asarray(now)[jnp.array(rows)]
         leaves[path] = TrainedLeaf(leaf, value, rows)
-    return treedef.unflatten(leaves.values())
+    adapted = treedef.unflatten(leaves.values())
+    warn_of_skipped(config, sites, adapted)
+    return adapted
 
 
 def _path_key(key: jax.Array, path: str) -> jax.Array:
@@ -94,12 +106,7 @@ def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRACo
         return residual.take_out(key, target, base, site.roles, initializer, config.dtype)
     if isinstance(initializer, initializers.LoftQ):
         return loftq.start(target, base, site.roles, initializer, config.dtype)
-    made = jax.eval_shape(lambda key: initializer(key, shape, config.dtype), key)
-    if made.shape != shape or made.dtype != config.dtype:
-        raise ValueError(
-            f"the initializer must return {config.dtype} of shape {shape} for {site.path!r}: "
-            f"got {made.dtype} of shape {made.shape}"
-        )
+    _check_initializer(initializer, key, shape, config.dtype, site.path)
     factors = _Factors(
         types.MethodType(_call, initializer),  # hashable, whatever the initializer is
         math.prod(stack),
@@ -110,6 +117,28 @@ def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRACo
     axes = sharding.factor_axes(site.roles, part)[:2]
     a, b = sharding.make(_draw, factors, key, paths.plain(base), axes)
     return LoRAWeight(base, a, b, site.roles, alpha, part)
+
+
+def _check_initializer(
+    initializer: Callable[..., Any], key: jax.Array, shape: tuple[int, int], dtype: Any, path: str
+) -> None:
+    """Raise if an initializer does not return an array of the shape and dtype asked for."""
+    try:
+        made = jax.eval_shape(lambda key: initializer(key, shape, dtype), key)
+    except TypeError as error:
+        raise TypeError(
+            f"the initializer cannot be called as initializer(key, {shape}, dtype), as "
+            f"{path!r} needs: {error}"
+        ) from error
+    if not isinstance(made, jax.ShapeDtypeStruct):
+        got = checks.shown(made)
+    elif made.shape != shape or made.dtype != dtype:
+        got = f"{made.dtype} of shape {made.shape}"
+    else:
+        return
+    raise ValueError(
+        f"the initializer must return {dtype} of shape {shape} for {path!r}: got {got}"
+    )
 
 
 def _with_magnitude(path: str, node: LoRAWeight) -> LoRAWeight:
@@ -168,6 +197,7 @@ def dropout(params: Any, key: jax.Array, rate: float) -> Any:
 
     Raises:
         ValueError: rate is not in [0, 1), or no leaf is adapted.
+        TypeError: params is no tree of arrays, key no random key, or rate no number.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -177,8 +207,11 @@ def dropout(params: Any, key: jax.Array, rate: float) -> Any:
     >>> jaxlora.lora(model)(params, x).shape
     (2, 3)
     """
-    if not 0 <= rate < 1:
+    order = "dropout(params, key, rate)"
+    checks.check_key(key, order)
+    if not 0 <= checks.check_number(rate, "rate") < 1:
         raise ValueError(f"rate must be in [0, 1): got {rate}")
+    checks.check_tree(params, order)
     leaves, treedef = paths.flatten(params)
     if not any(isinstance(leaf, LoRAWeight) for leaf in leaves.values()):
         raise ValueError("params has no adapted weight: make some with jaxlora.init")

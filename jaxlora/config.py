@@ -4,12 +4,13 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
-from jaxlora import initializers, parts
+from jaxlora import checks, initializers, parts
 from jaxlora.initializers import FromWeight, Initializer, InitializerName, LoftQ
 from jaxlora.weight import scaling
 
@@ -27,9 +28,12 @@ class LoRAConfig:
         rank_stabilized: scale it by alpha / √rank instead (rsLoRA, Kalajdzievski 2023,
             arXiv:2312.03732), which is an alpha of alpha · √rank, and kept so in the adapters.
         targets: ``"all-linear"`` (every matmul and convolution weight whose smaller side is at
-            least the rank, no lookups), one regular expression (`re.fullmatch` on the path), or
-            a sequence of names, each a run of whole path parts, with slices behind it for a part
-            of the weight: ``"qkv/kernel[:, 0:64]"``.
+            least the rank and that is looked up nowhere; `jaxlora.init` warns of those it leaves
+            out), one regular expression (`re.fullmatch` on the path), or a sequence of names, each
+            a run of whole path parts, with slices behind it for a part of the weight:
+            ``"qkv/kernel[:, 0:64]"``. ``"all-linear"`` may be among the names. A weight that no
+            low-rank rule covers is adapted if a name ends at it, as ``"gate/kernel"``, or a target
+            matches nothing else, and runs dense (see `jaxlora.Sites`).
         exclude: as targets, but whole weights alone, and wins over them.
         layers: adapt these layers alone, by index from 0: those with such a number in their path
             (the first that ends a part of it, as in ``block_3``), or, of a weight with no number
@@ -56,7 +60,8 @@ class LoRAConfig:
         ValueError: rank below 1, alpha not finite and positive, no targets, a bad regular
             expression, no or negative layers, an unknown initializer or a dtype that is not
             floating.
-        TypeError: a rank or layer is not an int, targets are not strings, a pattern is no mapping.
+        TypeError: a rank or layer is not an int, targets are not strings, a pattern is no mapping,
+            a flag no bool.
 
     >>> import jaxlora
     >>> jaxlora.LoRAConfig(rank=8, alpha=16, targets=("query", "value")).scaling
@@ -81,20 +86,21 @@ class LoRAConfig:
     def __post_init__(self):
         object.__setattr__(self, "rank", _checked_rank(self.rank, "rank"))
         _checked_alpha(self.alpha, "alpha")
+        for field in ("targets", "exclude", "train"):
+            object.__setattr__(self, field, _checked(getattr(self, field), field))
         if not self.targets:
             raise ValueError(f"targets must name something to adapt: got {self.targets!r}")
-        object.__setattr__(self, "targets", _checked(self.targets, "targets"))
-        for field in ("exclude", "train"):
-            object.__setattr__(self, field, _checked(getattr(self, field), field))
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias must be 'none', 'all' or 'lora_only': got {self.bias!r}")
+        for field in ("rank_stabilized", "magnitude"):
+            checks.check_flag(getattr(self, field), field)
+        if not isinstance(self.bias, str) or self.bias not in ("none", "all", "lora_only"):
+            got = checks.shown(self.bias)
+            raise ValueError(f"bias must be 'none', 'all' or 'lora_only': got {got}")
         _check_initializer(self.initializer)
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_indices(self.layers, "layers"))
         for field in ("rank_pattern", "alpha_pattern", "rows"):
             object.__setattr__(self, field, _checked_pattern(getattr(self, field), field))
-        if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise ValueError(f"dtype of the factors must be floating: got {self.dtype}")
+        _check_dtype(self.dtype)
 
     @property
     def scaling(self) -> float:
@@ -107,8 +113,13 @@ class LoRAConfig:
 
 
 def _check_initializer(initializer: Any) -> None:
-    if callable(initializer) or isinstance(initializer, FromWeight | LoftQ):
+    if checks.is_function(initializer) or isinstance(initializer, FromWeight | LoftQ):
         return
+    if not isinstance(initializer, str):
+        raise TypeError(
+            f"initializer must be a function or one of {sorted(initializers.NAMED)}: "
+            f"got {checks.shown(initializer)}"
+        )
     if initializer in ("eva", "corda", "lora_ga", "loftq"):
         raise ValueError(
             f"{initializer!r} starts from data: give the initializer that has it, from "
@@ -121,44 +132,60 @@ def _check_initializer(initializer: Any) -> None:
         )
 
 
+def _check_dtype(dtype: Any) -> None:
+    needed = "dtype of the factors must be floating, as jnp.float32 or 'bfloat16'"
+    if not isinstance(dtype, str | type | np.dtype):
+        raise TypeError(f"{needed}: got {checks.shown(dtype)}")
+    try:
+        is_floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError as error:
+        raise ValueError(f"{needed}: got {dtype!r}, which is the name of none") from error
+    if not is_floating:
+        raise ValueError(f"{needed}: got {dtype}")
+
+
 def _checked_rank(rank: Any, field: str) -> int:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
-        raise TypeError(f"{field} must be an int: got {rank!r}")
+        raise TypeError(f"{field} must be an int: got {checks.shown(rank)}")
     if rank < 1:
         raise ValueError(f"{field} must be at least 1: got {rank}")
     return int(rank)
 
 
 def _checked_alpha(alpha: Any, field: str) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-        raise TypeError(f"{field} must be a number: got {alpha!r}")
-    if not (math.isfinite(alpha) and float(alpha) > 0):
+    alpha = checks.check_number(alpha, field)
+    if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"{field} must be finite and positive: got {alpha}")
-    return float(alpha)
+    return alpha
 
 
 def _checked_indices(indices: Any, field: str) -> tuple[int, ...]:
     """Return indices in rising order, or raise for what is none."""
-    if isinstance(indices, str) or not isinstance(indices, Iterable):
-        raise TypeError(f"{field} must be indices: got {indices!r}")
-    indices = tuple(indices)
+    indices = _listed(indices, f"{field} must be indices")
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, numbers.Integral):
-            raise TypeError(f"{field} must be indices: got {index!r}")
+            raise TypeError(f"{field} must be indices: got {checks.shown(index)}")
     if not indices or min(indices) < 0:
         raise ValueError(f"{field} must be indices from 0, at least one: got {indices}")
     return tuple(sorted({int(index) for index in indices}))
 
 
+def _listed(values: Any, needed: str) -> tuple[Any, ...]:
+    """Return several values as a tuple, or raise for what is one, a mapping or nothing."""
+    if not checks.is_listing(values):
+        raise TypeError(f"{needed}: got {checks.shown(values)}")
+    return tuple(values)
+
+
 def _checked_pattern(pattern: Any, field: str) -> dict[str, Any]:
     """Return a copy of a pattern, or raise for a key or a value that is none."""
     if not isinstance(pattern, Mapping):
-        raise TypeError(f"{field} must be a mapping from names: got {pattern!r}")
-    checks: dict[str, Any] = {"rank_pattern": _checked_rank, "alpha_pattern": _checked_alpha}
-    check, checked = checks.get(field, _checked_indices), {}
+        raise TypeError(f"{field} must be a mapping from names: got {checks.shown(pattern)}")
+    kinds: dict[str, Any] = {"rank_pattern": _checked_rank, "alpha_pattern": _checked_alpha}
+    check, checked = kinds.get(field, _checked_indices), {}
     for key, value in pattern.items():
         if not isinstance(key, str):
-            raise TypeError(f"the names in {field} must be strings: got {key!r}")
+            raise TypeError(f"the names in {field} must be strings: got {checks.shown(key)}")
         if not parts.is_part(key):
             _checked(key, field)
         checked[key] = check(value, f"{field}[{key!r}]")
@@ -175,12 +202,11 @@ def _checked(targets: Targets, field: str) -> Targets:
                 f"{field} is no regular expression: {error}: got {targets!r}"
             ) from error
         return targets
-    if not isinstance(targets, Iterable):
-        raise TypeError(f"{field} must be strings: got {targets!r}")
-    targets = tuple(targets)
+    needed = f"{field} must be names, as ('query', 'value'), or one regular expression"
+    targets = _listed(targets, needed)
     for name in targets:
         if not isinstance(name, str):
-            raise TypeError(f"{field} must be strings: got {name!r}")
+            raise TypeError(f"{needed}: got {checks.shown(name)} among them")
         if not name.strip("/"):
             raise ValueError(f"{field} must be runs of path parts, as 'query': got {name!r}")
         if field in ("exclude", "train") and parts.parse(name)[1] is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import parts, paths, tracing, trees
+from jaxlora import checks, parts, paths, tracing, trees
 from jaxlora.algebra import matrices
 from jaxlora.config import LoRAConfig
 from jaxlora.quantized import QuantizedWeight
@@ -46,6 +46,7 @@ def moments(
     >>> found["w"].shape, float(found["w"].max())
     ((1, 4, 4), 6.0)
     """
+    _check("moments(fn, params, batches, config=config)", fn, params, config)
     first, batches = _peeked(batches)
     base, adapters = trees.split(_observed(fn, params, first, config))
     run = tracing.observe(fn)
@@ -84,17 +85,20 @@ def gradients(
     Raises:
         ValueError: there is no batch, the targets do not fit the program, or one is quantized.
     """
+    _check("gradients(loss, params, batches, config=config)", loss, params, config, "loss")
     first, batches = _peeked(batches)
     leaves, treedef = paths.flatten(params)
     sites = find_sites(loss, params, *first)
     targets = select(config, sites)
     if held := [path for path, *_ in targets if isinstance(leaves[path], QuantizedWeight)]:
         raise ValueError(f"{held[0]!r} is quantized and has no gradient: dequantize it before")
+    run = tracing.lora(loss)  # others may be quantized
+    _check_scalar(jax.eval_shape(run, params, *first))
 
     @jax.jit
     def of_batch(weights, leaves, args):
         def lost(weights):
-            return loss(treedef.unflatten((leaves | weights).values()), *args)
+            return run(treedef.unflatten((leaves | weights).values()), *args)
 
         found = jax.grad(lost)(weights)
         return {
@@ -109,9 +113,23 @@ def gradients(
     return jax.tree.map(lambda x: x / count, total)
 
 
+def _check(order: str, fn: Any, params: Any, config: Any, name: str = "fn") -> None:
+    checks.check_function(fn, order, name)
+    checks.check_plain(checks.check_tree(params, order), order.partition("(")[0], with_values=True)
+    checks.check_config(config, LoRAConfig)
+
+
+def _check_scalar(value: Any) -> None:
+    """Raise if the value of a loss is not one floating number."""
+    is_array = hasattr(value, "shape")
+    if not is_array or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+        got = f"{value.dtype} of shape {value.shape}" if is_array else checks.shown(value)
+        raise ValueError(f"loss must return one floating number: got {got}")
+
+
 def _peeked(batches: Iterable[tuple[Any, ...]]) -> tuple[Any, Iterator[tuple[Any, ...]]]:
     """Return the first batch, and all."""
-    batches = iter(batches)
+    batches = checks.each_batch(batches)
     first = next(batches, None)
     if first is None:
         raise ValueError("there is no batch: at least one is needed")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import paths
+from jaxlora import checks, paths
 from jaxlora.algebra import matrices
 from jaxlora.trees import FACTORS, mask
 from jaxlora.weight import Adapter, LoRAWeight
@@ -48,6 +48,7 @@ def freeze(
 
     Raises:
         ValueError: train names nothing, or what is no factor; at ``init``, a tree without factors.
+        TypeError: tx is no optax transform, or train no names.
 
     >>> import jax, jax.numpy as jnp, jaxlora, optax
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -60,7 +61,10 @@ def freeze(
     """
     import optax
 
-    names = (train,) if isinstance(train, str) else tuple(train)
+    _check_transform(tx)
+    names = (train,) if isinstance(train, str) else train
+    if not checks.is_listing(names) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"train must name some of {FACTORS}: got {checks.shown(train)}")
     if not names or not {*names} <= {*FACTORS}:
         raise ValueError(f"train must name some of {FACTORS}: got {train!r}")
 
@@ -78,6 +82,13 @@ def freeze(
         return factors_only.init(params)
 
     return optax.GradientTransformationExtraArgs(init, factors_only.update)
+
+
+def _check_transform(tx: Any) -> None:
+    if not isinstance(tx, tuple) or not all(hasattr(tx, name) for name in ("init", "update")):
+        raise TypeError(
+            f"tx must be an optax transform, as optax.adam(1e-3): got {checks.shown(tx)}"
+        )
 
 
 def _zeros(updates: Any, params: Any) -> Any:
@@ -204,6 +215,7 @@ def precondition(damping: float = 1e-6) -> optax.GradientTransformation:
 
 def _checked(numbers: dict[str, float], what: str, *, least: float) -> dict[str, float]:
     for name, number in numbers.items():
+        number = checks.check_number(number, name)
         if not (math.isfinite(number) and number >= least):
             needed = "positive" if least else "not negative"
             raise ValueError(f"{what} must be finite and {needed}: got {name}={number}")

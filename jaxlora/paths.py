@@ -7,7 +7,7 @@ that an NNX state, a boxed and a plain tree of one model have one set of paths.
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,6 +103,34 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
             )
         leaves[path] = leaf
     return leaves, treedef
+
+
+_STATES = {"BatchStat", "Cache", "Intermediate", "Perturbation", "RngState"}
+
+
+def states(tree: Any) -> set[str]:
+    """Return the paths of what Flax keeps beside the parameters, as statistics and caches.
+
+    In Linen variables that is what is not in ``params``; in an NNX state it is told by the class
+    of the variable. Flax is not imported for it.
+    """
+
+    def is_state(leaf):
+        return any(
+            c.__name__ in _STATES and c.__module__.startswith("flax.nnx")
+            for c in type(leaf).__mro__
+        )
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: is_node(x) or is_state(x)
+    )
+    found = zip(names([keys for keys, _ in flat]), flat, strict=True)
+    is_linen = isinstance(tree, Mapping) and "params" in tree
+    return {
+        path
+        for path, (_, leaf) in found
+        if is_state(leaf) or (is_linen and path.partition("/")[0] != "params")
+    }
 
 
 def nearest(path: str, candidates: Iterable[str], count: int = 3) -> str:

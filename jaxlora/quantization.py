@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import paths, quantized, sharding, tracing
+from jaxlora import checks, paths, quantized, sharding, tracing
 from jaxlora.config import ALL_LINEAR, LoRAConfig, Targets
 from jaxlora.quantized import Code, Kind, QuantizedWeight
 from jaxlora.selection import select
@@ -31,7 +31,7 @@ class Quantization:
 
     Raises:
         ValueError: there is no such kind, the block size is below 2, or targets are none.
-        TypeError: the block size is not an int, targets are not strings.
+        TypeError: the block size is not an int, double no bool, targets are not strings.
     """
 
     kind: Kind = "nf4"
@@ -41,10 +41,12 @@ class Quantization:
     exclude: Targets = ()
 
     def __post_init__(self):
-        if self.kind not in typing.get_args(Kind):
-            raise ValueError(f"kind must be one of {typing.get_args(Kind)}: got {self.kind!r}")
+        kinds = typing.get_args(Kind)
+        if not isinstance(self.kind, str) or self.kind not in kinds:
+            raise ValueError(f"kind must be one of {kinds}: got {checks.shown(self.kind)}")
+        checks.check_flag(self.double, "double")
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
-            raise TypeError(f"block_size must be an int: got {self.block_size!r}")
+            raise TypeError(f"block_size must be an int: got {checks.shown(self.block_size)}")
         if self.block_size < 2:
             raise ValueError(f"block_size must be at least 2: got {self.block_size}")
         chosen = LoRAConfig(rank=1, targets=self.targets, exclude=self.exclude)
@@ -77,6 +79,7 @@ def quantize(
     Raises:
         ValueError: the targets do not fit the program or name parts of weights, a weight is
             quantized already or trained whole, or is not finite.
+        TypeError: fn is no function, params no tree of arrays, or config no `Quantization`.
         ImportError: qwix is not installed.
 
     >>> import jax, jax.numpy as jnp, jaxlora
@@ -89,6 +92,10 @@ def quantize(
     >>> jaxlora.lora(model)(params, x).shape
     (2, 64)
     """
+    order = "quantize(fn, params, *args, config=config)"
+    checks.check_function(fn, order)
+    checks.check_tree(params, order)
+    checks.check_config(config, Quantization)
     leaves, treedef = paths.flatten(params)
     sites = find_sites(fn, params, *args, **kwargs)
     code = Code(config.kind, config.block_size, config.double)

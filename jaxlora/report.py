@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxlora import paths, table, tracing
+from jaxlora import checks, table, tracing
 from jaxlora.tracing import cost
 from jaxlora.weight import LoRAWeight
 
@@ -79,6 +79,7 @@ def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -
 
     Raises:
         ValueError: no leaf of params is adapted.
+        TypeError: fn is no function, or params no tree of arrays.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -91,7 +92,9 @@ def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -
     <BLANKLINE>
     extra 38 FLOPs, 208 bytes
     """
-    leaves, _ = paths.flatten(params)
+    order = "explain(fn, params, *args)"
+    checks.check_function(fn, order)
+    leaves = checks.check_tree(params, order)
     adapted = [path for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)]
     if not adapted:
         raise ValueError("params has no adapted weight: make some with jaxlora.init")

@@ -1,11 +1,9 @@
 """What the user's choices choose: the weights to adapt, each with its part, rank and alpha.
 
-A target is a name (a run of whole path parts: ``"query"``, ``"mlp/up"``) or the one regular
-expression that has to match whole paths. Every target must match; what matches nothing is a
-mistake in the target, not a wish to adapt nothing.
+Every target must match; what matches nothing is a mistake in the target, not a wish to adapt
+nothing.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import parts, paths
-from jaxlora.config import ALL_LINEAR, LoRAConfig, Targets
-from jaxlora.sites import Sites
+from jaxlora.config import LoRAConfig, Targets
+from jaxlora.patterns import contains, ends_in, hint, layer, matched, matches, means, without_all
+from jaxlora.sites import Sites, is_bias
 
 
 class Target(NamedTuple):
@@ -33,22 +32,6 @@ class Target(NamedTuple):
     alpha: float
 
 
-def _contains(path: str, name: str) -> bool:
-    """Tell whether a name is a run of whole parts of a path."""
-    return f"/{name.strip('/')}/" in f"/{path}/"
-
-
-def matches(targets: Targets, candidates: Iterable[str]) -> dict[str, list[str]]:
-    """Return for each target the paths it matches, in order; a regular expression is one target."""
-    candidates = list(candidates)
-    if isinstance(targets, str):
-        return {targets: [path for path in candidates if re.fullmatch(targets, path)]}
-    found = {name: [path for path in candidates if _contains(path, name)] for name in targets}
-    for name in (name for name, paths_of in found.items() if not paths_of):  # perhaps of a part
-        found[name] = [path for path in candidates if _contains(path, parts.parse(name)[0])]
-    return found
-
-
 def select(config: LoRAConfig, sites: Sites) -> list[Target]:
     """Return what to adapt, in the order of the tree.
 
@@ -64,21 +47,19 @@ def select(config: LoRAConfig, sites: Sites) -> list[Target]:
             two parts of a weight overlap; a layer or a name in a pattern is of no target; nothing
             is left to adapt.
     """
-    excluded = {p for _, p in _matched(config.exclude, "exclude", sites)} if config.exclude else ()
-    is_all = config.targets == ALL_LINEAR
-    if is_all:
-        named = {(site.path, None) for site in sites if not site.is_lookup}
-    else:
-        matched = _matched(config.targets, "target", sites, only_sites=True)
-        named = {(path, _part(config.targets, name, path, sites)) for name, path in matched}
-    named = {(path, part) for path, part in named if path not in excluded}
+    excluded = {path for _, path in _matched(config.exclude, "exclude", sites.shapes)}
+    takes_all, names = without_all(config.targets)
+    found = _usable(names, sites, _trained_whole(config, sites.shapes))
+    own = {(path, _part(names, name, path, sites)) for name, path in found}
+    every = {site.path for site in sites if takes_all and not site.is_looked_up}
+    every -= {path for path, _ in own}
+    wanted = own | {(path, None) for path in every}
+    wanted = {(path, part) for path, part in wanted if path not in excluded}
     if config.layers is not None:
-        named = set(_in_layers(config.layers, named, sites))
-    chosen = [_target(config, path, part, sites.shapes[path]) for path, part in named]
-    if is_all:
-        chosen = [target for target in chosen if target.rank <= sites[target.path].max_rank]
-    else:
-        _check_parts(chosen, sites)
+        wanted = set(_in_layers(config.layers, wanted, sites))
+    chosen = [_target(config, path, part, sites.shapes[path]) for path, part in wanted]
+    chosen = [t for t in chosen if t.path not in every or t.rank <= sites[t.path].max_rank]
+    _check_parts(chosen, sites)
     if not chosen:
         raise ValueError(
             f"nothing to adapt: targets={config.targets!r} and exclude={config.exclude!r} leave "
@@ -113,11 +94,12 @@ def select_whole(config: LoRAConfig, leaves: dict[str, Any]) -> dict[str, tuple[
     if config.bias != "none":
         named.append(("bias", _biases(config.bias, leaves), None))
     for name, rows in config.rows.items():
-        named.append((name, [path for path in leaves if _means(name, path, None, ())], rows))
+        named.append((name, [path for path in leaves if means(name, path, None, ())], rows))
     for name, of, rows in named:
         if not of:
             raise ValueError(
                 f"{name!r} is to be trained, but is no leaf; {paths.nearest(name, leaves)}"
+                f"{hint(name, is_expression=name == config.train)}"
             )
         for path in of:
             if found.setdefault(path, (name, rows))[1] != rows:
@@ -134,7 +116,7 @@ def _biases(which: str, leaves: dict[str, Any]) -> list[str]:
     return [
         "".join(path)
         for path in found
-        if path[2] in ("bias", "b") and (which == "all" or path[0] in beside)
+        if is_bias(path[2]) and (which == "all" or path[0] in beside)
     ]
 
 
@@ -151,18 +133,18 @@ def _check_trainable(name: str, path: str, leaf: Any, rows: tuple[int, ...] | No
 
 def _part(targets: Targets, name: str, path: str, sites: Sites) -> parts.Part | None:
     """Return the part of the leaf at a path that a target means."""
-    if isinstance(targets, str) or _contains(path, name):
+    if isinstance(targets, str) or contains(path, name):
         return None
     return parts.resolve(parts.parse(name)[1], sites.shapes[path])
 
 
 def _in_layers(
-    layers: Sequence[int], named: Iterable[tuple[str, parts.Part | None]], sites: Sites
+    layers: Sequence[int], named: set[tuple[str, parts.Part | None]], sites: Sites
 ) -> Iterator[tuple[str, parts.Part | None]]:
     """Yield what of the named weights and parts lies in some layers; each has to be somewhere."""
     found: set[int] = set()
     for path, part in named:
-        stack, number = sites[path].stack, _layer(path)
+        stack, number = sites[path].stack, layer(path)
         if number is not None:
             found.add(number)
             if number in layers:
@@ -176,17 +158,19 @@ def _in_layers(
             for start, stop in _runs(kept):
                 yield path, _cut(part, stack[0], (start, stop), sites.shapes[path])
     if missing := sorted(set(layers) - found):
-        raise ValueError(f"the targets have no layers {missing}: they have {sorted(found)}")
+        without = "" if found else _without_layers(named)
+        raise ValueError(
+            f"the targets have no layers {missing}: they have {sorted(found)}{without}"
+        )
 
 
-def _layer(path: str) -> int | None:
-    """Return the first number that ends a part of a path, None where there is none.
-
-    >>> _layer("params/block_3/dense_1/kernel"), _layer("params/blocks/kernel")
-    (3, None)
-    """
-    found = re.search(r"(?:^|/)(?:[^/]*[^/0-9])?([0-9]+)(?=/|$)", path)
-    return int(found[1]) if found else None
+def _without_layers(named: set[tuple[str, parts.Part | None]]) -> str:
+    """Return what to do where no target is in a layer."""
+    paths_of = ", ".join(repr(path) for path in sorted(path for path, _ in named)[:3])
+    return (
+        "; a layer is a number that ends a path part, as in 'block_3', or an entry along the "
+        f"first stack axis, and {paths_of or 'nothing'} has neither: choose layers by targets"
+    )
 
 
 def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
@@ -214,7 +198,7 @@ def _target(config: LoRAConfig, path: str, part: parts.Part | None, shape: Any) 
     values: dict[str, Any] = {"rank_pattern": config.rank, "alpha_pattern": config.alpha}
     for field, default in values.items():
         pattern = getattr(config, field)
-        keys = [key for key in pattern if _means(key, path, part, shape)]
+        keys = [key for key in pattern if means(key, path, part, shape)]
         if len(keys) > 1:
             raise ValueError(f"{field} must name {parts.name(path, part)!r} once: got {keys}")
         values[field] = pattern[keys[0]] if keys else default
@@ -222,19 +206,11 @@ def _target(config: LoRAConfig, path: str, part: parts.Part | None, shape: Any) 
     return Target(path, part, rank, config.plain_alpha(alpha, rank))
 
 
-def _means(key: str, path: str, part: parts.Part | None, shape: Any) -> bool:
-    """Tell whether a key of a pattern is a name, or the expression, of a path or of a part."""
-    if parts.is_part(key):
-        name, text = parts.parse(key)
-        return _contains(path, name) and parts.resolve(text, shape) == part
-    return _contains(path, key) or bool(re.fullmatch(key, path))
-
-
 def _check_patterns(config: LoRAConfig, chosen: list[Target], shapes: dict[str, Any]) -> None:
     """Raise if a pattern names something that is not adapted."""
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
-            if not any(_means(key, *t[:2], shapes[t.path]) for t in chosen):
+            if not any(means(key, *t[:2], shapes[t.path]) for t in chosen):
                 near = paths.nearest(key, [target.path for target in chosen])
                 raise ValueError(f"{field} names {key!r}, which is no target; {near}")
 
@@ -254,22 +230,51 @@ def _check_parts(chosen: list[Target], sites: Sites) -> None:
                 raise ValueError(f"the targets {names} overlap: one element has one adapter")
 
 
-def _matched(
-    targets: Targets, word: str, sites: Sites, *, only_sites: bool = False
-) -> list[tuple[str, str]]:
-    """Return targets with each path they match; each has to match one, if asked a site."""
-    matched = []
-    for name, found in matches(targets, sites.shapes).items():
-        if not found:
-            near = paths.nearest(name, sites.sites if only_sites else sites.shapes)
-            raise ValueError(f"{word} {name!r} matches no leaf; {near}")
-        usable = [path for path in found if path in sites] if only_sites else found
-        if not usable:
-            why = "; ".join(f"{path!r}: {sites.skipped[path]}" for path in found[:3])
-            near = paths.nearest(name, sites.sites)
-            raise ValueError(
-                f"{word} {name!r} matches no leaf that a supported operation consumes ({why}); "
-                f"nearest sites: {near.removeprefix('nearest: ')}"
-            )
-        matched += [(name, path) for path in usable]
-    return matched
+def _matched(targets: Targets, word: str, shapes: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return targets with each path they match; each has to match one."""
+    found = matches(targets, shapes) if targets else {}
+    for name, of in found.items():
+        if not of:
+            more = hint(name, is_expression=isinstance(targets, str))
+            near = paths.nearest(name, shapes)
+            raise ValueError(f"{word} {name!r} matches no leaf; {near}{more}")
+    return [(name, path) for name, of in found.items() for path in of]
+
+
+def _usable(targets: Targets, sites: Sites, trained: set[str]) -> list[tuple[str, str]]:
+    """Return targets with each weight they match; each has to match one that can be adapted.
+
+    What no rule consumes runs dense, and so has to be meant: by its own name, or by a target that
+    matches no other weight.
+    """
+    usable = []
+    matched = _matched(targets, "target", sites.shapes)
+    for name in dict.fromkeys(name for name, _ in matched):
+        found = [path for of, path in matched if of == name]
+        low_rank = [path for path in found if path in sites]
+        dense = [path for path in found if path in sites.dense and path not in trained]
+        if low_rank:
+            is_name = not isinstance(targets, str)
+            dense = [path for path in dense if is_name and ends_in(path, name)]
+        if not low_rank and not dense:
+            raise ValueError(_no_site(name, found, sites))
+        usable += [(name, path) for path in found if path in {*low_rank, *dense}]
+    return usable
+
+
+def _no_site(name: str, found: list[str], sites: Sites) -> str:
+    """Return the message for a target that matches leaves, none of which can be adapted."""
+    why = "; ".join(f"{path!r}: {sites.skipped[path]}" for path in found[:3])
+    near = paths.nearest(name, sites.sites).removeprefix("nearest: ")
+    return (
+        f"target {name!r} matches no leaf that a supported operation consumes ({why}); "
+        f"nearest sites: {near}"
+    )
+
+
+def _trained_whole(config: LoRAConfig, candidates: Iterable[str]) -> set[str]:
+    """Return the leaves that the config names to be trained whole or by rows."""
+    candidates = list(candidates)
+    by_rows = (path for path in candidates for key in config.rows if means(key, path, None, ()))
+    biases = (path for path in candidates if config.bias != "none" and is_bias(path))
+    return {*matched(config.train, candidates), *by_rows, *biases}

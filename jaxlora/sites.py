@@ -4,15 +4,19 @@ The evaluation is abstract: nothing is computed.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora import paths, table, tracing
+from jaxlora import checks, paths, table, tracing
 from jaxlora.tracing import boundary
+from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import Roles
+
+UNUSED, RETURNED = "the program does not use it", "the program returns it and consumes it nowhere"
+_ADDITIONS = {"add", "add_any", "sub"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,15 @@ class Site:
         """Whether rows of it are looked up and it is never contracted."""
         return all(use.kind != tracing.CONTRACTED for use in self.uses)
 
+    @property
+    def is_looked_up(self) -> bool:
+        """Whether rows of it are looked up anywhere, as in an embedding that is also the head.
+
+        An entry of a stack that is picked by an index, as an expert, is no row.
+        """
+        rows = (use.in_ - {*self.roles.stack} for use in self.uses if use.kind == tracing.LOOKED_UP)
+        return any(rows)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sites:
@@ -67,11 +80,16 @@ class Sites:
         sites: the sites by path.
         skipped: for each other leaf, why it is no site.
         shapes: shape of every leaf.
+        dense: those of the other leaves that can be adapted by name, and run dense: weights of two
+            or more axes that reach operations without a low-rank rule alone. The axes that a loop
+            runs over are their stack, the last of the others is out, and the rest are in. They are
+            indexed by path as the sites are, but not among them.
     """
 
     sites: dict[str, Site]
     skipped: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    dense: dict[str, Site] = dataclasses.field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites.values())
@@ -83,10 +101,11 @@ class Sites:
         return path in self.sites
 
     def __getitem__(self, path: str) -> Site:
-        if path not in self.sites:
+        found = self.sites | self.dense
+        if path not in found:
             near = paths.nearest(path, self.sites)
             raise KeyError(f"no site {path!r}: {self.skipped.get(path, 'no such leaf')}; {near}")
-        return self.sites[path]
+        return found[path]
 
     def __str__(self):
         rows = []
@@ -96,7 +115,8 @@ class Sites:
                 used = ", ".join(sorted({f"{use.operation}" for use in site.uses}))
                 cells = (str(site.stack), str(site.in_), str(site.out), used)
             else:
-                cells = ("", "", "", f"no site: {self.skipped[path]}")
+                by_name = "; by name it runs dense" if path in self.dense else ""
+                cells = ("", "", "", f"no site: {self.skipped[path]}{by_name}")
             rows.append((path, str(shape), *cells))
         return table.render_folded(("path", "shape", "stack", "in", "out", "used by"), rows)
 
@@ -117,6 +137,7 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
 
     Raises:
         ValueError: the tree is empty, or two leaves have the same path.
+        TypeError: fn is no function, or params no tree of arrays.
 
     >>> import jax.numpy as jnp, jaxlora
     >>> def model(params, x):
@@ -128,9 +149,10 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
     bias  (3,)                       no site: reaches add
     w     (4, 3)  ()     (0,)  (1,)  dot_general
     """
+    order = "find_sites(fn, params, *args)"
+    checks.check_function(fn, order)
+    checks.check_tree(params, order)
     leaves, treedef = paths.flatten(params)
-    if not leaves:
-        raise ValueError("params is an empty tree: it must hold the weights of the program")
     leaves = {path: _plain(leaf) for path, leaf in leaves.items()}
     params = treedef.unflatten(leaves.values())
     unfit = {path: why for path, leaf in leaves.items() if (why := _unfit(leaf))}
@@ -139,29 +161,37 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
     program = tracing.trace(fn, (params, *args), kwargs)
     fit = [path for path, leaf in leaves.items() if tracing.is_array(leaf)]
 
+    returned: set[str] = set()
+
     def run(*arrays):
         values = list(arrays)
         for i, path in enumerate(fit):
             if path not in unfit:
                 values[i] = boundary.probe(path, values[i])
-        return [*map(evaluator.left, evaluator.run(program.jaxpr, *values))]
+        outs = [*map(evaluator.left, evaluator.run(program.jaxpr, *values))]
+        returned.update(*(out.origin.paths for out in outs if isinstance(out, LowRank)))
+        return outs
 
     jax.eval_shape(run, *program.inputs)
     uses: dict[str, list[tracing.Use]] = {path: [] for path in leaves}
     for use in recorder.uses:
         uses[use.path].append(use)
-    sites, skipped = {}, dict(unfit)
+    sites, skipped, dense, states = {}, dict(unfit), {}, paths.states(params)
     for path, leaf in leaves.items():
         if path in unfit:
             continue
+        shape = tuple(leaf.shape)
         supported = tuple(use for use in uses[path] if use.kind != tracing.MATERIALIZED)
-        roles = _roles(supported, leaf.ndim)
-        if roles is None:
-            skipped[path] = _why(uses[path])
-        else:
-            sites[path] = Site(path, tuple(leaf.shape), leaf.dtype, roles, supported)
+        if (roles := _roles(supported, leaf.ndim)) is not None:
+            sites[path] = Site(path, shape, leaf.dtype, roles, supported)
+            continue
+        skipped[path] = _why(uses[path], path in returned)
+        if path in states:
+            continue
+        if (roles := _dense_roles(path, uses[path], shape)) is not None:
+            dense[path] = Site(path, shape, leaf.dtype, roles, tuple(uses[path]))
     shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves.items()}
-    return Sites(sites, skipped, shapes)
+    return Sites(sites, skipped, shapes, dense)
 
 
 def _plain(leaf: Any) -> Any:
@@ -212,7 +242,29 @@ def _roles_of(use: tracing.Use, ndim: int) -> Roles | None:
     return Roles(*(tuple(sorted(axes)) for axes in (stack, in_, out)))
 
 
-def _why(uses: list[tracing.Use]) -> str:
+def _dense_roles(path: str, uses: list[tracing.Use], shape: tuple[int, ...]) -> Roles | None:
+    """Return the roles of a weight that no rule consumes, None where it is a vector or a bias."""
+    operations = {use.operation for use in uses}
+    if not operations or (is_bias(path) and operations <= _ADDITIONS):
+        return None
+    stack = frozenset().union(*(use.stack for use in uses))
+    rest = [axis for axis in range(len(shape)) if axis not in stack]
+    if not is_matrix([shape[axis] for axis in rest]):
+        return None
+    return Roles(tuple(sorted(stack)), tuple(rest[:-1]), tuple(rest[-1:]))
+
+
+def is_bias(path: str) -> bool:
+    """Tell whether a leaf is called a bias: its name is ``bias`` or ``b``."""
+    return path.rpartition("/")[2] in ("bias", "b")
+
+
+def is_matrix(sizes: Sequence[int]) -> bool:
+    """Tell whether an array has two or more axes, those of size 1 not counted."""
+    return sum(size > 1 for size in sizes) >= 2
+
+
+def _why(uses: list[tracing.Use], is_returned: bool) -> str:
     if not uses:
-        return "the program does not use it"
+        return RETURNED if is_returned else UNUSED
     return "reaches " + ", ".join(sorted({use.operation for use in uses}))

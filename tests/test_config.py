@@ -53,8 +53,10 @@ def test_all_linear_takes_every_product_and_no_lookup_or_smaller_side():
     case = linen_layers()
     every = [f"params/block_{i}/{name}/kernel" for i in range(3) for name in ("down", "up")]
     assert adapted(case, rank=8) == every
-    tied = linen_tied_embedding()
-    assert adapted(tied, rank=2) == ["params/dense/kernel", "params/embed/embedding"]
+    tied = linen_tied_embedding()  # looked up and multiplied with
+    with pytest.warns(jaxlora.SkippedWeightWarning, match="embedding .*: it is looked up"):
+        assert adapted(tied, rank=2) == ["params/dense/kernel"]
+    assert adapted(tied, rank=2, targets=("embed",)) == ["params/embed/embedding"]
 
     def model(params, x, i):
         return x @ params["big"] @ params["narrow"] + params["table"][i]

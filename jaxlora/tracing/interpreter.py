@@ -124,7 +124,7 @@ class Evaluator:
             return deferred.now(value)
         kind = LOOKED_UP if value.is_rows() else MATERIALIZED
         if self.recorder is not None:
-            fields = {} if value.is_rows() else {"reason": reason}
+            fields = {} if value.is_rows() else {"reason": reason, "stack": frozenset()}
             self.recorder.record(eqn, where, value, kind, **fields)
         if not value.is_rows():
             self.complain(where, value, reason)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxlora import paths
+from jaxlora import checks, paths
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.tracing import boundary, deferred
 from jaxlora.tracing.interpreter import Evaluator, Form, Options
@@ -122,6 +122,7 @@ def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:
     Raises:
         ValueError: there is no such form; with strict, at a call in which a weight reaches an
             operation without a low-rank rule. Without strict this is a `MaterializationWarning`.
+        TypeError: fn is no function, or strict no bool.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> def model(params, x):
@@ -132,7 +133,9 @@ def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:
     >>> bool((jaxlora.lora(model)(adapted, x) == model(params, x)).all())
     True
     """
-    if form not in typing.get_args(Form):
+    checks.check_function(fn, "lora(fn)(params, *args)")
+    checks.check_flag(strict, "strict")
+    if not isinstance(form, str) or form not in typing.get_args(Form):
         raise ValueError(f"form must be one of {typing.get_args(Form)}: got {form!r}")
     return _low_rank(fn, Options(strict=strict, form=form))
 
