@@ -12,7 +12,7 @@ from modules import CASES, CONFIG, Network, Sequential, X, close, copied, normal
 
 import jaxlora
 import jaxlora.nnx
-from jaxlora.nnx import Adapted, Factor, adapt
+from jaxlora.nnx import Adapted, Factor, Frozen, adapt
 
 OF_FACTORS = nnx.DiffState(0, Factor)
 
@@ -42,17 +42,17 @@ def test_adapted_is_the_merged_module(case):
     close(of_adapted(fresh, case.x)[0], of_plain(plain, case.x)[0])
     close(nnx.state(fresh.model), nnx.state(plain))
 
-    base = jax.tree.map(np.asarray, nnx.state(adapted.model, nnx.Param))
+    base = jax.tree.map(np.asarray, nnx.state(adapted.model, Frozen))
     merged = jaxlora.nnx.merge(pretrained(adapted))
     assert type(merged) is type(adapted.model)
     for _ in range(2):  # the second call starts from the state that the first has left
         out, grads = of_adapted(adapted, case.x)
         wanted, dense = of_plain(merged, case.x)
         close(out, wanted)
-        others = nnx.Not(nnx.Param)
+        others = nnx.Not(nnx.Any(nnx.Param, Frozen))
         close(nnx.state(adapted.model, others), nnx.state(merged, others))
         check_gradients(adapted, grads, dense)
-    jax.tree.map(np.testing.assert_array_equal, base, nnx.state(adapted.model, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, base, nnx.state(adapted.model, Frozen))
 
 
 def check_gradients(adapted, grads, dense):
@@ -90,12 +90,11 @@ def test_same_key_gives_what_the_functional_api_gives(model, key):
 def test_training_moves_the_factors_alone(model, key):
     model = Network(nnx.Rngs(0))
     adapted = adapt(key, model, X, config=CONFIG)
-    assert adapted.model is model
     optimizer = nnx.Optimizer(adapted, optax.adamw(1e-2), wrt=Factor)
     size = sum(x.size for x in jax.tree.leaves(nnx.state(adapted, Factor)))
     assert size == 2 * (4 + 8) + 2 * (8 + 3)
     assert sum(x.size for x in jax.tree.leaves(nnx.state(optimizer))) == 2 * size + 2
-    base = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
+    base = jax.tree.map(np.asarray, nnx.state(adapted.model, Frozen))
     before = jax.tree.map(np.asarray, nnx.state(adapted, Factor))
     traces = []
 
@@ -112,10 +111,10 @@ def test_training_moves_the_factors_alone(model, key):
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes int32 and float
         losses = [step(adapted, optimizer, X, normal(2, 5, 3)) for _ in range(30)]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(model, nnx.Param), base)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted.model, Frozen), base)
     moved = jax.tree.map(lambda x, y: (x != y).all(), before, nnx.state(adapted, Factor))
     assert all(jax.tree.leaves(moved))
-    assert nnx.state(model, nnx.RngCount)["dropout"]["rngs"]["count"][...] == 30
+    assert nnx.state(adapted.model, nnx.RngCount)["dropout"]["rngs"]["count"][...] == 30
     assert len(traces) == 1
 
 
@@ -214,8 +213,8 @@ def test_cache_and_intermediates_are_kept(key):
         wanted, wanted_seen = nnx.capture(call, nnx.Intermediate)(plain, x)
         close(out, wanted)
         close(seen["model"], wanted_seen)
-    close(nnx.state(model, nnx.Cache), nnx.state(plain, nnx.Cache))
-    assert nnx.state(model, nnx.Cache)["cache_index"][...] == 3
+    close(nnx.state(adapted.model, nnx.Cache), nnx.state(plain, nnx.Cache))
+    assert nnx.state(adapted.model, nnx.Cache)["cache_index"][...] == 3
 
 
 def test_dropout_is_for_training_alone(model, key):
@@ -279,8 +278,8 @@ def test_writes_to_weights_hold_for_one_call(key):
             self.calls = self.calls + 1
             return x @ self.param[...] @ self.other
 
-    model = Doubled()
-    adapted = pretrained(adapt(key, model, X, config=CONFIG))
+    adapted = pretrained(adapt(key, Doubled(), X, config=CONFIG))
+    model = adapted.model
     plain = jaxlora.merge(adapted.params())
     for _ in range(2):
         close(adapted(X), 4 * X @ plain["param"][...] @ plain["other"])
@@ -295,11 +294,11 @@ def test_variables_made_in_a_call_are_kept(key):
             self.seen = nnx.Intermediate(self.encode(x))
             return self.down(self.seen[...])
 
-    model, plain = Watched(), Watched()
-    adapted = adapt(key, model, X, config=CONFIG)
+    plain = Watched()
+    adapted = adapt(key, Watched(), X, config=CONFIG)
     for x in (X, 2 * X):
         close(nnx.jit(lambda model, x: model(x))(adapted, x), plain(x))
-        close(nnx.state(model), nnx.state(plain))
+        close(nnx.state(jaxlora.nnx.merge(adapted)), nnx.state(plain))
 
 
 @pytest.mark.parametrize("made", [lambda calls: calls + 1, lambda calls: nnx.Dict(x=nnx.Param(X))])
@@ -337,6 +336,6 @@ def test_mistakes_are_named(model, key):
     ]:
         with pytest.raises(error, match=message):
             mistake()
-    model.up = nnx.Linear(4, 9, rngs=nnx.Rngs(0))
+    adapted.model.up = nnx.Linear(4, 9, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="'up/kernel' is for a weight of shape \\(4, 8\\)"):
         adapted(X)
