@@ -1,7 +1,5 @@
 """A module with adapters is a module: NNX itself calls, trains and stores it."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,121 +8,13 @@ import numpy as np
 import optax
 import pytest
 from flax import errors, nnx
+from modules import CASES, CONFIG, Network, Sequential, X, close, copied, normal, pretrained
 
 import jaxlora
 import jaxlora.nnx
-from jaxlora.nnx import Adapted, Factor, adapt
+from jaxlora.nnx import Adapted, Factor, Frozen, adapt
 
 OF_FACTORS = nnx.DiffState(0, Factor)
-CONFIG = jaxlora.LoRAConfig(rank=2, alpha=4)
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def copied(node):
-    graphdef, state = nnx.split(node)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
-
-
-def pretrained(model):
-    """Return a model with its factors, also b, moved away from where they start."""
-    factors, seeds = nnx.state(model, Factor), iter(range(99))
-    moved = jax.tree.map(lambda x: x + 0.3 * normal(next(seeds), *x.shape), factors)
-    nnx.update(model, moved)
-    return model
-
-
-def close(got, wanted, atol=1e-5):
-    def check(x, y):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol)
-
-    jax.tree.map(check, got, wanted)
-
-
-class Network(nnx.Module):
-    def __init__(self, rngs):
-        self.first = nnx.Linear(4, 8, rngs=rngs)
-        self.norm = nnx.BatchNorm(8, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.last: Any = nnx.Linear(8, 3, rngs=rngs)
-
-    def encode(self, x):
-        return nnx.relu(self.norm(self.first(x)))
-
-    def __call__(self, x):
-        return self.last(self.dropout(self.encode(x)))
-
-
-class Tied(nnx.Module):
-    def __init__(self, rngs):
-        self.embed = nnx.Embed(7, 4, rngs=rngs)
-        self.zero = nnx.Linear(4, 4, rngs=rngs)
-        self.head, self.again = self.embed, self.zero
-
-    def __call__(self, tokens):
-        return self.head.attend(self.again(jnp.tanh(self.zero(self.embed(tokens)))))
-
-
-class Stack(nnx.Module):
-    def __init__(self, rngs):
-        create = nnx.vmap(Layer, in_axes=0, out_axes=0)
-        self.layers = nnx.split_rngs(splits=3)(create)(rngs)
-
-    def __call__(self, x):
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        @nnx.remat
-        def run(layer, x):
-            return layer(x)
-
-        return run(self.layers, x)
-
-
-class Layer(nnx.Module):
-    def __init__(self, rngs):
-        self.linear = nnx.Linear(4, 4, rngs=rngs)
-        self.norm = nnx.BatchNorm(4, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x):
-        return self.dropout(self.norm(jnp.tanh(self.linear(x))))
-
-
-class Ensemble(nnx.Module):
-    def __init__(self, rngs):
-        create = nnx.vmap(lambda rngs: nnx.Linear(4, 3, rngs=rngs), in_axes=0, out_axes=0)
-        self.members = nnx.split_rngs(splits=3)(create)(rngs)
-
-    def __call__(self, x):
-        return nnx.vmap(lambda member, x: member(x), in_axes=(0, None))(self.members, x)
-
-
-def boxed(rngs):
-    init = nnx.with_metadata(nnx.initializers.lecun_normal(), note="boxed")
-    return nnx.LinearGeneral((2, 4), 3, axis=(-2, -1), kernel_init=init, rngs=rngs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    make: Callable[..., Any]
-    x: Any
-    targets: Any = "all-linear"
-
-    def adapted(self, key=0):
-        config = dataclasses.replace(CONFIG, targets=self.targets)
-        model = nnx.jit(self.make)(nnx.Rngs(0))
-        return adapt(jax.random.key(key), model, self.x, config=config)
-
-
-CASES = [
-    Case(Tied, jnp.arange(6).reshape(2, 3), targets=("embedding", "kernel")),
-    Case(Stack, normal(1, 5, 4)),
-    Case(Ensemble, normal(1, 5, 4)),
-    Case(boxed, normal(1, 5, 2, 4)),
-]
 
 
 def run(wrt):
@@ -152,17 +42,17 @@ def test_adapted_is_the_merged_module(case):
     close(of_adapted(fresh, case.x)[0], of_plain(plain, case.x)[0])
     close(nnx.state(fresh.model), nnx.state(plain))
 
-    base = jax.tree.map(np.asarray, nnx.state(adapted.model, nnx.Param))
+    base = jax.tree.map(np.asarray, nnx.state(adapted.model, Frozen))
     merged = jaxlora.nnx.merge(pretrained(adapted))
     assert type(merged) is type(adapted.model)
     for _ in range(2):  # the second call starts from the state that the first has left
         out, grads = of_adapted(adapted, case.x)
         wanted, dense = of_plain(merged, case.x)
         close(out, wanted)
-        others = nnx.Not(nnx.Param)
+        others = nnx.Not(nnx.Any(nnx.Param, Frozen))
         close(nnx.state(adapted.model, others), nnx.state(merged, others))
         check_gradients(adapted, grads, dense)
-    jax.tree.map(np.testing.assert_array_equal, base, nnx.state(adapted.model, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, base, nnx.state(adapted.model, Frozen))
 
 
 def check_gradients(adapted, grads, dense):
@@ -176,22 +66,6 @@ def check_gradients(adapted, grads, dense):
         found = grads["factors"][path]
         close(found["a"][...], 2 * np.einsum(dw, axes, adapter.b, b_axes, a_axes), atol=1e-4)
         close(found["b"][...], 2 * np.einsum(dw, axes, adapter.a, a_axes, b_axes), atol=1e-4)
-
-
-X = normal(1, 5, 4)
-
-
-class Sequential(nnx.Module):
-    def __init__(self, rngs=None):
-        rngs = rngs or nnx.Rngs(0)
-        self.up: Any = nnx.Linear(4, 8, rngs=rngs)
-        self.down = nnx.Linear(8, 3, rngs=rngs)
-
-    def encode(self, x):
-        return jnp.tanh(self.up(x))
-
-    def __call__(self, x):
-        return self.down(self.encode(x))
 
 
 @pytest.fixture
@@ -216,12 +90,11 @@ def test_same_key_gives_what_the_functional_api_gives(model, key):
 def test_training_moves_the_factors_alone(model, key):
     model = Network(nnx.Rngs(0))
     adapted = adapt(key, model, X, config=CONFIG)
-    assert adapted.model is model
     optimizer = nnx.Optimizer(adapted, optax.adamw(1e-2), wrt=Factor)
     size = sum(x.size for x in jax.tree.leaves(nnx.state(adapted, Factor)))
     assert size == 2 * (4 + 8) + 2 * (8 + 3)
     assert sum(x.size for x in jax.tree.leaves(nnx.state(optimizer))) == 2 * size + 2
-    base = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
+    base = jax.tree.map(np.asarray, nnx.state(adapted.model, Frozen))
     before = jax.tree.map(np.asarray, nnx.state(adapted, Factor))
     traces = []
 
@@ -238,10 +111,10 @@ def test_training_moves_the_factors_alone(model, key):
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes int32 and float
         losses = [step(adapted, optimizer, X, normal(2, 5, 3)) for _ in range(30)]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(model, nnx.Param), base)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted.model, Frozen), base)
     moved = jax.tree.map(lambda x, y: (x != y).all(), before, nnx.state(adapted, Factor))
     assert all(jax.tree.leaves(moved))
-    assert nnx.state(model, nnx.RngCount)["dropout"]["rngs"]["count"][...] == 30
+    assert nnx.state(adapted.model, nnx.RngCount)["dropout"]["rngs"]["count"][...] == 30
     assert len(traces) == 1
 
 
@@ -340,8 +213,8 @@ def test_cache_and_intermediates_are_kept(key):
         wanted, wanted_seen = nnx.capture(call, nnx.Intermediate)(plain, x)
         close(out, wanted)
         close(seen["model"], wanted_seen)
-    close(nnx.state(model, nnx.Cache), nnx.state(plain, nnx.Cache))
-    assert nnx.state(model, nnx.Cache)["cache_index"][...] == 3
+    close(nnx.state(adapted.model, nnx.Cache), nnx.state(plain, nnx.Cache))
+    assert nnx.state(adapted.model, nnx.Cache)["cache_index"][...] == 3
 
 
 def test_dropout_is_for_training_alone(model, key):
@@ -405,8 +278,8 @@ def test_writes_to_weights_hold_for_one_call(key):
             self.calls = self.calls + 1
             return x @ self.param[...] @ self.other
 
-    model = Doubled()
-    adapted = pretrained(adapt(key, model, X, config=CONFIG))
+    adapted = pretrained(adapt(key, Doubled(), X, config=CONFIG))
+    model = adapted.model
     plain = jaxlora.merge(adapted.params())
     for _ in range(2):
         close(adapted(X), 4 * X @ plain["param"][...] @ plain["other"])
@@ -421,11 +294,11 @@ def test_variables_made_in_a_call_are_kept(key):
             self.seen = nnx.Intermediate(self.encode(x))
             return self.down(self.seen[...])
 
-    model, plain = Watched(), Watched()
-    adapted = adapt(key, model, X, config=CONFIG)
+    plain = Watched()
+    adapted = adapt(key, Watched(), X, config=CONFIG)
     for x in (X, 2 * X):
         close(nnx.jit(lambda model, x: model(x))(adapted, x), plain(x))
-        close(nnx.state(model), nnx.state(plain))
+        close(nnx.state(jaxlora.nnx.merge(adapted)), nnx.state(plain))
 
 
 @pytest.mark.parametrize("made", [lambda calls: calls + 1, lambda calls: nnx.Dict(x=nnx.Param(X))])
@@ -463,6 +336,6 @@ def test_mistakes_are_named(model, key):
     ]:
         with pytest.raises(error, match=message):
             mistake()
-    model.up = nnx.Linear(4, 9, rngs=nnx.Rngs(0))
+    adapted.model.up = nnx.Linear(4, 9, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="'up/kernel' is for a weight of shape \\(4, 8\\)"):
         adapted(X)

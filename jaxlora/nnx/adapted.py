@@ -9,14 +9,15 @@ from flax import nnx
 import jaxlora
 from jaxlora.fingerprints import Fingerprint
 from jaxlora.nnx import call
+from jaxlora.nnx.frozen import freeze, restore
 from jaxlora.trees import FACTORS, Adapters
 from jaxlora.weight import Adapter, Replacement
 
 M = TypeVar("M", bound=nnx.Module)
 
 
-class Factor(nnx.Variable[jax.Array]):
-    """A factor of an adapted weight; the filter to train with, ``wrt=jaxlora.nnx.Factor``."""
+class Factor(nnx.LoRAParam[jax.Array]):
+    """A factor of an adapted weight: what filters for `flax.nnx.LoRAParam` and Param select."""
 
 
 class _Factors(nnx.Pytree):
@@ -46,17 +47,28 @@ def _trained(holder: Any) -> list[str]:
 
 
 class Adapted(nnx.Module, Generic[M]):
-    """A module with adapters: the module itself, shared and not copied, and the factors.
+    """A module with adapters: a copy of the module that shares its arrays, and the factors.
 
     Call it as the module: every adapted weight ``W`` acts as ``W + scaling * a b``, and the sum
     is not formed. The module is traced on every call, so call it under `flax.nnx.jit`. It may
     take the place of the module inside a larger one.
 
-    What the module changes of itself is written back, but for a `flax.nnx.Param`: what it writes
-    to one, as spectral normalization does, holds for that call alone.
+    The factors are its only variables of type `flax.nnx.Param`, so that they alone are trained by
+    ``nnx.Optimizer(adapted, tx, wrt=nnx.Param)`` with ``nnx.grad(loss)(adapted)``, and likewise
+    with the filters `flax.nnx.LoRAParam` and `Factor`. Every parameter of the module, biases and
+    norms too, is held as a `Frozen` variable; during a call it has its own type again.
+
+    What the module changes of itself in a call, such as statistics, counts of streams and caches,
+    is written to ``model``. Writes to a parameter, as of spectral normalization, hold for that
+    call alone.
+
+    The module given is not altered. Variables are not shared with it, so that a weight or random
+    stream that it shares with other modules of a larger one is no longer shared with them.
+    Arrays are shared: donating those of one, as with ``nnx.jit(donate_argnums=0)``, deletes
+    those of the other.
 
     Attributes:
-        model: the module.
+        model: the copy of the module, whose parameters are `Frozen`.
         factors: for each path what is trained of it, each a `Factor`: ``a`` of shape
             ``(*stack, *in, rank)``, ``b`` of ``(*stack, rank, *out)``, a magnitude if it has one;
             or the value of a leaf that is trained whole.
@@ -78,12 +90,11 @@ class Adapted(nnx.Module, Generic[M]):
     >>> model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jnp.ones((2, 4))
     >>> config = jaxlora.LoRAConfig(rank=1, alpha=1)
     >>> adapted = jaxlora.nnx.adapt(nnx.Rngs(1), model, x, config=config)
-    >>> optimizer = nnx.Optimizer(adapted, optax.sgd(0.1), wrt=jaxlora.nnx.Factor)
+    >>> optimizer = nnx.Optimizer(adapted, optax.sgd(0.1), wrt=nnx.Param)
     >>> @nnx.jit
     ... def step(adapted, optimizer, x):
-    ...     of_factors = nnx.DiffState(0, jaxlora.nnx.Factor)
     ...     loss = lambda adapted: jnp.mean(adapted(x) ** 2)
-    ...     value, grads = nnx.value_and_grad(loss, argnums=of_factors)(adapted)
+    ...     value, grads = nnx.value_and_grad(loss)(adapted)
     ...     optimizer.update(adapted, grads)
     ...     return value
     >>> bool(step(adapted, optimizer, x) > step(adapted, optimizer, x))
@@ -105,8 +116,8 @@ class Adapted(nnx.Module, Generic[M]):
             raise ValueError(f"dropout_rate must be in [0, 1): got {dropout_rate}")
         if dropout_rate and rngs is None:
             raise ValueError(f"dropout_rate={dropout_rate} needs rngs to draw from: got None")
-        jaxlora.bind(nnx.state(model), adapters)
-        self.model = model
+        jaxlora.bind(restore(nnx.state(model)), adapters)
+        self.model = freeze(model)
         self.factors = nnx.data({path: _Factors(adapter) for path, adapter in adapters.items()})
         self.dropout_rate = float(dropout_rate)
         self.deterministic = False
@@ -139,13 +150,15 @@ class Adapted(nnx.Module, Generic[M]):
     def params(self) -> Any:
         """Return ``flax.nnx.state`` of the module with a `jaxlora.LoRAWeight` at each target.
 
+        Its parameters have their own types, as before they were held as `Frozen`.
+
         The other functions take it: `jaxlora.summary`, `jaxlora.save_merged`, `jaxlora.merge`.
 
         Raises:
             ValueError: a weight of the module is gone or has another shape.
         """
         adapters = {path: f.adapter() for path, f in self.factors.items()}
-        return jaxlora.bind(nnx.state(self.model), adapters)
+        return jaxlora.bind(restore(nnx.state(self.model)), adapters)
 
     def adapters(self) -> Adapters:
         """Return the factors by path, for `jaxlora.save_adapters` or another `Adapted`."""
@@ -164,9 +177,9 @@ def adapt(
 ) -> Adapted[M]:
     """Give a module fresh adapters; the output does not change.
 
-    The module is traced with the arguments to see how it uses its weights. Nothing runs, and no
-    state of the module moves. It may be abstract, from `flax.nnx.eval_shape`. An initializer that
-    changes weights, as ``"pissa"``, changes those of a copy.
+    The module is traced with the arguments to see how it uses its weights. Nothing runs, and the
+    module stays as it is; see `Adapted` for what is shared with it. It may be abstract, from
+    `flax.nnx.eval_shape`.
 
     Args:
         rngs: random streams, of which ``params`` is drawn from, or a key. The same key gives the
@@ -198,7 +211,8 @@ def adapt(
     _check_model(model)
     key = rngs.params() if isinstance(rngs, nnx.Rngs) else rngs
     _, program = call.program(model, args, kwargs, method)
-    params = jaxlora.init(key, call.run, nnx.state(model), *program, config=config)
+    state = restore(nnx.state(model))
+    params = jaxlora.init(key, call.run, state, *program, config=config)
     base, adapters = jaxlora.split(params)
     if any(getattr(adapter, "changed", "") for adapter in adapters.values()):
         model = nnx.merge(nnx.graphdef(model), base)

@@ -11,6 +11,7 @@ from flax import nnx
 
 import jaxlora
 from jaxlora import parts
+from jaxlora.nnx.frozen import freeze
 
 Method = Callable[..., Any] | str
 _NODE = object()  # stands for a module among the arguments of a call
@@ -53,6 +54,9 @@ def run(
 ) -> tuple[Any, Any, Any]:
     """Call a module given by its state; return also what it changed, and its new graphdef.
 
+    The state has the types that the module's own code expects, where graphdef may have `Frozen`;
+    the graphdef returned has `Frozen` in the place of every parameter, as `write` compares it.
+
     Only what changed is returned, for a module that changes nothing may be closed over. What a
     transform inside of the module gives back counts as changed (`flax.nnx.remat` returns all it
     was given), so weights stay out of it: their copies would take as much memory as the base.
@@ -69,7 +73,7 @@ def run(
         is_same = old and old[1] == new[1] and all(map(operator.is_, old[0], new[0]))
         if not is_same and not (path[0] == 0 and isinstance(leaf, nnx.Param)):
             changed[path] = leaf
-    return out, nnx.from_flat_state(changed), nnx.graphdef(nodes)
+    return out, nnx.from_flat_state(changed), nnx.graphdef(freeze(nodes))
 
 
 run_low_rank = jaxlora.lora(run)
@@ -88,7 +92,7 @@ def write(nodes: list, changed: Any, graphdef: Any, adapted: Collection[str]) ->
             variable.set_raw_value(variable.get_raw_value())  # raises inside of another trace
         written[path] = leaf
     nnx.update(nodes, nnx.from_flat_state(written))
-    if nnx.graphdef(nodes) != graphdef:
+    if nnx.graphdef(freeze(nodes)) != graphdef:
         raise ValueError(
             f"the call changes attributes of {type(nodes[0]).__name__} that are no arrays, or adds "
             "modules or weights: only the state of variables may change"
