@@ -23,3 +23,9 @@ def test_adapters_of_two_processes_load_in_one(folder):
     loaded = jaxlora.load_adapters(folder / "adapters", base=base)
     assert_array_equal(loaded["dense"].a, wanted["dense"].a)
     assert_array_equal(loaded["dense"].b, wanted["dense"].b)
+
+
+def test_process_that_ended_is_told_in_the_words_of_this_library(tmp_path):
+    for status, output in launch.run_together("ended_process.py", tmp_path):
+        assert status == 0, output[-10_000:]
+    assert (tmp_path / "left.txt").read_text() == "adapters"
