@@ -10,9 +10,14 @@ from pathlib import Path
 
 import bert
 import fetch
+import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import reviews
+import runs
+import sentiment
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
@@ -109,7 +114,59 @@ def test_sentiment_trains_saves_and_restores(tmp_path):
     out = run("examples/sentiment.py", "--sentences=300", "--steps=4", "--out", tmp_path)
     assert "same prediction for 100.00%" in out
     assert "trainable 73,728 of 22,639,489 parameters (0.33%)" in out
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """Return a function that trains with options of the command and returns the history."""
+    params, tokenizer = sentiment.load_pretrained()
+    sentences, held_out = reviews.read_sentences(tokenizer, 1, 40)
+
+    def train(*command):
+        options = ("--sentences=40", "--steps=20", "--batch=4", "--eval-every=5")
+        monkeypatch.setattr(sys, "argv", ["sentiment.py", *options, *map(str, command)])
+        options = sentiment.parse()
+        folder = runs.Folder(options.out)
+        history = runs.History(runs.deciding(options), 0.5)
+        history = folder.history(options) if options.resume else history
+        with jax.numpy_dtype_promotion("standard"):  # optax's schedule divides integers
+            sentiment.train(options, params, sentences, held_out, history, folder)
+        return history
+
+    return train
+
+
+def saved(folder):
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(folder / "state" / "20" / "state")
+    return jax.tree.leaves((state, dict(np.load(folder / "head.npz"))))
+
+
+@needs_weights
+def test_sentiment_resumed_is_bit_equal_to_never_stopped(tmp_path, train):
+    straight = train("--out", tmp_path / "straight")
+    with pytest.raises(SystemExit, match="0"):
+        train("--stop-at=10", "--out", tmp_path / "stopped")
+    resumed = train("--resume", "--out", tmp_path / "stopped")
+    assert len(straight.losses) == 20
+    assert resumed.losses == straight.losses
+    assert list(map(tuple, resumed.held_out)) == straight.held_out
+    pairs = zip(saved(tmp_path / "stopped"), saved(tmp_path / "straight"), strict=True)
+    assert all(np.array_equal(one, other) for one, other in pairs)
+
+
+@needs_weights
+def test_sentiment_resumes_only_the_same_run(tmp_path, train):
+    with pytest.raises(SystemExit, match=r"nothing to resume in .*: run without --resume first"):
+        train("--resume", "--out", tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        train("--stop-at=2", "--out", tmp_path)
+    with pytest.raises(SystemExit, match=r"--rank is 4, was 8\).* resume with the same"):
+        train("--resume", "--rank=4", "--out", tmp_path)
+    with pytest.raises(SystemExit, match="0"):  # another run in the place of a later state
+        train("--stop-at=1", "--rank=4", "--out", tmp_path)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["1"]
 
 
 @needs_weights
