@@ -1,7 +1,9 @@
 """The README's code and every script, run as a user runs them."""
 
+import importlib.util
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import reviews
+import run as benchmark_run
 import runs
 import sentiment
 from safetensors.numpy import load_file
@@ -60,6 +63,63 @@ def test_readme_is_short_and_names_every_function():
     functions = [name for name in functions if name.islower()]
     assert [name for name in functions if f"`{name}(" not in readme] == []
     assert [name for name in jaxlora.algebra.__all__ if name.islower() and name not in readme] == []
+
+
+SCRIPTS = [
+    path.relative_to(ROOT)
+    for folder in ("examples", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "__main__" in path.read_text()
+]
+has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("peft")
+needs_torch = pytest.mark.skipif(not has_torch, reason="it imports torch and peft")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, id=str(script), marks=needs_torch if "torch" in script.name else ())
+        for script in SCRIPTS
+    ],
+)
+def test_scripts_print_help_and_do_nothing_else(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert out.startswith(f"usage: {script.name}")
+    assert out.count("usage:") == 1
+
+
+def test_benchmarks_are_listed_with_a_line_each():
+    out = run("benchmarks/run.py", "--help")
+    listed = re.findall(r"^  (\w+) +(\S.*)$", out.partition("benchmarks:\n")[2], re.MULTILINE)
+    assert dict(listed) == {name: found.about for name, found in benchmark_run.BENCHMARKS.items()}
+
+
+@pytest.mark.parametrize(
+    ("command", "listed"),
+    [
+        ("benchmarks/run.py train_step nothing", "train_step_forms"),
+        ("benchmarks/train_step.py --variants lora nothing", "weight-side"),
+        ("benchmarks/memory.py --targets nothing", "down"),
+        ("benchmarks/llama.py --kinds nothing", "nf4"),
+        ("examples/family.py --variants LoRA nothing", "rsLoRA"),
+        ("benchmarks/plot.py nothing", "run.py"),
+        ("examples/sentiment.py --steps 0", "must be 1 or more"),
+    ],
+)
+def test_unknown_names_are_errors_that_list_what_there_is(command, listed, monkeypatch, capsys):
+    script, *options = command.split()
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    out, message = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert out == ""
+    assert "--steps" in message or "nothing" in message
+    assert listed in message.partition("error:")[2]
 
 
 def test_digits_keeps_the_base_and_mends_the_worst_digit():
