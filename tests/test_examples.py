@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import bert
@@ -63,6 +64,20 @@ def test_readme_is_short_and_names_every_function():
     functions = [name for name in functions if name.islower()]
     assert [name for name in functions if f"`{name}(" not in readme] == []
     assert [name for name in jaxlora.algebra.__all__ if name.islower() and name not in readme] == []
+
+
+def test_readme_installs_from_the_clone_with_extras_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    installed = re.findall(r"pip install (?:-\S+ )*'?(\S+?)'?(?=[\s`])", readme)
+    assert len(installed) == 4
+    assert all(re.fullmatch(r"\.(\[[\w,]+\])?", wanted) for wanted in installed)
+    named = {name for wanted in installed for name in re.findall(r"\w+", wanted)}
+    assert named <= set(extras)
+    assert extras["export"][0].startswith("flatbuffers")
+    assert "export" in named
 
 
 SCRIPTS = [
