@@ -58,7 +58,10 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="of the results")
     folder = parser.parse_args().folder
-    for device in sorted({path.stem.split("_")[-2] for path in folder.glob("train_step*.json")}):
+    devices = sorted({path.stem.split("_")[-2] for path in folder.glob("train_step*.json")})
+    if not devices:
+        parser.error(f"no results of train_step.py in {folder}: run benchmarks/run.py first")
+    for device in devices:
         path = folder / f"steps_{device}.svg"
         draw(panels(folder, device), path)
         print(path)

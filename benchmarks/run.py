@@ -13,6 +13,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 
@@ -26,20 +27,54 @@ TELL = {  # prints the device and the version that the results are named by
     "'torch' + torch.__version__.partition('+')[0])",
 }
 WIDE = "--layers 2 --width 768 --hidden 3072 --heads 12 --batch 4 --time 512"
-BENCHMARKS = {  # environment, script and options
-    "train_step": ("jax", "train_step.py"),
-    "train_step_forms": ("jax", "train_step.py --variants floor full factored weight-side lora"),
-    "train_step_magnitudes": ("jax", "train_step.py --variants floor full lora dora"),
-    "train_step_quantized": ("jax", "train_step.py --variants floor full lora int8 nf4"),
-    "train_step_wide_remat_scan": ("jax", f"train_step.py {WIDE} --remat --scan"),
-    "train_step_bfloat16": ("jax", "train_step.py --layers 3 --dtype bfloat16"),
-    "peers_torch": ("torch", "peers_torch.py"),
-    "memory": ("jax", "memory.py --variants floor full naive factored weight-side lora"),
-    "merge": ("jax", "merge.py"),
-    "decompose": ("jax", "decompose.py"),
-    "llama": ("jax", "llama.py"),
-    "scaling": ("jax", "scaling.py"),
-    "compile": ("jax", "compile.py"),
+
+
+class Benchmark(NamedTuple):
+    """What is run.
+
+    Attributes:
+        environment: the kind of environment, a key of `PACKAGES`.
+        command: the script and its options.
+        about: what it measures, in a line.
+    """
+
+    environment: str
+    command: str
+    about: str
+
+
+BENCHMARKS = {
+    "train_step": Benchmark("jax", "train_step.py", "a training step, beside other libraries"),
+    "train_step_forms": Benchmark(
+        "jax",
+        "train_step.py --variants floor full factored weight-side lora",
+        "the same with each form of the product forced",
+    ),
+    "train_step_magnitudes": Benchmark(
+        "jax", "train_step.py --variants floor full lora dora", "the same with magnitudes (DoRA)"
+    ),
+    "train_step_quantized": Benchmark(
+        "jax",
+        "train_step.py --variants floor full lora int8 nf4",
+        "the same over a quantized base",
+    ),
+    "train_step_wide_remat_scan": Benchmark(
+        "jax", f"train_step.py {WIDE} --remat --scan", "the same of wide layers, scanned"
+    ),
+    "train_step_bfloat16": Benchmark(
+        "jax", "train_step.py --layers 3 --dtype bfloat16", "the same over a base in bfloat16"
+    ),
+    "peers_torch": Benchmark("torch", "peers_torch.py", "the same model with PEFT on PyTorch"),
+    "memory": Benchmark(
+        "jax",
+        "memory.py --variants floor full naive factored weight-side lora",
+        "bytes of a compiled training step",
+    ),
+    "merge": Benchmark("jax", "merge.py", "merging, against copying the same bytes"),
+    "decompose": Benchmark("jax", "decompose.py", "the fast decomposition of PiSSA, and the exact"),
+    "llama": Benchmark("jax", "llama.py", "bytes of a step of a Llama of 7 billion weights"),
+    "scaling": Benchmark("jax", "scaling.py", "a step against tokens, rank, sites and devices"),
+    "compile": Benchmark("jax", "compile.py", "tracing and compiling, against the plain function"),
 }
 UNTIMED = ("decompose.py", "llama.py")  # which have no rounds
 
@@ -57,7 +92,7 @@ def environment(name: str) -> Path:
 
 def run(name: str, folder: Path, extra: list[str]) -> None:
     """Run one benchmark and write its results to the folder."""
-    kind, command = BENCHMARKS[name]
+    kind, command, _ = BENCHMARKS[name]
     python = environment(kind)
     told = subprocess.run([python, "-c", TELL[kind]], check=True, capture_output=True, text=True)
     out = folder / f"{name}_{'_'.join(told.stdout.split())}.json"
@@ -67,16 +102,30 @@ def run(name: str, folder: Path, extra: list[str]) -> None:
     subprocess.run([python, HERE / script, *options, "--out", out], check=True)
 
 
-def main() -> None:
-    """Run the benchmarks."""
+def parse() -> argparse.Namespace:
+    """Return the options of the command line."""
+    width = max(map(len, BENCHMARKS))
+    lines = (f"  {name:{width}}  {found.about}" for name, found in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog="\n".join(["benchmarks:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="default all")
-    parser.add_argument("--rounds", help="of each that has rounds, default as the benchmark's")
+    parser.add_argument("names", nargs="*", metavar="name", help="of a benchmark, default all")
+    parser.add_argument(
+        "--rounds", type=int, help="of each that has rounds, default as the benchmark's"
+    )
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder")
     options = parser.parse_args()
-    extra = ["--rounds", options.rounds] if options.rounds else []
+    if unknown := [name for name in options.names if name not in BENCHMARKS]:
+        parser.error(f"no such benchmarks: {unknown}; there are {list(BENCHMARKS)}")
+    return options
+
+
+def main() -> None:
+    """Run the benchmarks."""
+    options = parse()
+    extra = ["--rounds", str(options.rounds)] if options.rounds else []
     for name in options.names or BENCHMARKS:
         run(name, options.results, extra)
     subprocess.run([environment("jax"), HERE / "plot.py", options.results], check=True)

@@ -49,10 +49,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the benchmark."""
-    jax.config.update("jax_num_cpu_devices", SWEEPS["devices"][-1]["devices"])
     parser = train_step.parser(__doc__)
     parser.set_defaults(layers=2, variants=["floor", "full", "lora"])
     options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", SWEEPS["devices"][-1]["devices"])
     rows = measure(options)
     cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
     print(table.render(list(rows[0]), cells))

@@ -36,6 +36,7 @@ import report
 import jaxlora
 
 FORMS = ("factored", "weight-side")
+VARIANTS = ("floor", "full", "per call", "naive", "nnx.LoRA", "qwix", "lora", "dora", "int8", "nf4")
 
 
 def variants(options: argparse.Namespace) -> dict[str, peers.Variant]:
@@ -96,7 +97,8 @@ def variants(options: argparse.Namespace) -> dict[str, peers.Variant]:
         **{kind: functools.partial(quantized, kind) for kind in ("int8", "nf4")},
         **{form: functools.partial(lora, form) for form in FORMS},
     }
-    return {name: make[name]() for name in options.variants or possible(options)}
+    names = dict.fromkeys(["floor", "full", *(options.variants or possible(options))])
+    return {name: make[name]() for name in names}
 
 
 def possible(options: argparse.Namespace) -> list[str]:
@@ -199,12 +201,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "remat": "compute each block again in the backward pass",
     }.items():
         parser.add_argument(f"--{name}", action="store_true", help=help_)
-    parser.add_argument(
-        "--targets", nargs="+", default=models.TARGETS, help="adapted layers, default all"
-    )
-    parser.add_argument(
-        "--variants", nargs="+", help="with floor and full among them, default all that can run"
-    )
+    for name, choices, default, help_ in (
+        ("targets", models.TARGETS, models.TARGETS, "adapted layers, default all"),
+        ("variants", (*VARIANTS, *FORMS), None, "beside floor and full, default all that can run"),
+    ):
+        parser.add_argument(
+            f"--{name}", nargs="+", choices=choices, default=default, metavar="NAME", help=help_
+        )
     parser.add_argument("--dtype", default="float32", help="of base and inputs, default float32")
     parser.add_argument("--out", type=Path, help="write JSON here")
     return parser

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fetch
 import jax
 import numpy as np
 import optax
+import reviews
 import sentiment
 from tqdm import tqdm
 
@@ -76,16 +78,16 @@ def trained(name: str, rate: float, params: Any, data: Any, options: Any) -> dic
         return optax.apply_updates(trainable, updates), state, value
 
     first, state, losses, seconds = trainable, tx.init(trainable), [], []
-    batches = sentiment.training_batches(sentences, options.batch, options.seed)
+    batches = reviews.training_batches(sentences, options.batch, options.seed)
     for _ in tqdm(range(options.steps), desc=f"{name} at {rate:g}", unit="step"):
         start = time.perf_counter()
         trainable, state, value = step(trainable, state, frozen, next(batches))
         losses.append(float(value))
         seconds.append(time.perf_counter() - start)
-    logits = sentiment.run_sorted(jax.jit(apply), together(trainable, frozen), held_out)
+    logits = reviews.run_sorted(jax.jit(apply), together(trainable, frozen), held_out)
     pairs = zip(jax.tree.leaves(trainable), jax.tree.leaves(first), strict=True)
     return {
-        "held_out": sentiment.accuracy(logits, held_out),
+        "held_out": reviews.accuracy(logits, held_out),
         "loss": float(np.mean(losses[-50:])),
         "parameters": sum(x.size for x, y in pairs if np.any(x != y)),
         "step_s": float(np.median(seconds)),
@@ -107,9 +109,11 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := {*options.variants} - {*VARIANTS, FULL}:
         parser.error(f"no such variants: {sorted(unknown)}; there are {[*VARIANTS, FULL]}")
+    fetch.everything()
     params, tokenizer = sentiment.load_pretrained()
-    data = sentiment.read_sentences(tokenizer, options.seed, options.sentences)
-    baseline, params["params"]["head"] = sentiment.probe(params, *data)
+    data = reviews.read_sentences(tokenizer, options.seed, options.sentences)
+    right, params["params"]["head"] = sentiment.probe(params, *data)
+    baseline = float(right.mean())
     print(
         f"frozen model and logistic regression: {baseline:.2%} of {len(data[1].labels):,} held out"
     )

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxlora-examples"
@@ -45,6 +46,13 @@ def reviews() -> Path:
         inner = _member(sdist, "hutto_ICWSM_2014.tar.gz")
         _store(RATINGS, _member(inner, RATINGS))
     return CACHE / RATINGS
+
+
+def everything() -> None:
+    """Download what is not in the cache, all at once."""
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(minilm), pool.submit(reviews)]:
+            done.result()
 
 
 def _download(requirement: str, *options: str) -> bytes:

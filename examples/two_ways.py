@@ -4,6 +4,8 @@
 2. One tree in a `flax.training.train_state.TrainState`, with an optimizer from `jaxlora.freeze`.
 """
 
+import argparse
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,12 @@ class Network(nn.Module):
 
 def main() -> None:
     """Train in both ways."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=200, help="of each way, default 200")
+    options = parser.parse_args()
+
     model = Network()
     x = jax.random.normal(jax.random.key(1), (256, 8))
     y = jnp.sin(x.sum(-1, keepdims=True))
@@ -47,7 +55,7 @@ def main() -> None:
         return optax.apply_updates(adapters, updates), opt_state
 
     opt_state = tx.init(adapters)
-    for _ in range(200):
+    for _ in range(options.steps):
         adapters, opt_state = step(adapters, opt_state)
     first = jaxlora.bind(base, adapters)
 
@@ -57,7 +65,7 @@ def main() -> None:
         return state.apply_gradients(grads=jax.grad(loss)(state.params))
 
     state = TrainState.create(apply_fn=apply, params=params, tx=jaxlora.freeze(tx))
-    for _ in range(200):
+    for _ in range(options.steps):
         state = train_step(state)
 
     gap = max(

@@ -1,18 +1,27 @@
 """The README's code and every script, run as a user runs them."""
 
+import importlib.util
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import bert
 import fetch
+import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import reviews
+import run as benchmark_run
+import runs
+import sentiment
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
@@ -55,6 +64,77 @@ def test_readme_is_short_and_names_every_function():
     functions = [name for name in functions if name.islower()]
     assert [name for name in functions if f"`{name}(" not in readme] == []
     assert [name for name in jaxlora.algebra.__all__ if name.islower() and name not in readme] == []
+
+
+def test_readme_installs_from_the_clone_with_extras_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    installed = re.findall(r"pip install (?:-\S+ )*'?(\S+?)'?(?=[\s`])", readme)
+    assert len(installed) == 4
+    assert all(re.fullmatch(r"\.(\[[\w,]+\])?", wanted) for wanted in installed)
+    named = {name for wanted in installed for name in re.findall(r"\w+", wanted)}
+    assert named <= set(extras)
+    assert extras["export"][0].startswith("flatbuffers")
+    assert "export" in named
+
+
+SCRIPTS = [
+    path.relative_to(ROOT)
+    for folder in ("examples", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "__main__" in path.read_text()
+]
+has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("peft")
+needs_torch = pytest.mark.skipif(not has_torch, reason="it imports torch and peft")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, id=str(script), marks=needs_torch if "torch" in script.name else ())
+        for script in SCRIPTS
+    ],
+)
+def test_scripts_print_help_and_do_nothing_else(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert out.startswith(f"usage: {script.name}")
+    assert out.count("usage:") == 1
+
+
+def test_benchmarks_are_listed_with_a_line_each():
+    out = run("benchmarks/run.py", "--help")
+    listed = re.findall(r"^  (\w+) +(\S.*)$", out.partition("benchmarks:\n")[2], re.MULTILINE)
+    assert dict(listed) == {name: found.about for name, found in benchmark_run.BENCHMARKS.items()}
+
+
+@pytest.mark.parametrize(
+    ("command", "listed"),
+    [
+        ("benchmarks/run.py train_step nothing", "train_step_forms"),
+        ("benchmarks/train_step.py --variants lora nothing", "weight-side"),
+        ("benchmarks/memory.py --targets nothing", "down"),
+        ("benchmarks/llama.py --kinds nothing", "nf4"),
+        ("examples/family.py --variants LoRA nothing", "rsLoRA"),
+        ("benchmarks/plot.py nothing", "run.py"),
+        ("examples/sentiment.py --steps 0", "must be 1 or more"),
+    ],
+)
+def test_unknown_names_are_errors_that_list_what_there_is(command, listed, monkeypatch, capsys):
+    script, *options = command.split()
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    out, message = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert out == ""
+    assert "--steps" in message or "nothing" in message
+    assert listed in message.partition("error:")[2]
 
 
 def test_digits_keeps_the_base_and_mends_the_worst_digit():
@@ -109,7 +189,59 @@ def test_sentiment_trains_saves_and_restores(tmp_path):
     out = run("examples/sentiment.py", "--sentences=300", "--steps=4", "--out", tmp_path)
     assert "same prediction for 100.00%" in out
     assert "trainable 73,728 of 22,639,489 parameters (0.33%)" in out
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """Return a function that trains with options of the command and returns the history."""
+    params, tokenizer = sentiment.load_pretrained()
+    sentences, held_out = reviews.read_sentences(tokenizer, 1, 40)
+
+    def train(*command):
+        options = ("--sentences=40", "--steps=20", "--batch=4", "--eval-every=5")
+        monkeypatch.setattr(sys, "argv", ["sentiment.py", *options, *map(str, command)])
+        options = sentiment.parse()
+        folder = runs.Folder(options.out)
+        history = runs.History(runs.deciding(options), 0.5)
+        history = folder.history(options) if options.resume else history
+        with jax.numpy_dtype_promotion("standard"):  # optax's schedule divides integers
+            sentiment.train(options, params, sentences, held_out, history, folder)
+        return history
+
+    return train
+
+
+def saved(folder):
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(folder / "state" / "20" / "state")
+    return jax.tree.leaves((state, dict(np.load(folder / "head.npz"))))
+
+
+@needs_weights
+def test_sentiment_resumed_is_bit_equal_to_never_stopped(tmp_path, train):
+    straight = train("--out", tmp_path / "straight")
+    with pytest.raises(SystemExit, match="0"):
+        train("--stop-at=10", "--out", tmp_path / "stopped")
+    resumed = train("--resume", "--out", tmp_path / "stopped")
+    assert len(straight.losses) == 20
+    assert resumed.losses == straight.losses
+    assert list(map(tuple, resumed.held_out)) == straight.held_out
+    pairs = zip(saved(tmp_path / "stopped"), saved(tmp_path / "straight"), strict=True)
+    assert all(np.array_equal(one, other) for one, other in pairs)
+
+
+@needs_weights
+def test_sentiment_resumes_only_the_same_run(tmp_path, train):
+    with pytest.raises(SystemExit, match=r"nothing to resume in .*: run without --resume first"):
+        train("--resume", "--out", tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        train("--stop-at=2", "--out", tmp_path)
+    with pytest.raises(SystemExit, match=r"--rank is 4, was 8\).* resume with the same"):
+        train("--resume", "--rank=4", "--out", tmp_path)
+    with pytest.raises(SystemExit, match="0"):  # another run in the place of a later state
+        train("--stop-at=1", "--rank=4", "--out", tmp_path)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["1"]
 
 
 @needs_weights
