@@ -16,6 +16,7 @@ from jaxlora.magnitude import norms
 from jaxlora.selection import Target, select, select_whole
 from jaxlora.sites import Site, find_sites
 from jaxlora.skipped import warn_of_skipped
+from jaxlora.stacking import with_stacks
 from jaxlora.weight import LoRAWeight, TrainedLeaf
 
 _ORDER = "init(key, fn, params, *args, config=config)"
@@ -74,7 +75,7 @@ def init(
     checks.check_config(config, LoRAConfig)
     checks.check_plain(checks.check_tree(params, _ORDER), "init")
     leaves, treedef = paths.flatten(params)
-    sites = find_sites(fn, params, *args, **kwargs)
+    sites = with_stacks(find_sites(fn, params, *args, **kwargs), config.stack)
     for target in select(config, sites):
         path = target.path
         leaves[path] = _fresh(key, sites[path], target, leaves[path], config)

@@ -40,6 +40,10 @@ class LoRAConfig:
             in its path, such entries along its first stack axis, as `nn.scan` stacks layers.
         rank_pattern: other ranks by name, or by regular expression for whole paths.
         alpha_pattern: other alphas, likewise.
+        stack: axes of these weights, by name as in the patterns, along which they are a stack, each
+            entry with factors of its own, where the program does not tell or tells otherwise, as
+            experts that are all multiplied at once: ``{"experts": (0,)}``. The factors are low-rank
+            in every program, and ``()`` is one weight in all.
         initializer: how ``a`` starts: ``"uniform"`` (±1/√in), ``"normal"``, ``"kaiming"``,
             ``"orthogonal"``, or a function ``(key, (in, rank), dtype) -> array``. Or how both
             factors start from the weight, and change the base: ``"pissa"``, ``"milora"``,
@@ -76,6 +80,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     rank_stabilized: bool = False
+    stack: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict, hash=False)
     initializer: InitializerName | Initializer | FromWeight | LoftQ = "uniform"
     train: Targets = ()
     rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict, hash=False)
@@ -98,7 +103,7 @@ class LoRAConfig:
         _check_initializer(self.initializer)
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_indices(self.layers, "layers"))
-        for field in ("rank_pattern", "alpha_pattern", "rows"):
+        for field in ("rank_pattern", "alpha_pattern", "rows", "stack"):
             object.__setattr__(self, field, _checked_pattern(getattr(self, field), field))
         _check_dtype(self.dtype)
 
@@ -170,6 +175,11 @@ def _checked_indices(indices: Any, field: str) -> tuple[int, ...]:
     return tuple(sorted({int(index) for index in indices}))
 
 
+def _checked_axes(axes: Any, field: str) -> tuple[int, ...]:
+    """Return axes in increasing order, perhaps none, or raise for what is none."""
+    return () if checks.is_listing(axes) and not axes else _checked_indices(axes, field)
+
+
 def _listed(values: Any, needed: str) -> tuple[Any, ...]:
     """Return several values as a tuple, or raise for what is one, a mapping or nothing."""
     if not checks.is_listing(values):
@@ -182,6 +192,7 @@ def _checked_pattern(pattern: Any, field: str) -> dict[str, Any]:
     if not isinstance(pattern, Mapping):
         raise TypeError(f"{field} must be a mapping from names: got {checks.shown(pattern)}")
     kinds: dict[str, Any] = {"rank_pattern": _checked_rank, "alpha_pattern": _checked_alpha}
+    kinds |= {"stack": _checked_axes}
     check, checked = kinds.get(field, _checked_indices), {}
     for key, value in pattern.items():
         if not isinstance(key, str):

@@ -14,6 +14,7 @@ from jaxlora.config import LoRAConfig
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.selection import select
 from jaxlora.sites import find_sites
+from jaxlora.stacking import with_stacks
 from jaxlora.weight import LoRAWeight
 
 
@@ -88,7 +89,7 @@ def gradients(
     _check("gradients(loss, params, batches, config=config)", loss, params, config, "loss")
     first, batches = _peeked(batches)
     leaves, treedef = paths.flatten(params)
-    sites = find_sites(loss, params, *first)
+    sites = with_stacks(find_sites(loss, params, *first), config.stack)
     targets = select(config, sites)
     if held := [path for path, *_ in targets if isinstance(leaves[path], QuantizedWeight)]:
         raise ValueError(f"{held[0]!r} is quantized and has no gradient: dequantize it before")
@@ -148,7 +149,7 @@ def _summed(of_batch: Callable[[Any], Any], batches: Iterable[Any]) -> tuple[Any
 def _observed(fn: Any, params: Any, args: tuple[Any, ...], config: LoRAConfig) -> Any:
     """Return the parameters with the identity as ``a``, and no product, at each target."""
     leaves, treedef = paths.flatten(params)
-    sites = find_sites(fn, params, *args)
+    sites = with_stacks(find_sites(fn, params, *args), config.stack)
     for path, part, _, _ in select(config, sites):
         roles, shape = sites[path].roles, parts.shape(part, sites.shapes[path])
         size = math.prod(roles.sizes(shape)[1])

@@ -53,6 +53,39 @@ def test_every_kind_of_adapter_is_low_rank_in_every_form(form, kind):
         assert_allclose(x, y, rtol=0, atol=1e-4 * float(jnp.abs(y).max()))
 
 
+@pytest.mark.parametrize(
+    ("axes", "shapes"), [((0,), ((4, 8, 2), (4, 2, 6))), ((), ((8, 2), (2, 4, 6)))]
+)
+@pytest.mark.parametrize("form", ["dense", "dense, vmap", "scan", "several, einsum"])
+def test_user_says_which_axes_are_a_stack(form, axes, shapes, key):
+    config = jaxlora.LoRAConfig(rank=2, stack={"w": axes})
+    params = jaxlora.init(key, program(form), {"w": W}, X, config=config)
+    assert (params["w"].a.shape, params["w"].b.shape) == shapes
+    params["w"] = dataclasses.replace(params["w"], b=params["w"].b + 0.1)
+    got = jaxlora.lora(program(form), strict=True)(params, X)
+    assert_allclose(got, program(form)(jaxlora.merge(params), X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        ({"v": (0,)}, "stack names 'v', which is no site; nearest: 'w'"),
+        ({"w": (0,), ".*": (0,)}, "stack must name 'w' once"),
+        ({"w": (3,)}, r"axes of 'w' of shape \(4, 8, 6\): got \(3,\)"),
+        ({"w": (1,)}, r"leaves 'w' of shape \(4, 8, 6\) no in axis: the program has in=\(1,\)"),
+        ({"w": (0, 2)}, "no out axis"),
+        ({"w": (-1,)}, r"stack\['w'\] must be indices from 0"),
+    ],
+)
+def test_axes_that_cannot_be_a_stack_are_refused(stack, message, key):
+    def init():
+        config = jaxlora.LoRAConfig(rank=2, stack=stack)
+        return jaxlora.init(key, program("dense"), {"w": W}, X, config=config)
+
+    with pytest.raises(ValueError, match=message):
+        init()
+
+
 def test_rows_of_a_table_that_are_multiplied_are_a_lookup():
     def fn(params, x):
         return x[:, :6] @ params["table"][experts.INDICES[:, 0]].T
