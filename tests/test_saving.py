@@ -56,6 +56,7 @@ def with_fields(**fields):
     [
         ({5: adapters(1.0)["w"]}, TypeError, "a path in adapters must be a str: got 5 of type int"),
         ({("w",): adapters(1.0)["w"]}, TypeError, r"must be a str: got \('w',\) of type tuple"),
+        ({5: adapters(1.0)["w"], "w": adapters(1.0)["w"]}, TypeError, "must be a str: got 5 of"),
         ({None: adapters(1.0)["w"]}, TypeError, "must be a str: got None of type NoneType"),
         ({}, ValueError, "adapters is empty"),
         ({"w": jnp.ones(3)}, TypeError, r"adapters\['w'\] must be an Adapter: got ArrayImpl"),
@@ -80,6 +81,15 @@ def test_what_could_not_be_loaded_is_refused_and_the_earlier_save_stays(
         with pytest.raises(error, match=message):
             jaxlora.save_adapters(tmp_path / name, bad)
     assert (value_at(tmp_path / "run"), names(tmp_path)) == (1.0, ["run"])
+
+
+@pytest.mark.parametrize("name", ["a.b/c", "w%20", "a b", "ü", "x[0]", "a/../b", ".", ""])
+def test_paths_of_any_form_are_saved_and_loaded(name, tmp_path):
+    found = {name: adapters(1.0)["w"], "w": adapters(1.0)["w"]}
+    jaxlora.save_adapters(tmp_path / "run", found)
+    base = {name: BASE["w"], "w": BASE["w"]}
+    loaded = jaxlora.load_adapters(tmp_path / "run", base=base)
+    jax.tree.map(assert_array_equal, loaded, found)
 
 
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
