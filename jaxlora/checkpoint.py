@@ -13,6 +13,7 @@ and removes, and what goes wrong in one is raised in all.
 import dataclasses
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from importlib import metadata
@@ -68,8 +69,8 @@ def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> No
         FileExistsError: the path holds something else than adapters that were saved.
         OSError: it cannot be written; what was saved there before is as it was.
     """
-    _refuse_traced("save_adapters", adapters)
     _check_adapters(adapters)
+    _refuse_traced("save_adapters", adapters)
     if base is not None:
         adapters = split(bind(base, adapters, check_base=False))[1]
     arrays = factors(adapters)
@@ -182,7 +183,7 @@ def _check_adapters(adapters: Adapters) -> None:
 
 def _check_finite(arrays: dict[str, dict[str, Any]]) -> None:
     """Raise if a factor holds NaN or inf."""
-    finite = jax.device_get(jax.tree.map(jax.jit(lambda x: jnp.isfinite(x).all()), arrays))
+    finite = jax.device_get(jax.tree.map(_is_finite, arrays))
     for name, fields in finite.items():
         if bad := [field for field, is_finite in fields.items() if not is_finite]:
             raise ValueError(
@@ -200,6 +201,11 @@ def _warn_of_unknown_bases(adapters: Adapters) -> None:
             "they are loaded; pass base= to save_adapters",
             stacklevel=3,
         )
+
+
+@jax.jit
+def _is_finite(array: Any) -> jax.Array:
+    return jnp.isfinite(array).all()
 
 
 def _load(place: Any, target: Any, leaves: dict[str, Any]) -> Adapters:
@@ -221,6 +227,9 @@ def _load(place: Any, target: Any, leaves: dict[str, Any]) -> Adapters:
         try:
             return storage.read(place, factors(adapters))
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
+            if number := storage.os_number(error):
+                text = f"cannot read the adapters at {target}: {os.strerror(number)}"
+                raise OSError(number, text) from error
             raise ValueError(f"the adapters at {target} are damaged: {error}") from error
 
     arrays = together(call, read)

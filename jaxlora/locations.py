@@ -49,6 +49,8 @@ def resolve(path: PathLike) -> Any:
                 f"bucket of Google Cloud Storage, gs://..., is needed: got {scheme}://"
             )
         return _in_bucket(text)
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        raise ValueError(f"{text!r} is in the home directory of a user that there is not")
     return Path(os.path.realpath(os.path.expanduser(text)))
 
 

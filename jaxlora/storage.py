@@ -3,11 +3,15 @@
 Orbax is imported where it is used, because that takes half as long as importing JAX.
 """
 
+import contextlib
+import fnmatch
 import json
 import os
 import re
 import secrets
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -70,14 +74,19 @@ def _with_path(target: Any, action: Callable[[], T]) -> T:
     except Exception as error:
         if isinstance(error, FileExistsError) and error.errno is None:
             raise  # of this library, it names the path
-        found = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore tells it
-        number = getattr(error, "errno", None) or (int(found[1]) if found else None)
+        number = os_number(error)
         text = f"cannot save to {target}: {os.strerror(number) if number else error}; what was "
         text += "saved there before is as it was"
         if number is not None:
             raise OSError(number, text) from error
         kinds = (kind for kind in (OSError, RuntimeError) if isinstance(error, kind))
         raise next(kinds, ValueError)(text) from error
+
+
+def os_number(error: Exception) -> int | None:
+    """Return the number of the operating system for an error, where TensorStore tells it too."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return getattr(error, "errno", None) or (int(found[1]) if found else None)
 
 
 def _check_about(place: Any, about: dict[str, Any]) -> None:
@@ -115,9 +124,24 @@ def _check_replaceable(place: Any, target: Any, kind: str) -> None:
 def _save(place: Any, tree: Any, about: dict[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer, _literal(place) as path:
         args = ocp.args.StandardSave(jax.tree.map(_savable, tree))
-        checkpointer.save(place, args=args, custom_metadata=about)
+        checkpointer.save(path, args=args, custom_metadata=about)
+
+
+@contextlib.contextmanager
+def _literal(place: Any) -> Iterator[Any]:
+    """Yield a path that leads to the same place and is no pattern of other names.
+
+    Orbax takes the path for a pattern when it collects what it wrote, and ``run[0]`` for ``run0``.
+    """
+    if all(fnmatch.fnmatchcase(part, part) for part in place.parts):
+        yield place
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, "workspace")
+        link.symlink_to(place.parent, target_is_directory=True)
+        yield link / place.name
 
 
 def _savable(array: Any) -> Any:

@@ -5,13 +5,15 @@ import os
 from pathlib import Path
 
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from numpy.testing import assert_array_equal
 
 import jaxlora
 from jaxlora import locations
-from jaxlora.weight import Adapter, Fingerprint, Roles
+from jaxlora import fingerprints
+from jaxlora.weight import Adapter, Roles
 
 BASE = {"w": jnp.zeros((4, 3))}
 
@@ -19,8 +21,8 @@ BASE = {"w": jnp.zeros((4, 3))}
 def adapters(value):
     """Return adapters of which every element is a value."""
     factors = jnp.full((4, 1), value), jnp.full((1, 3), value)
-    roles, fingerprint = Roles((), (0,), (1,)), Fingerprint((4, 3), "float32")
-    return {"w": Adapter(*factors, roles, 1.0, fingerprint)}
+    roles, fingerprint = Roles((), (0,), (1,)), fingerprints.take(BASE["w"])
+    return {"w": Adapter(*factors, roles, 1.0, (4, 3), fingerprint)}
 
 
 def value_at(path):
@@ -63,6 +65,18 @@ def test_relative_path_is_from_the_working_directory(tmp_path, monkeypatch):
     assert value_at(tmp_path / "runs" / "one") == value_at("runs/../runs/one") == 1.0
 
 
+@pytest.mark.parametrize("name", ["a b", "ü%20", "what?", "run#1", "run[0]", "x:y", "$HOME", "a'b"])
+def test_names_of_any_form_are_saved_and_loaded(name, tmp_path):
+    for value in (1.0, 2.0):
+        jaxlora.save_adapters(tmp_path / name, adapters(value))
+    assert value_at(tmp_path / name) == 2.0
+    jaxlora.save_merged(tmp_path / "m" / name / "run", jaxlora.bind(BASE, adapters(1.0)))
+    for path in (tmp_path / name, tmp_path / "m" / name / "run"):
+        with ocp.StandardCheckpointer() as checkpointer:
+            assert set(checkpointer.restore(path)) == {"w"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "m"])
+
+
 @pytest.mark.parametrize(
     ("path", "error", "message"),
     [
@@ -71,6 +85,7 @@ def test_relative_path_is_from_the_working_directory(tmp_path, monkeypatch):
         (Path("gs://bucket/x"), ValueError, r"one slash too few.* as a string, gs://bucket/x"),
         ("gs://bucket", ValueError, r"'gs://bucket' is a whole bucket"),
         ("", ValueError, "path is empty"),
+        ("~nobody-of-this-name/x", ValueError, "'~nobody-of-this-name/x' is in the home directory"),
         (b"x", TypeError, r"path must be a str or an os.PathLike of one: got b'x'"),
         (5, TypeError, r"path must be a str or an os.PathLike of one: got 5"),
         (None, TypeError, r"path must be a str or an os.PathLike of one: got None"),

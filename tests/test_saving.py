@@ -15,8 +15,8 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import jaxlora
-from jaxlora import storage
-from jaxlora.weight import Adapter, Fingerprint, Replacement, Roles
+from jaxlora import fingerprints, storage
+from jaxlora.weight import Adapter, Replacement, Roles
 
 HERE = Path(__file__).parent
 BASE = {"w": jnp.eye(4, 3), "v": jnp.ones((2, 5))}
@@ -25,12 +25,13 @@ BASE = {"w": jnp.eye(4, 3), "v": jnp.ones((2, 5))}
 def adapters(value):
     """Return adapters of which every element is a value."""
 
-    def adapter(rows, columns):
+    def adapter(base):
+        rows, columns = base.shape
         factors = jnp.full((rows, 2), value), jnp.full((2, columns), value)
-        roles, fingerprint = Roles((), (0,), (1,)), Fingerprint((rows, columns), "float32")
-        return Adapter(*factors, roles, 4.0, fingerprint)
+        roles = Roles((), (0,), (1,))
+        return Adapter(*factors, roles, 4.0, base.shape, fingerprints.take(base))
 
-    return {"w": adapter(4, 3), "v": adapter(2, 5)}
+    return {name: adapter(base) for name, base in BASE.items()}
 
 
 def value_at(path):
@@ -56,6 +57,7 @@ def with_fields(**fields):
     [
         ({5: adapters(1.0)["w"]}, TypeError, "a path in adapters must be a str: got 5 of type int"),
         ({("w",): adapters(1.0)["w"]}, TypeError, r"must be a str: got \('w',\) of type tuple"),
+        ({5: adapters(1.0)["w"], "w": adapters(1.0)["w"]}, TypeError, "must be a str: got 5 of"),
         ({None: adapters(1.0)["w"]}, TypeError, "must be a str: got None of type NoneType"),
         ({}, ValueError, "adapters is empty"),
         ({"w": jnp.ones(3)}, TypeError, r"adapters\['w'\] must be an Adapter: got ArrayImpl"),
@@ -66,7 +68,7 @@ def with_fields(**fields):
         (with_fields(alpha=float("nan")), ValueError, "alpha of 'w' must be finite and positive"),
         (with_fields(a=jnp.ones((4, 0))), ValueError, "rank of 'w' must be at least 1: got 0"),
         (
-            {"e": Replacement(jnp.ones((1, 5)), Fingerprint((2, 5), "float32"), (2,))},
+            {"e": Replacement(jnp.ones((1, 5)), (2, 5), fingerprints.take(BASE["v"]), (2,))},
             ValueError,
             r"rows of 'e' must be of a leaf of shape \[2, 5\]: got \[2\]",
         ),
@@ -82,9 +84,18 @@ def test_what_could_not_be_loaded_is_refused_and_the_earlier_save_stays(
     assert (value_at(tmp_path / "run"), names(tmp_path)) == (1.0, ["run"])
 
 
+@pytest.mark.parametrize("name", ["a.b/c", "w%20", "a b", "ü", "x[0]", "a/../b", ".", ""])
+def test_paths_of_any_form_are_saved_and_loaded(name, tmp_path):
+    found = {name: adapters(1.0)["w"], "w": adapters(1.0)["w"]}
+    jaxlora.save_adapters(tmp_path / "run", found)
+    base = {name: BASE["w"], "w": BASE["w"]}
+    loaded = jaxlora.load_adapters(tmp_path / "run", base=base)
+    jax.tree.map(assert_array_equal, loaded, found)
+
+
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
     rows: Any = tuple(np.arange(2))
-    rows = Replacement(jnp.ones((2, 5)), Fingerprint((2, 5), "float32"), rows)
+    rows = Replacement(jnp.ones((2, 5)), (2, 5), fingerprints.take(BASE["v"]), rows)
     jaxlora.save_adapters(tmp_path / "run", with_fields(alpha=np.float32(2.5)) | {"v": rows})
     loaded = jaxlora.load_adapters(tmp_path / "run", base=BASE)
     assert (loaded["w"].alpha, loaded["v"].rows) == (2.5, (0, 1))
