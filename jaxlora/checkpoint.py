@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import fingerprints, parts, paths, sharding
+from jaxlora import fingerprints, modules, parts, paths, sharding
 from jaxlora.merging import merge
 from jaxlora.processes import together
 from jaxlora.trees import FACTORS, Adapters, bind, split
@@ -54,6 +54,7 @@ def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> No
         TypeError: a value is no `Adapter`.
         FileExistsError: the path holds something that is no checkpoint.
     """
+    modules.refuse_adapted("adapters", adapters, "save adapted.adapters()")
     if not adapters:
         raise ValueError("adapters is empty: there is nothing to save")
     for name, adapter in adapters.items():
@@ -119,6 +120,8 @@ def save_merged(path: PathLike, params: Any) -> None:
         ValueError: no leaf is adapted, or a merged weight is not finite.
         FileExistsError: the path holds something that is no checkpoint.
     """
+    instead = "save adapted.params(), or with Orbax what jaxlora.nnx.merge(adapted) returns"
+    modules.refuse_adapted("params", params, instead)
     about = {"format": "jaxlora.merged", "jaxlora": metadata.version("jaxlora")}
     _write(path, merge(params), about)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import paths
+from jaxlora import modules, paths
 from jaxlora.algebra import matrices
 from jaxlora.trees import FACTORS, mask
 from jaxlora.weight import Adapter, LoRAWeight
@@ -60,6 +60,8 @@ def freeze(
     """
     import optax
 
+    instead = "train it with flax.nnx.Optimizer(adapted, tx, wrt=flax.nnx.Param)"
+    modules.refuse_adapted("tx", tx, instead)
     names = (train,) if isinstance(train, str) else tuple(train)
     if not names or not {*names} <= {*FACTORS}:
         raise ValueError(f"train must name some of {FACTORS}: got {train!r}")
