@@ -16,6 +16,9 @@ and merges them back into plain weights.
 >>> plain = jaxlora.merge(params)
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxlora import algebra, initializers, optim
 from jaxlora import exporting as exporting
 from jaxlora import serialization as serialization
@@ -35,6 +38,9 @@ from jaxlora.summary import Summary, summary
 from jaxlora.tracing import Cost, MaterializationWarning, Use, lora
 from jaxlora.trees import bind, labels, mask, split
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf
+
+if TYPE_CHECKING:
+    from jaxlora import nnx as nnx
 
 __version__ = "0.1.0"
 
@@ -80,3 +86,14 @@ __all__ = [
     "to_plain",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``jaxlora.nnx`` where it is first used: it imports Flax, which the rest does not."""
+    if name == "nnx":
+        return importlib.import_module("jaxlora.nnx")
+    raise AttributeError(f"module 'jaxlora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "nnx"})

@@ -10,7 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlora import checks, initializers, loftq, parts, paths, quantized, residual, sharding
+from jaxlora import (
+    checks,
+    initializers,
+    loftq,
+    modules,
+    parts,
+    paths,
+    quantized,
+    residual,
+    sharding,
+)
 from jaxlora.config import LoRAConfig
 from jaxlora.magnitude import norms
 from jaxlora.selection import Target, select, select_whole
@@ -212,10 +222,12 @@ def dropout(params: Any, key: jax.Array, rate: float) -> Any:
     checks.check_key(key, order)
     if not 0 <= checks.check_number(rate, "rate") < 1:
         raise ValueError(f"rate must be in [0, 1): got {rate}")
+    instead = "pass dropout_rate to jaxlora.nnx.adapt, or call this on adapted.params()"
+    modules.refuse_adapted("params", params, instead)
     checks.check_tree(params, order)
     leaves, treedef = paths.flatten(params)
     if not any(isinstance(leaf, LoRAWeight) for leaf in leaves.values()):
-        raise ValueError("params has no adapted weight: make some with jaxlora.init")
+        raise ValueError(f"params has no adapted weight: {modules.advice(params)}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # a key of the old kind, uint32
         key = jax.random.wrap_key_data(key)
     for path, leaf in leaves.items():

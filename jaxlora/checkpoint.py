@@ -28,6 +28,7 @@ from jaxlora import (
     directories,
     fingerprints,
     locations,
+    modules,
     parts,
     paths,
     processes,
@@ -69,6 +70,7 @@ def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> No
         FileExistsError: the path holds something else than adapters that were saved.
         OSError: it cannot be written; what was saved there before is as it was.
     """
+    modules.refuse_adapted("adapters", adapters, "save adapted.adapters()")
     _check_adapters(adapters)
     _refuse_traced("save_adapters", adapters)
     if base is not None:
@@ -139,6 +141,8 @@ def save_merged(path: PathLike, params: Any) -> None:
         FileExistsError: the path holds something else than merged weights that were saved.
         OSError: it cannot be written; what was saved there before is as it was.
     """
+    instead = "save adapted.params(), or with Orbax what jaxlora.nnx.merge(adapted) returns"
+    modules.refuse_adapted("params", params, instead)
     _refuse_traced("save_merged", params)
     plain = merge(params)
     about = {"format": storage.MERGED, "jaxlora": metadata.version("jaxlora")}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import parts, paths, quantized, sharding, trees
+from jaxlora import modules, parts, paths, quantized, sharding, trees
 from jaxlora.magnitude import merged
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf, merge_dtype, scaling
@@ -36,7 +36,8 @@ def merge(
         pair of it and a dict from path to the largest absolute rounding error, a float32 scalar.
 
     Raises:
-        TypeError: params is adapters alone.
+        TypeError: params is adapters alone, or a `jaxlora.nnx.Adapted`, which `jaxlora.nnx.merge`
+            takes.
         ValueError: no leaf is adapted, or a merged weight is not finite. Under `jax.jit` values
             are unknown, and finiteness is not checked.
 
@@ -47,6 +48,7 @@ def merge(
     >>> jax.tree.map(jnp.shape, jaxlora.merge(params))
     {'w': (4, 3)}
     """
+    modules.refuse_adapted("params", params, "use jaxlora.nnx.merge(adapted)")
     leaves, treedef = paths.flatten(params)
     for path, leaf in leaves.items():
         if isinstance(leaf, Adapter | Replacement):
@@ -55,7 +57,9 @@ def merge(
                 "adapted weights; put them together: merge(bind(base, adapters))"
             )
     if not any(map(paths.is_trained, leaves.values())):
-        raise ValueError("params has no adapted weight: there is nothing to merge")
+        raise ValueError(
+            f"params has no adapted weight, there is nothing to merge: {modules.advice(params)}"
+        )
     errors = {}
     for path, leaf in leaves.items():
         if isinstance(leaf, LoRAWeight):
@@ -97,6 +101,7 @@ def unmerge(plain: Any, adapters: trees.Adapters, *, check_base: bool = True) ->
     >>> jaxlora.unmerge(jaxlora.merge(params), adapters)["w"].shape
     (4, 3)
     """
+    modules.refuse_adapted("plain", plain, "use what jaxlora.nnx.merge(adapted) returned")
     leaves, treedef = paths.flatten(plain)
     before = dict(leaves)
     for path, node in trees.nodes_over(leaves, adapters, check_base=False).items():

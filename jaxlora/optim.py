@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import checks, paths
+from jaxlora import checks, modules, paths
 from jaxlora.algebra import matrices
 from jaxlora.trees import FACTORS, mask
 from jaxlora.weight import Adapter, LoRAWeight
@@ -61,6 +61,8 @@ def freeze(
     """
     import optax
 
+    instead = "train it with flax.nnx.Optimizer(adapted, tx, wrt=flax.nnx.Param)"
+    modules.refuse_adapted("tx", tx, instead)
     _check_transform(tx)
     names = (train,) if isinstance(train, str) else train
     if not checks.is_listing(names) or not all(isinstance(name, str) for name in names):

@@ -5,7 +5,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from jaxlora import parts, paths, table
+import jax
+import jax.numpy as jnp
+
+from jaxlora import modules, parts, paths, table
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.trees import FACTORS
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
@@ -90,13 +93,15 @@ def summary(params: Any) -> Summary:
     """Count what is trained in a tree, and list what is left out.
 
     Args:
-        params: a tree with `LoRAWeight` nodes, or adapters alone; arrays or shapes.
+        params: a tree with `LoRAWeight` nodes, or adapters alone; arrays or shapes. Or a
+            `jaxlora.nnx.Adapted`. Of variables of Flax NNX the parameters alone are counted, not
+            statistics, caches, or the keys and counts of random streams.
 
     Returns:
         One row for each leaf, and the totals.
 
     Raises:
-        ValueError: the tree is empty.
+        ValueError: the tree has no parameters.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -109,7 +114,7 @@ def summary(params: Any) -> Summary:
     <BLANKLINE>
     trainable 7 of 19 parameters (36.84%), 28 of 76 bytes
     """
-    leaves, _ = paths.flatten(params)
+    leaves, _ = paths.flatten(modules.parameters(params))
     if not leaves:
         raise ValueError("params is an empty tree: there is nothing to count")
     return Summary(tuple(row for path, leaf in leaves.items() for row in _rows(path, leaf)))
@@ -126,7 +131,7 @@ def _rows(path: str, leaf: Any) -> Iterator[Row]:
     elif isinstance(leaf, TrainedLeaf | Replacement):
         base = leaf.base if isinstance(leaf, TrainedLeaf) else None
         yield _row(path, leaf.shape, base, leaf)
-    else:
+    elif not _is_key(leaf):
         yield _row(path, getattr(leaf, "shape", ()), leaf, None)
 
 
@@ -143,6 +148,10 @@ def _row(path: str, shape: Any, base: Any, node: Any) -> Row:
         trainable_bytes,
         trainable_bytes + _bytes(base),
     )
+
+
+def _is_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _size(x: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import fingerprints, parts, paths
+from jaxlora import fingerprints, modules, parts, paths
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
 
 Adapters = dict[str, Any]  # an Adapter, or the Replacement of a leaf that is trained whole
@@ -41,6 +41,7 @@ def split(params: Any) -> tuple[Any, Adapters]:
     >>> base["w"].shape, adapters
     ((4, 3), {'w': Adapter(a=(4, 1), b=(1, 3), alpha=16)})
     """
+    modules.refuse_adapted("params", params, "use adapted.adapters(), or split adapted.params()")
     leaves, treedef = paths.flatten(params)
     for path, leaf in leaves.items():
         if isinstance(leaf, Adapter | Replacement):
@@ -50,7 +51,7 @@ def split(params: Any) -> tuple[Any, Adapters]:
     nodes = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)}
     whole = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, TrainedLeaf)}
     if not nodes and not whole:
-        raise ValueError("params has no adapted weight: make some with jaxlora.init")
+        raise ValueError(f"params has no adapted weight: {modules.advice(params)}")
     plain = {path: node.plain for path, node in nodes.items()}
     plain |= {path: leaf.base for path, leaf in whole.items()}
     adapters: Adapters = {
@@ -94,6 +95,7 @@ def bind(base: Any, adapters: Adapters, *, check_base: bool = True) -> Any:
     >>> jaxlora.bind(*jaxlora.split(params))
     {'w': LoRAWeight(base=(4, 3), a=(4, 1), b=(1, 3), alpha=16)}
     """
+    modules.refuse_adapted("base", base, "use jaxlora.nnx.Adapted(adapted.model, adapters)")
     leaves, treedef = paths.flatten(base)
     nodes = nodes_over(leaves, adapters, check_base=check_base)
     return treedef.unflatten((leaves | nodes).values())
@@ -124,6 +126,8 @@ def mask(params: Any) -> Any:
     >>> jax.tree.leaves(jaxlora.mask(params))
     [False, True, True]
     """
+    instead = "filter by flax.nnx.Param, which selects the factors alone"
+    modules.refuse_adapted("params", params, instead)
 
     def of(leaf):
         if not paths.is_trained(leaf):

@@ -11,8 +11,7 @@ from etils import epath
 from numpy.testing import assert_array_equal
 
 import jaxlora
-from jaxlora import locations
-from jaxlora import fingerprints
+from jaxlora import fingerprints, locations
 from jaxlora.weight import Adapter, Roles
 
 BASE = {"w": jnp.zeros((4, 3))}

@@ -1,5 +1,7 @@
 """A module with adapters is a module: NNX itself calls, trains and stores it."""
 
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -319,6 +321,9 @@ def test_mistakes_are_named(model, key):
     adapted = adapt(key, model, X, config=CONFIG)
     adapters = adapted.adapters()
     no_module: Any = jnp.tanh
+    seed: Any = 7
+    untyped: Any = adapt
+    keys, plain = jax.random.split(key), jaxlora.nnx.merge(adapted)
     moved = {"up/kern": adapters["up/kernel"]}
     for mistake, error, message in [
         (
@@ -326,6 +331,10 @@ def test_mistakes_are_named(model, key):
             TypeError,
             "flax.nnx.Module: got jitted|PjitFunction",
         ),
+        (lambda: untyped(model, X, config=CONFIG), TypeError, "rngs, must be .* got Sequential"),
+        (lambda: adapt(seed, model, X, config=CONFIG), TypeError, "pass flax.nnx.Rngs\\(7\\)"),
+        (lambda: adapt(keys, model, X, config=CONFIG), TypeError, "rngs, must be .* no array of"),
+        (lambda: jaxlora.nnx.merge(plain), TypeError, "adapted must be .* got Sequential"),
         (lambda: adapt(key, adapted, X, config=CONFIG), ValueError, "'factors/down/kernel/a'"),
         (lambda: Adapted(model, {}), ValueError, "adapters is empty"),
         (lambda: Adapted(model, moved), ValueError, "'up/kern'; nearest: 'up/kernel'"),
@@ -339,3 +348,22 @@ def test_mistakes_are_named(model, key):
     adapted.model.up = nnx.Linear(4, 9, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="'up/kernel' is for a weight of shape \\(4, 8\\)"):
         adapted(X)
+
+
+@pytest.mark.parametrize("rngs", [jax.random.key(3), jax.random.PRNGKey(3)], ids=["new", "old"])
+def test_keys_of_both_kinds_draw_the_same(model, rngs):
+    adapted = adapt(rngs, model, X, config=CONFIG, dropout_rate=0.5)
+    wanted = adapt(jax.random.key(3), model, X, config=CONFIG, dropout_rate=0.5)
+    close(adapted.adapters(), wanted.adapters())
+    close(adapted(X), wanted(X))
+
+
+def test_flax_is_imported_with_the_first_use_of_nnx():
+    program = """
+import sys, jaxlora
+assert "flax" not in sys.modules
+assert "nnx" in dir(jaxlora)
+assert not hasattr(jaxlora, "missing")
+assert jaxlora.nnx.adapt.__module__ == "jaxlora.nnx.adapted"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -7,8 +7,8 @@ the rest by type: `flax.nnx.Optimizer` and `flax.nnx.grad` train the factors alo
 `Frozen` variables. A call runs the module through `jaxlora.lora` and writes back what the module
 changed of itself: statistics, counts of random streams, caches, what it sowed.
 
-The rest of the library does not import this file, so that ``import jaxlora`` leaves Flax alone:
-write ``import jaxlora.nnx``.
+The rest of the library does not import this file, so that ``import jaxlora`` leaves Flax alone. It
+is imported where ``jaxlora.nnx`` is first used.
 """
 
 from jaxlora.nnx.adapted import Adapted, Factor, adapt, merge

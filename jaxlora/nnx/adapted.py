@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 import jaxlora
@@ -182,8 +183,8 @@ def adapt(
     `flax.nnx.eval_shape`.
 
     Args:
-        rngs: random streams, of which ``params`` is drawn from, or a key. The same key gives the
-            same adapters as `jaxlora.init`.
+        rngs: `flax.nnx.Rngs`, of which ``params`` is drawn from, or a key from `jax.random.key`.
+            The same key gives the same adapters as `jaxlora.init`.
         model: the module.
         *args: arguments of a call, arrays or `jax.ShapeDtypeStruct`.
         config: what to adapt and how; paths are those of ``flax.nnx.state(model)``.
@@ -195,7 +196,7 @@ def adapt(
         The module with adapters.
 
     Raises:
-        TypeError: model is no module, or has no such method.
+        TypeError: rngs is neither, model is no module, or has no such method.
         ValueError: the module is adapted already, or the targets do not fit it (see `LoRAConfig`).
 
     >>> import jax.numpy as jnp, jaxlora.nnx
@@ -208,6 +209,7 @@ def adapt(
     >>> bool((adapted(x) == model(x)).all())
     True
     """
+    _check_rngs(rngs)
     _check_model(model)
     key = rngs.params() if isinstance(rngs, nnx.Rngs) else rngs
     _, program = call.program(model, args, kwargs, method)
@@ -230,6 +232,7 @@ def merge(adapted: Adapted[M]) -> M:
         A new module of the class of the adapted one, which shares no variable with it.
 
     Raises:
+        TypeError: adapted is no `Adapted`.
         ValueError: a merged weight is not finite (see `jaxlora.merge`).
 
     >>> import jax.numpy as jnp, jaxlora.nnx
@@ -241,12 +244,39 @@ def merge(adapted: Adapted[M]) -> M:
     >>> type(merged).__name__, bool((merged(x) == model(x)).all())
     ('Linear', True)
     """
+    if not isinstance(adapted, Adapted):
+        raise TypeError(
+            f"adapted must be a jaxlora.nnx.Adapted: got {type(adapted).__name__}; what merge has "
+            "returned is plain already, and a tree is merged with jaxlora.merge"
+        )
     return nnx.merge(nnx.graphdef(adapted.model), jaxlora.merge(adapted.params()))
+
+
+def _check_rngs(rngs: Any) -> None:
+    if isinstance(rngs, nnx.Rngs):
+        return
+    if not isinstance(rngs, jax.Array) or not _is_key(rngs):
+        told = "no array of keys" if isinstance(rngs, jax.Array) else type(rngs).__name__
+        seed = rngs if isinstance(rngs, int) else 0
+        raise TypeError(
+            "the first argument, rngs, must be flax.nnx.Rngs or a key from jax.random.key: "
+            f"got {told}; pass flax.nnx.Rngs({seed}) before the module"
+        )
+
+
+def _is_key(array: jax.Array) -> bool:
+    """Tell whether an array is a random key, typed or of the old kind."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array.ndim == 0
+    return array.dtype == jnp.uint32 and array.ndim == 1
 
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be a flax.nnx.Module: got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a flax.nnx.Module: got {type(model).__name__}; "
+            "functions and Linen modules are adapted with jaxlora.init"
+        )
     for path, leaf in call.leaves_of(model).items():
         if isinstance(leaf, Factor):
             raise ValueError(
