@@ -1,6 +1,7 @@
 """Programs whose values do not tell their derivatives: selections, complex inputs, loops."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def adapted(shape=(8, 8)):
     return base, trained(jax.random.key(1), adapters)
 
 
-def assert_equal_to_merged(fn, form="auto", shape=(8, 8), *, derive=jax.grad):
+def assert_equal_to_merged(fn, form: Any = "auto", shape=(8, 8), *, derive=jax.grad):
     """Check that a program of adapted weights and its derivative equal those of merged ones."""
     base, adapters = adapted(shape)
 
