@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from jaxlora import fingerprints, parts, paths, sharding
 from jaxlora.merging import merge
 from jaxlora.processes import together
 from jaxlora.trees import FACTORS, Adapters, bind, split
-from jaxlora.weight import Adapter, Fingerprint, Replacement, Roles
+from jaxlora.weight import Adapter, Replacement, Roles
 
 FORMAT = "jaxlora.adapters"
 FORMAT_VERSION = 1
@@ -45,7 +46,8 @@ def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> No
     Args:
         path: a local directory; it may hold an earlier checkpoint, and nothing else.
         adapters: factors by path, from `jaxlora.split` outside of `jax.jit` (inside, the values of
-            the base are unknown, and so only its shape and dtype can be checked at loading).
+            the base are unknown, and so only its shape and dtype can be checked at loading, of
+            which a warning tells).
         base: the tree of plain parameters that the adapters are for; what it holds is written in
             the place of what `jaxlora.split` saw.
 
@@ -60,7 +62,14 @@ def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> No
         if not isinstance(adapter, Adapter | Replacement):
             raise TypeError(f"adapters[{name!r}] must be an Adapter: got {type(adapter).__name__}")
     if base is not None:
-        adapters = split(bind(base, adapters))[1]
+        adapters = split(bind(base, adapters, check_base=False))[1]
+    if unknown := [name for name, a in adapters.items() if a.fingerprint.digest is None]:
+        warnings.warn(
+            f"the values of the base of {unknown[0]!r} are unknown, or of one of several bases "
+            f"({len(unknown)} of {len(adapters)} adapters): another base cannot be refused when "
+            "they are loaded; pass base= to save_adapters",
+            stacklevel=2,
+        )
     factors = _factors(adapters)
     about = {
         "format": FORMAT,
@@ -101,7 +110,8 @@ def load_adapters(path: PathLike, *, base: Any) -> Adapters:
     if bad := [name for name in sums if sums[name] != about["checksums"][name]]:
         raise ValueError(f"the adapters at {path} are damaged: {bad} are not as they were saved")
     return {
-        name: dataclasses.replace(adapter, **factors[name]) for name, adapter in adapters.items()
+        name: dataclasses.replace(_known_by(name, adapter, leaves), **factors[name])
+        for name, adapter in adapters.items()
     }
 
 
@@ -138,7 +148,11 @@ def _describe(name: str, adapter: Adapter | Replacement) -> dict[str, Any]:
     """Return all that is static of an adapter, for JSON."""
     about = {
         "path": name,
-        "base": dataclasses.asdict(adapter.base),
+        "base": {
+            "shape": adapter.shape,
+            "dtype": adapter.fingerprint.dtype,
+            "digest": adapter.fingerprint.digest,
+        },
         "dtypes": [str(x.dtype) for x in _factors({name: adapter})[name].values()],
     }
     if isinstance(adapter, Replacement):
@@ -155,18 +169,19 @@ def _abstract(entry: dict[str, Any], leaves: dict[str, Any]) -> Adapter | Replac
     """Return the adapter that was described: shapes, sharded as their axes of its leaf."""
     path, text = parts.locate(entry["path"], leaves)
     known = sharding.of(paths.plain(leaves.get(path)))
-    base = Fingerprint(**entry["base"] | {"shape": tuple(entry["base"]["shape"])})
+    whole = tuple(entry["base"]["shape"])
+    base = (whole, fingerprints.read(entry["base"]["dtype"], entry["base"]["digest"]))
     if "roles" not in entry:
         (dtype,), rows = entry["dtypes"], entry["rows"] and tuple(entry["rows"])
-        shape = base.shape if rows is None else (len(rows), *base.shape[1:])
+        shape = whole if rows is None else (len(rows), *whole[1:])
         axes = (None if rows else 0, *range(1, len(shape)))[: len(shape)]
         place = sharding.along(known, axes) if known else sharding.default()
-        return Replacement(jax.ShapeDtypeStruct(shape, dtype, sharding=place), base, rows)
+        return Replacement(jax.ShapeDtypeStruct(shape, dtype, sharding=place), *base, rows)
     roles = Roles(**{name: tuple(axes) for name, axes in entry["roles"].items()})
-    part = parts.resolve(text, base.shape)
+    part = parts.resolve(text, whole)
     shapes = (
-        *roles.factor_shapes(parts.shape(part, base.shape), entry["rank"]),
-        roles.magnitude_shape(parts.shape(part, base.shape)),
+        *roles.factor_shapes(parts.shape(part, whole), entry["rank"]),
+        roles.magnitude_shape(parts.shape(part, whole)),
     )
     a, b, *magnitude = (
         jax.ShapeDtypeStruct(
@@ -178,31 +193,39 @@ def _abstract(entry: dict[str, Any], leaves: dict[str, Any]) -> Adapter | Replac
             shapes, entry["dtypes"], sharding.factor_axes(roles, part), strict=False
         )
     )
-    return Adapter(a, b, roles, entry["alpha"], base, entry.get("changed", ""), *magnitude)
+    return Adapter(a, b, roles, entry["alpha"], *base, entry.get("changed", ""), *magnitude)
 
 
 def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
     """Return a line for each weight of the base that is not the one an adapter was made for."""
     located = {name: parts.locate(name, leaves)[0] for name in adapters}
     present = {path: paths.plain(leaves[path]) for path in located.values() if path in leaves}
-    prints = fingerprints.take(present)
     lines = []
     for name, adapter in adapters.items():
-        wanted, got = adapter.base, prints.get(located[name])
-        if got is None:
+        wanted, leaf = adapter.fingerprint, present.get(located[name])
+        if leaf is None:
             lines.append(f"{name!r} is missing; {paths.nearest(name, leaves)}")
-        elif (wanted.shape, wanted.dtype) != (got.shape, got.dtype):
+            continue
+        got = fingerprints.take(leaf)
+        dtype = wanted.dtype or got.dtype
+        if (tuple(leaf.shape), got.dtype) != (adapter.shape, dtype):
             lines.append(
-                f"{name!r} must be {wanted.dtype}{list(wanted.shape)}: "
-                f"got {got.dtype}{list(got.shape)}"
+                f"{name!r} must be {dtype}{list(adapter.shape)}: got {got.dtype}{list(leaf.shape)}"
             )
-        elif wanted != got:
-            line = f"{name!r} holds other values (hash {got.digest}, not {wanted.digest})"
+        elif (wrong := wanted.refusal(leaf)) is not None:
+            line = f"{name!r} {wrong}"
             if getattr(adapter, "changed", ""):
                 line += f"; the base that {adapter.changed} has left is needed"
                 line += "" if adapter.changed == "loftq" else ", or jaxlora.to_plain"
             lines.append(line)
     return lines
+
+
+def _known_by(name: str, adapter: Adapter | Replacement, leaves: dict[str, Any]) -> Any:
+    """Return an adapter with the fingerprint of the base it was loaded for, if that has values."""
+    path, text = parts.locate(name, leaves)
+    found = fingerprints.take(paths.plain(leaves[path]), parts.resolve(text, adapter.shape))
+    return adapter if found.digest is None else dataclasses.replace(adapter, fingerprint=found)
 
 
 def _write(path: PathLike, tree: Any, about: dict[str, Any]) -> None:

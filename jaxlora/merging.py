@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import paths, quantized, sharding, trees
+from jaxlora import parts, paths, quantized, sharding, trees
 from jaxlora.magnitude import merged
 from jaxlora.quantized import QuantizedWeight
-from jaxlora.weight import LoRAWeight, TrainedLeaf, merge_dtype
+from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf, merge_dtype, scaling
 
 
 def merge(
@@ -36,6 +36,7 @@ def merge(
         pair of it and a dict from path to the largest absolute rounding error, a float32 scalar.
 
     Raises:
+        TypeError: params is adapters alone.
         ValueError: no leaf is adapted, or a merged weight is not finite. Under `jax.jit` values
             are unknown, and finiteness is not checked.
 
@@ -47,6 +48,12 @@ def merge(
     {'w': (4, 3)}
     """
     leaves, treedef = paths.flatten(params)
+    for path, leaf in leaves.items():
+        if isinstance(leaf, Adapter | Replacement):
+            raise TypeError(
+                f"params holds adapters without their base, at {path!r}: merge needs a tree with "
+                "adapted weights; put them together: merge(bind(base, adapters))"
+            )
     if not any(map(paths.is_trained, leaves.values())):
         raise ValueError("params has no adapted weight: there is nothing to merge")
     errors = {}
@@ -62,20 +69,25 @@ def merge(
     return (plain, errors) if with_error else plain
 
 
-def unmerge(plain: Any, adapters: trees.Adapters) -> Any:
+def unmerge(plain: Any, adapters: trees.Adapters, *, check_base: bool = True) -> Any:
     """Take the product of the factors out of merged weights again.
+
+    What that leaves has to be the base that the adapters were made for: weights into which they
+    were not merged, or of which they were taken out already, are refused. Values are compared
+    where they are known, and not under `jax.jit`; see `jaxlora.bind`.
 
     Args:
         plain: a tree from `merge`.
         adapters: the factors that were merged, by path.
+        check_base: False takes them out of any weights of their shapes.
 
     Returns:
         The base, within the rounding of its dtype.
 
     Raises:
-        ValueError: a path is not in plain or has another shape, a result is not finite, or what
-            was is lost: the norm that a magnitude was divided by, a leaf that was trained whole,
-            what quantizing has rounded.
+        ValueError: a path is not in plain or has another shape, a result is not finite or not the
+            base, or what was is lost: the norm that a magnitude was divided by, a leaf that was
+            trained whole, what quantizing has rounded.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -86,14 +98,34 @@ def unmerge(plain: Any, adapters: trees.Adapters) -> Any:
     (4, 3)
     """
     leaves, treedef = paths.flatten(plain)
-    for path, node in trees.nodes_over(leaves, adapters).items():
+    before = dict(leaves)
+    for path, node in trees.nodes_over(leaves, adapters, check_base=False).items():
         lost = "leaf" if isinstance(node, TrainedLeaf) else "magnitude"
         if isinstance(node, TrainedLeaf) or node.has_magnitude:
             raise ValueError(f"the {lost} of {path!r} cannot be unmerged: keep the base instead")
         if isinstance(node.plain, QuantizedWeight):
             raise ValueError(f"{path!r} is quantized and cannot be unmerged: keep the base instead")
         leaves[path], _ = _fold(path, node, -1)
+    for name, adapter in adapters.items() if check_base else ():
+        path, _ = parts.locate(name, leaves)
+        _check_undone(name, leaves[path], before[path], adapter)
     return treedef.unflatten(leaves.values())
+
+
+def _check_undone(name: str, base: Any, merged: Any, adapter: Adapter) -> None:
+    """Raise if what was left of a merged weight is known not to be the base of an adapter."""
+    arrays = base, adapter.a, adapter.b
+    if any(isinstance(x, Tracer) for x in arrays):
+        return
+    a, b = (float(jnp.max(jnp.abs(x), initial=0)) for x in (adapter.a, adapter.b))
+    largest = adapter.rank * abs(scaling(adapter.alpha, adapter.rank)) * a * b
+    noise = float(jnp.finfo(merge_dtype(base.dtype)).eps) * largest
+    if not adapter.fingerprint.is_undone(base, merged, noise):
+        raise ValueError(
+            f"the adapters of {name!r} were not merged into this weight: what is left without them "
+            "is not their base; they were taken out already, or others were merged; "
+            "check_base=False takes them out of any weight of their shape"
+        )
 
 
 def _fold(

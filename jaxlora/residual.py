@@ -166,13 +166,14 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
             raise ValueError(f"the base has no leaf {path!r}; {paths.nearest(path, leaves)}")
         if isinstance(adapters[name], Adapter):
             check_fits(name, text, leaves[path], adapters[name])
-    prints = fingerprints.take({path: leaves[path] for path, _ in located.values()})
     plain = {}
     for name, adapter in adapters.items():
-        fields: dict[str, Any] = {"base": prints[located[name][0]]}
+        path, text = located[name]
+        part = parts.resolve(text, leaves[path].shape)
+        fields: dict[str, Any] = {"fingerprint": fingerprints.take(leaves[path], part)}
         if isinstance(adapter, Adapter):
             before, adapter = adapter, _joined(name, adapter, initial[name])
-            if before.base.digest and before.base.digest == fields["base"].digest:
+            if before.fingerprint.is_known(leaves[path]):
                 raise ValueError(
                     f"the base must be that given to init: {name!r} is what {adapter.changed!r} "
                     "left of it"
@@ -190,8 +191,8 @@ def _joined(name: str, adapter: Adapter, first: Adapter) -> Adapter:
         )
     if not adapter.changed:
         raise ValueError(f"the adapter of {name!r} is plain: nothing changed its base")
-    wanted, got = ((x.roles, x.base, x.a.shape[:-1]) for x in (adapter, first))
-    if wanted != got:
+    wanted, got = ((x.roles, x.shape, x.a.shape[:-1]) for x in (adapter, first))
+    if wanted != got or not adapter.fingerprint.may_equal(first.fingerprint):
         raise ValueError(f"adapters and initial must be of one base: {name!r} is {wanted}, {got}")
     count = len(adapter.roles.stack)
     scale, ratio = (scaling(x.alpha, x.rank) for x in (adapter, first))

@@ -118,15 +118,14 @@ def summary(params: Any) -> Summary:
 def _rows(path: str, leaf: Any) -> Iterator[Row]:
     """Return the row of a leaf, or one for each part of it that is adapted; the first counts it."""
     if isinstance(leaf, Adapter):
-        yield _row(path, leaf.base.shape, None, leaf)
+        yield _row(path, leaf.shape, None, leaf)
     elif isinstance(leaf, LoRAWeight):
         for node in leaf.layers:
             name, shape = parts.name(path, node.part), parts.shape(node.part, leaf.shape)
             yield _row(name, shape, None if isinstance(node.base, LoRAWeight) else leaf.plain, node)
     elif isinstance(leaf, TrainedLeaf | Replacement):
         base = leaf.base if isinstance(leaf, TrainedLeaf) else None
-        shape = leaf.shape if isinstance(leaf, TrainedLeaf) else leaf.base.shape
-        yield _row(path, shape, base, leaf)
+        yield _row(path, leaf.shape, base, leaf)
     else:
         yield _row(path, getattr(leaf, "shape", ()), leaf, None)
 

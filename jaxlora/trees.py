@@ -4,9 +4,11 @@ A tree of parameters and the same tree with `LoRAWeight` nodes in it differ only
 so every function here is one pass over the leaves by path.
 """
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlora import fingerprints, parts, paths
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
@@ -43,30 +45,39 @@ def split(params: Any) -> tuple[Any, Adapters]:
         raise ValueError("params has no adapted weight: make some with jaxlora.init")
     plain = {path: node.plain for path, node in nodes.items()}
     plain |= {path: leaf.base for path, leaf in whole.items()}
-    prints = fingerprints.take(plain)
     adapters: Adapters = {
-        parts.name(path, node.part): node.adapter(prints[path])
+        parts.name(path, node.part): node.adapter(fingerprints.take(plain[path], node.part))
         for path in nodes
         for node in nodes[path].layers
     }
     adapters |= {
-        path: Replacement(leaf.value, prints[path], leaf.rows) for path, leaf in whole.items()
+        path: Replacement(leaf.value, tuple(leaf.shape), fingerprints.take(leaf.base), leaf.rows)
+        for path, leaf in whole.items()
     }
     return treedef.unflatten((leaves | plain).values()), adapters
 
 
-def bind(base: Any, adapters: Adapters) -> Any:
+def bind(base: Any, adapters: Adapters, *, check_base: bool = True) -> Any:
     """Put a frozen base and factors together; the opposite of `split`.
+
+    Adapters know the weights that they were made for, and are refused on others: on those that
+    they were merged into already, or on a cast of them. Values are compared where they are known,
+    and not under `jax.jit` or for shapes; adapters that JAX mapped together with those of other
+    bases, or ran through one compiled program, are for any of these bases.
 
     Args:
         base: a plain tree.
         adapters: factors by path.
+        check_base: False puts adapters on any floating weights of their shapes.
 
     Returns:
         The tree with a `LoRAWeight` at each path of adapters.
 
     Raises:
-        ValueError: a path is not in base, is adapted already, or has another shape.
+        TypeError: a value of adapters is no `Adapter` or `Replacement`.
+        ValueError: a path is not in base, is adapted already, holds no floating weight, has another
+            shape, dtype or other values; adapters overlap, or have an alpha that is not finite
+            and positive.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -76,7 +87,8 @@ def bind(base: Any, adapters: Adapters) -> Any:
     {'w': LoRAWeight(base=(4, 3), a=(4, 1), b=(1, 3), alpha=16)}
     """
     leaves, treedef = paths.flatten(base)
-    return treedef.unflatten((leaves | nodes_over(leaves, adapters)).values())
+    nodes = nodes_over(leaves, adapters, check_base=check_base)
+    return treedef.unflatten((leaves | nodes).values())
 
 
 def mask(params: Any) -> Any:
@@ -139,7 +151,9 @@ def _is_factor(keys: Any) -> bool:
     return getattr(keys[-1], "name", None) in FACTORS
 
 
-def nodes_over(leaves: dict[str, Any], adapters: Adapters) -> dict[str, LoRAWeight | TrainedLeaf]:
+def nodes_over(
+    leaves: dict[str, Any], adapters: Adapters, *, check_base: bool
+) -> dict[str, LoRAWeight | TrainedLeaf]:
     """Return the node of each adapter over the leaf that it is for, or raise if it is for none."""
     if not adapters:
         raise ValueError("adapters is empty: it must hold the factors of at least one weight")
@@ -154,25 +168,35 @@ def nodes_over(leaves: dict[str, Any], adapters: Adapters) -> dict[str, LoRAWeig
         if path in nodes and None in (text, getattr(nodes[path], "part", None)):
             raise ValueError(f"adapters has two for the leaf {path!r}, and one of them is for all")
         if isinstance(adapter, Replacement):
-            nodes[path] = _replaced(path, leaf, adapter)
-            continue
-        part = check_fits(name, text, leaf, adapter)
-        below = nodes.get(path, leaf)
-        nodes[path] = adapter.over(below, part)
-        if len({node.roles for node in nodes[path].layers}) > 1:
-            raise ValueError(f"the adapters of parts of {path!r} differ in the roles of its axes")
+            nodes[path] = _replaced(name, text, leaf, adapter)
+        else:
+            nodes[path] = _adapted(path, text, nodes.get(path, leaf), adapter)
+        if check_base:
+            _check_base(name, leaf, adapter)
     return nodes
 
 
-def _replaced(path: str, leaf: Any, replacement: Replacement) -> TrainedLeaf:
+def _adapted(path: str, text: str | None, below: Any, adapter: Adapter) -> LoRAWeight:
+    """Return the node of an adapter over a leaf or the node of another part of it."""
+    part = check_fits(path, text, paths.plain(below), adapter)
+    for other in below.layers if isinstance(below, LoRAWeight) else []:
+        if parts.overlap(part, other.part):
+            names = f"{parts.name(path, part)!r} and {parts.name(path, other.part)!r}"
+            raise ValueError(f"the adapters of {names} overlap: one element has one adapter")
+        if other.roles != adapter.roles:
+            raise ValueError(f"the adapters of parts of {path!r} differ in the roles of its axes")
+    return adapter.over(below, part)
+
+
+def _replaced(name: str, text: str | None, leaf: Any, replacement: Replacement) -> TrainedLeaf:
     """Return the node of a leaf that is trained whole or by rows, or raise if it does not fit."""
-    wanted, got = replacement.base.shape, getattr(leaf, "shape", type(leaf).__name__)
-    if wanted != got:
-        raise ValueError(f"the replacement of {path!r} is for a leaf of shape {wanted}: got {got}")
-    rows, value = replacement.rows, replacement.value
+    if text is not None:
+        raise ValueError(f"a replacement must be for a whole leaf or for rows of it: got {name!r}")
+    _check_weight(name, leaf, replacement)
+    rows, value, wanted = replacement.rows, replacement.value, replacement.shape
     shape = wanted if rows is None else (len(rows), *wanted[1:])
     if tuple(value.shape) != shape:
-        raise ValueError(f"the value for {path!r} must have the shape {shape}: got {value.shape}")
+        raise ValueError(f"the value for {name!r} must have the shape {shape}: got {value.shape}")
     return TrainedLeaf(leaf, value, rows)
 
 
@@ -180,11 +204,9 @@ def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> part
     """Return the part that an adapter is for, or raise if it is not for a leaf of this shape."""
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapters[{path!r}] must be an Adapter: got {type(adapter).__name__}")
-    if not hasattr(leaf, "shape") or tuple(leaf.shape) != adapter.base.shape:
-        found = getattr(leaf, "shape", type(leaf).__name__)
-        raise ValueError(
-            f"the adapter of {path!r} is for a weight of shape {adapter.base.shape}: got {found}"
-        )
+    _check_weight(path, leaf, adapter)
+    if not (math.isfinite(adapter.alpha) and adapter.alpha > 0):
+        raise ValueError(f"the alpha of {path!r} must be finite and positive: got {adapter.alpha}")
     part = parts.resolve(text, leaf.shape)
     wanted = adapter.roles.factor_shapes(parts.shape(part, leaf.shape), adapter.rank)
     if (tuple(adapter.a.shape), tuple(adapter.b.shape)) != wanted:
@@ -202,3 +224,30 @@ def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> part
             f"or of entries of its stack: got {adapter.magnitude.shape}"
         )
     return part
+
+
+def _check_weight(path: str, leaf: Any, adapter: Adapter | Replacement) -> None:
+    """Raise if a leaf is no floating weight of the shape that an adapter is for."""
+    if not hasattr(leaf, "shape") or tuple(leaf.shape) != tuple(adapter.shape):
+        what = "adapter of {!r} is for a weight"
+        if isinstance(adapter, Replacement):
+            what = "replacement of {!r} is for a leaf"
+        found = getattr(leaf, "shape", type(leaf).__name__)
+        raise ValueError(f"the {what.format(path)} of shape {adapter.shape}: got {found}")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(
+            f"the leaf {path!r} cannot be adapted: its dtype is {leaf.dtype}, not floating"
+        )
+
+
+def _check_base(path: str, leaf: Any, adapter: Adapter | Replacement) -> None:
+    """Raise if a leaf is known to be none that an adapter was made for."""
+    if (wrong := adapter.fingerprint.refusal(leaf)) is None:
+        return
+    hint = "they were merged into it already, or are for other weights"
+    if changed := getattr(adapter, "changed", ""):
+        hint += f"; what {changed!r} left of the weight is needed, or jaxlora.to_plain"
+    raise ValueError(
+        f"the adapters of {path!r} are for another base, it {wrong}: {hint}; "
+        "check_base=False puts them on any weight of their shape"
+    )

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import parts, quantized, sharding
+from jaxlora.fingerprints import Fingerprint
 
 _meta = {"static": True}
 
@@ -71,33 +72,6 @@ class Roles:
         return min(math.prod(in_), math.prod(out))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Fingerprint:
-    """What is remembered of a base weight, to refuse another one later.
-
-    Two fingerprints are equal where nothing known of them differs: the digest of a weight that
-    was seen under a transformation, where its values are unknown, is None and equals any.
-
-    Attributes:
-        shape: shape of the base weight.
-        dtype: name of its dtype.
-        digest: hash of evenly spaced elements of it, or None where its values are unknown.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    digest: str | None = None
-
-    def __eq__(self, other):
-        if not isinstance(other, Fingerprint):
-            return NotImplemented
-        digests_agree = None in (self.digest, other.digest) or self.digest == other.digest
-        return digests_agree and (self.shape, self.dtype) == (other.shape, other.dtype)
-
-    def __hash__(self):
-        return hash((self.shape, self.dtype))
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
@@ -108,7 +82,8 @@ class Adapter:
         b: factor on the output side, ``(*stack, rank, *out)``.
         roles: roles of the axes of the weight.
         alpha: numerator of the scaling.
-        base: fingerprint of the weight that the factors were made for.
+        shape: shape of the whole weight that the factors were made for.
+        fingerprint: what is known of that weight.
         changed: name of the initializer that took the first product out of the base, or empty.
         magnitude: the norm of each column, ``(*stack, *out)``, see `jaxlora.magnitude`; or None.
     """
@@ -117,7 +92,8 @@ class Adapter:
     b: Any
     roles: Roles = dataclasses.field(metadata=_meta)
     alpha: float = dataclasses.field(metadata=_meta)
-    base: Fingerprint = dataclasses.field(metadata=_meta)
+    shape: tuple[int, ...] = dataclasses.field(metadata=_meta)
+    fingerprint: Fingerprint = dataclasses.field(default_factory=Fingerprint, metadata=_meta)
     changed: str = dataclasses.field(default="", metadata=_meta)
     magnitude: Any = None
 
@@ -184,9 +160,10 @@ class LoRAWeight:
         """Whether a node of this weight has a magnitude."""
         return any(node.magnitude is not None for node in self.layers)
 
-    def adapter(self, base: Fingerprint) -> Adapter:
+    def adapter(self, fingerprint: Fingerprint) -> Adapter:
         """Return what is trained of this node, for a base of this fingerprint."""
-        return Adapter(self.a, self.b, self.roles, self.alpha, base, self.changed, self.magnitude)
+        about = (self.roles, self.alpha, tuple(self.shape), fingerprint, self.changed)
+        return Adapter(self.a, self.b, *about, self.magnitude)
 
     def over(self, plain: Any) -> "LoRAWeight":
         """Return the same nodes over another frozen weight."""
@@ -246,12 +223,14 @@ class Replacement:
 
     Attributes:
         value: the leaf as it is trained, or its rows, ``(len(rows), ...)``.
-        base: fingerprint of the leaf as it was.
+        shape: shape of the whole leaf.
+        fingerprint: what is known of the leaf as it was.
         rows: indices along its first axis, None for all of it.
     """
 
     value: Any
-    base: Fingerprint = dataclasses.field(metadata=_meta)
+    shape: tuple[int, ...] = dataclasses.field(metadata=_meta)
+    fingerprint: Fingerprint = dataclasses.field(default_factory=Fingerprint, metadata=_meta)
     rows: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_meta)
 
 

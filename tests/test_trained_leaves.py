@@ -256,8 +256,8 @@ def test_rows_that_are_not_there_are_refused():
             rows_of(**config)
     with pytest.raises(TypeError, match=r"rows\['embedding'\] must be indices: got 1.5"):
         rows_of(rows={"embedding": (1.5,)})
-    base, adapters = jaxlora.split(rows_of())
-    wrong = {"embedding": Replacement(jnp.ones((3, 6)), adapters["embedding"].base, (1, 7))}
+    base, _ = jaxlora.split(rows_of())
+    wrong = {"embedding": Replacement(jnp.ones((3, 6)), (10, 6), rows=(1, 7))}
     with pytest.raises(ValueError, match=r"the value for 'embedding' must have the shape \(2, 6\)"):
         jaxlora.bind(base, wrong)
 
@@ -325,7 +325,7 @@ def test_shapes_of_leaves_to_train_are_refused():
 def test_leaf_with_an_adapter_has_no_replacement():
     base, adapters = moved(init())
     both = adapters | {"params/up/kernel[0:4]": adapters["params/up/kernel"]}
-    value = Replacement(jnp.ones((8, 12)), adapters["params/up/kernel"].base)
+    value = Replacement(jnp.ones((8, 12)), (8, 12))
     for pair in (both, both | {"params/up/kernel": value}):
         with pytest.raises(ValueError, match="adapters has two for the leaf 'params/up/kernel'"):
             jaxlora.bind(base, pair)

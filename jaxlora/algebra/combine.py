@@ -129,10 +129,15 @@ def _combined(
     """Return one adapter for several of one weight."""
     first, ranks = pairs[0][0], [adapter.rank for adapter, _ in pairs]
     for adapter, _ in pairs:
-        if (adapter.roles, adapter.base) != (first.roles, first.base):
+        if (adapter.roles, adapter.shape) != (first.roles, first.shape):
             raise ValueError(
-                f"the adapters of {path!r} are for different weights: {adapter.base} with "
-                f"{adapter.roles} and {first.base} with {first.roles}"
+                f"the adapters of {path!r} are for different weights: {adapter.shape} with "
+                f"{adapter.roles} and {first.shape} with {first.roles}"
+            )
+        if not adapter.fingerprint.may_equal(first.fingerprint):
+            raise ValueError(
+                f"the adapters of {path!r} are for different weights: with hash "
+                f"{adapter.fingerprint.digest} and with hash {first.fingerprint.digest}"
             )
     factors = [matrices.of(adapter) for adapter, _ in pairs]
     weights = [weight for _, weight in pairs]

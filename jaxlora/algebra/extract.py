@@ -30,7 +30,7 @@ class Extracted:
 
     def __str__(self):
         rows = [
-            (path, str(adapter.base.shape), str(adapter.rank), f"{self.energy[path]:.4f}")
+            (path, str(adapter.shape), str(adapter.rank), f"{self.energy[path]:.4f}")
             for path, adapter in self.adapters.items()
         ]
         text = table.render_folded(["path", "shape", "rank", "energy"], rows)
@@ -86,7 +86,7 @@ def extract(base: Any, finetuned: Any, rank: int, *, sites: Sites | None = None)
             left[path] = largest
         else:
             change = now.astype(jnp.float32) - was.astype(jnp.float32)
-            adapters[path], energy[path] = _adapter(path, leaf, change, roles, rank)
+            adapters[path], energy[path] = _adapter(leaf, change, roles, rank)
     if not adapters:
         raise ValueError(f"no weight that an adapter is for has changed; others: {sorted(left)}")
     return Extracted(adapters, energy, left)
@@ -113,7 +113,7 @@ def _roles(path: str, leaf: Any, sites: Sites | None) -> Roles | None:
     return Roles((), (0,), (1,)) if is_matrix else None
 
 
-def _adapter(path: str, before: Any, change: Any, roles: Roles, rank: int) -> tuple[Adapter, float]:
+def _adapter(before: Any, change: Any, roles: Roles, rank: int) -> tuple[Adapter, float]:
     """Return the adapter of the change of a weight, and the share of its energy."""
     rank = min(rank, roles.max_rank(before.shape))
     u, s, v = svd.truncated(matrices.of_weight(change, roles), rank)
@@ -122,5 +122,5 @@ def _adapter(path: str, before: Any, change: Any, roles: Roles, rank: int) -> tu
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=known and sharding.along(known, axes))
         for shape, axes in zip(shapes, sharding.factor_axes(roles), strict=False)
     )
-    empty = Adapter(a, b, roles, float(rank), fingerprints.take({path: before})[path])
+    empty = Adapter(a, b, roles, float(rank), tuple(before.shape), fingerprints.take(before))
     return matrices.adapter_of_svd(empty, (u, s, v)), float(jnp.sum(s**2) / jnp.sum(change**2))

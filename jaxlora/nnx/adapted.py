@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 import jaxlora
+from jaxlora.fingerprints import Fingerprint
 from jaxlora.nnx import call
 from jaxlora.trees import FACTORS, Adapters
 from jaxlora.weight import Adapter, Replacement
@@ -29,9 +30,9 @@ class _Factors(nnx.Pytree):
         arrays: dict[str, Any] = dict.fromkeys(_trained(adapter))
         for name in arrays:
             setattr(self, name, nnx.data(Factor(getattr(adapter, name))))
-        # without the digest, so that modules of one kind have one graphdef and compile once
-        base = dataclasses.replace(adapter.base, digest=None)
-        self.about = nnx.static(dataclasses.replace(adapter, base=base, **arrays))
+        # of an unknown base: the module holds its own, and may be cast or trained itself
+        about = dataclasses.replace(adapter, fingerprint=Fingerprint(), **arrays)
+        self.about = nnx.static(about)
 
     def adapter(self) -> Adapter | Replacement:
         """Return the adapter of the leaf."""

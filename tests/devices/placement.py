@@ -232,18 +232,18 @@ def test_merge_sends_no_more_than_scalars(params):
 def test_split_knows_weights_again_wherever_they_are(plain_params, params):
     _, wanted = jaxlora.split(plain_params)
     _, adapters = jaxlora.split(params)
-    assert {name: a.base.digest for name, a in adapters.items()} == {
-        name: a.base.digest for name, a in wanted.items()
+    assert {name: a.fingerprint.digest for name, a in adapters.items()} == {
+        name: a.fingerprint.digest for name, a in wanted.items()
     }
 
 
 def test_fingerprint_sends_no_more_than_its_sample():
-    from jaxlora import fingerprints
+    from jaxlora import sampling
 
     for kind in meshes.KINDS:
         mesh = meshes.make(kind)
         weight = jax.device_put(jnp.ones((64, 64)), NamedSharding(mesh, P("data", "model")))
-        sent = meshes.collectives(fingerprints._sample, weight)
+        sent = meshes.collectives(sampling._sample, weight)
         assert all(meshes.size(collective) <= 256 for collective in sent), sent
 
 

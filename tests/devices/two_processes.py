@@ -107,7 +107,7 @@ def test_merge_and_unmerge_give_the_same_values(params, expected):
 def test_split_knows_the_weights_again(params, expected):
     _, adapters = jaxlora.split(params)
     _, wanted = jaxlora.split({"dense": expected})
-    assert adapters["dense"].base.digest == wanted["dense"].base.digest
+    assert adapters["dense"].fingerprint.digest == wanted["dense"].fingerprint.digest
 
 
 @pytest.mark.parametrize("is_set", [False, True], ids=["", "set"])
