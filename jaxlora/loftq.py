@@ -57,7 +57,7 @@ def start(target: Target, base: Any, roles: Roles, initializer: LoftQ, dtype: An
         near = paths.nearest(path, initializer.weights)
         raise ValueError(f"'loftq' has no weight {path!r} as it was; {near}")
     weight = initializer.weights[path]
-    if not hasattr(weight, "__array__"):
+    if paths.is_node(weight) or not hasattr(weight, "__array__"):
         raise ValueError(f"'loftq' starts from the weight as it was: {path!r} is {weight}")
     if tuple(weight.shape) != base.shape:
         raise ValueError(

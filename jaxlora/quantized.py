@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
+from jaxlora.opaque import Opaque
+
 Kind = Literal["int8", "int4", "nf4"]
 _meta = {"static": True}
 _SCALES_PER_BLOCK = 256
@@ -40,7 +42,7 @@ class Code(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QuantizedWeight:
+class QuantizedWeight(Opaque):
     """A frozen weight in few bits, in the place of the leaf it was made of.
 
     It is a pytree node; `jaxlora.lora` makes functions accept it where they take an array, and
@@ -57,6 +59,8 @@ class QuantizedWeight:
         dtype: dtype of the weight, in which it is used.
         is_packed: whether there are two codes in each.
     """
+
+    instead = "call the function as jaxlora.lora(fn), or use jaxlora.dequantize(params)"
 
     codes: Any
     scale: Any

@@ -19,8 +19,11 @@ import jax.numpy as jnp
 
 from jaxlora import parts, quantized, sharding
 from jaxlora.fingerprints import Fingerprint
+from jaxlora.opaque import Opaque
 
 _meta = {"static": True}
+_NODE = "call the function as jaxlora.lora(fn), or fold the adapters in with jaxlora.merge(params)"
+_ALONE = "put adapters on their base with jaxlora.bind(base, adapters)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Roles:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Adapter:
+class Adapter(Opaque):
     """The trainable factors of one weight; nothing frozen is a leaf of it.
 
     Attributes:
@@ -87,6 +90,8 @@ class Adapter:
         changed: name of the initializer that took the first product out of the base, or empty.
         magnitude: the norm of each column, ``(*stack, *out)``, see `jaxlora.magnitude`; or None.
     """
+
+    instead = _ALONE
 
     a: Any
     b: Any
@@ -114,7 +119,7 @@ class Adapter:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoRAWeight:
+class LoRAWeight(Opaque):
     """An adapted weight, in the place of the leaf it adapts.
 
     It is a pytree node; `jaxlora.lora` makes functions accept it where they take an array. Where
@@ -132,6 +137,8 @@ class LoRAWeight:
         changed: name of the initializer that took the first product out of the base, or empty.
         magnitude: the norm of each column, ``(*stack, *out)``, see `jaxlora.magnitude`; or None.
     """
+
+    instead = _NODE
 
     base: Any
     a: Any
@@ -218,7 +225,7 @@ class LoRAWeight:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Replacement:
+class Replacement(Opaque):
     """What is trained of a leaf that is trained whole or by rows, among adapters.
 
     Attributes:
@@ -228,6 +235,8 @@ class Replacement:
         rows: indices along its first axis, None for all of it.
     """
 
+    instead = _ALONE
+
     value: Any
     shape: tuple[int, ...] = dataclasses.field(metadata=_meta)
     fingerprint: Fingerprint = dataclasses.field(default_factory=Fingerprint, metadata=_meta)
@@ -236,7 +245,7 @@ class Replacement:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TrainedLeaf:
+class TrainedLeaf(Opaque):
     """A leaf that is trained whole or by rows, in its place; `jaxlora.lora` passes what it is now.
 
     Attributes:
@@ -244,6 +253,8 @@ class TrainedLeaf:
         value: the leaf as it is trained, or its rows, ``(len(rows), ...)``.
         rows: indices along its first axis, None for all of it.
     """
+
+    instead = _NODE
 
     base: Any
     value: Any
