@@ -18,6 +18,7 @@ and merges them back into plain weights.
 
 from jaxlora import algebra, initializers, optim
 from jaxlora import exporting as exporting
+from jaxlora import serialization as serialization
 from jaxlora.adapt import dropout, init
 from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
 from jaxlora.config import LoRAConfig
