@@ -33,10 +33,13 @@ def model(params, x):
     return y + params["bias"].reshape(1, 1, 1, -1)
 
 
-def trained(seed, rank=2, alpha=3.0, targets: Any = "all-linear"):
+OTHER = {name: weight + 1 for name, weight in PARAMS.items()}
+
+
+def trained(seed, rank=2, alpha=3.0, targets: Any = "all-linear", base=PARAMS):
     """Return adapters with no factor zero, and their base."""
     config = jaxlora.LoRAConfig(rank=rank, alpha=alpha, targets=targets)
-    params = jaxlora.init(jax.random.key(seed), model, PARAMS, X, config=config)
+    params = jaxlora.init(jax.random.key(seed), model, base, X, config=config)
     base, adapters = jaxlora.split(params)
     keys = iter(jax.random.split(jax.random.key(seed + 100), 2 * len(adapters)))
     return base, jax.tree.map(lambda f: jax.random.normal(next(keys), f.shape), adapters)
@@ -133,6 +136,66 @@ def test_adapters_padded_to_one_rank_stack_and_run_together():
     for y, adapters in zip(got, (one, two), strict=True):
         wanted = model(jaxlora.merge(jaxlora.bind(base, adapters)), X)
         assert_allclose(y, wanted, rtol=1e-4, atol=1e-3 * float(jnp.max(jnp.abs(wanted))))
+
+
+def dense_of(adapters, path="experts"):
+    """Return the sum of the products for one weight in its shape, computed by NumPy."""
+    total = np.zeros(PARAMS[path].shape)
+    for name, adapter in adapters.items():
+        index = np.s_[:, :, :]
+        if "[" in name:
+            index = eval(f"np.s_[{name.split('[')[1][:-1]}]", {"np": np})
+        a, b = (np.asarray(factor, np.float64) for factor in (adapter.a, adapter.b))
+        total[index] += adapter.alpha / adapter.rank * np.einsum("sir,sro->sio", a, b)
+    return total
+
+
+OVERLAPS = {
+    "a part and all": (["experts[1:2]"], ["experts"], ["experts"]),
+    "all and parts": (["experts"], ["experts[:, :, 0:3]", "experts[:, :, 3:6]"], ["experts"]),
+    "parts of inputs": (
+        ["experts[:, 0:5]"],
+        ["experts[:, 3:6, 1:4]"],
+        ["experts[:, 0:6, :]"],
+    ),
+    "a chain": (
+        ["experts[:, :, 0:2]", "experts[:, :, 3:5]"],
+        ["experts[:, :, 1:4]"],
+        ["experts[:, :, 0:5]"],
+    ),
+    "apart": (
+        ["experts[0:1]"],
+        ["experts[1:3]"],
+        ["experts[0:1, :, :]", "experts[1:3, :, :]"],
+    ),
+    "equal": (["experts[0:2]"], ["experts[0:2]"], ["experts[0:2, :, :]"]),
+}
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "ties_svd"])
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_adapters_of_parts_that_overlap_become_those_of_a_block(name, method):
+    *targets, wanted = OVERLAPS[name]
+    one, two = (trained(seed, targets=tuple(names))[1] for seed, names in enumerate(targets))
+    options = {} if method == "cat" else {"rank": 6}
+    options |= {"density": 1.0} if method == "ties_svd" else {}
+    combined = combine([one, two], [0.7, -0.2], method, **options)
+    assert list(combined) == wanted
+    added = jaxlora.merge(jaxlora.bind(PARAMS, combined))["experts"] - PARAMS["experts"]
+    products = [dense_of(one), dense_of(two)]
+    total = linear(products, (0.7, -0.2))
+    if method == "ties_svd":
+        total = ties(products, (0.7, -0.2), 1.0)
+    assert_allclose(added, total, rtol=1e-4, atol=1e-3)
+
+
+def test_path_that_ends_in_brackets_is_no_part():
+    config = jaxlora.LoRAConfig(rank=1)
+    fn = lambda params, x: x @ params["w[0:2]"]  # noqa: E731
+    base = {"w[0:2]": normal(0, 8, 4)}
+    params = jaxlora.init(jax.random.key(0), fn, base, X[0], config=config)
+    adapters = jaxlora.split(params)[1]
+    assert list(algebra.add(adapters, adapters)) == ["w[0:2]"]
 
 
 def pruned(x, density):
@@ -300,6 +363,10 @@ ONE = trained(0)[1]
         (
             lambda: algebra.add(ONE, {"query": ONE["out"]}),
             "the adapters of 'query' are for different weights",
+        ),
+        (
+            lambda: algebra.add(ONE, {"query": trained(0, base=OTHER)[1]["query"]}),
+            "the adapters of 'query' are for different weights: with hash ",
         ),
         (lambda: algebra.scale(ONE, jnp.ones(2)), r"factor must be a scalar.*\(2,\)"),
         (lambda: algebra.pad(ONE, 1), "'experts' has 2, got 1"),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import svd
-from jaxlora.algebra import matrices, rules
+from jaxlora.algebra import embedding, matrices, rules
 from jaxlora.algebra.rules import Majority, Rule
 from jaxlora.trees import Adapters
 from jaxlora.weight import Adapter, scaling
@@ -46,7 +46,9 @@ def combine(
     - the same with ``"_svd"``: the products are pruned and summed, dense, and what is nearest to
       that of a rank is taken.
 
-    A path that only some of the adapters have is combined from those.
+    A path that only some of the adapters have is combined from those. Adapters of parts of a
+    weight that overlap without being equal, or of a part and of all of it, become adapters of the
+    smallest block around them.
 
     Args:
         adapters: sets of factors by path.
@@ -76,10 +78,11 @@ def combine(
     """
     _check(adapters, weights, method, rank, density, majority, key)
     found: dict[str, list[tuple[Adapter, float]]] = {}
-    for group, weight in zip(adapters, weights, strict=True):
+    for group in adapters:
         matrices.check_linear(group)
-        for path, adapter in group.items():
-            found.setdefault(path, []).append((adapter, weight))
+    for group, weight in zip(embedding.disjoint(adapters), weights, strict=True):
+        for path, several in group.items():
+            found.setdefault(path, []).append((_summed(path, several), weight))
     keys = [None] * len(found) if key is None else jax.random.split(key, len(found))
     how = (1.0 if density is None else density, majority or "total")
     return {
@@ -118,27 +121,23 @@ def _check(adapters, weights, method, rank, density, majority, key) -> None:
         raise ValueError(f"majority must be one of {get_args(Majority)}: got {majority!r}")
 
 
+def _summed(path: str, adapters: Sequence[Adapter]) -> Adapter:
+    """Return the sum of the adapters that one set has for what is one block in another."""
+    if len(adapters) == 1:
+        return adapters[0]
+    return _combined(path, [(adapter, 1.0) for adapter in adapters], "cat", None, (1.0, "total"))
+
+
 def _combined(
     path: str,
     pairs: Sequence[tuple[Adapter, float]],
     method: Method,
     rank: int | None,
     how: tuple[float, Majority],
-    key: jax.Array | None,
+    key: jax.Array | None = None,
 ) -> Adapter:
     """Return one adapter for several of one weight."""
     first, ranks = pairs[0][0], [adapter.rank for adapter, _ in pairs]
-    for adapter, _ in pairs:
-        if (adapter.roles, adapter.shape) != (first.roles, first.shape):
-            raise ValueError(
-                f"the adapters of {path!r} are for different weights: {adapter.shape} with "
-                f"{adapter.roles} and {first.shape} with {first.roles}"
-            )
-        if not adapter.fingerprint.may_equal(first.fingerprint):
-            raise ValueError(
-                f"the adapters of {path!r} are for different weights: with hash "
-                f"{adapter.fingerprint.digest} and with hash {first.fingerprint.digest}"
-            )
     factors = [matrices.of(adapter) for adapter, _ in pairs]
     weights = [weight for _, weight in pairs]
     scalings = [scaling(adapter.alpha, adapter.rank) for adapter, _ in pairs]

@@ -1,0 +1,105 @@
+"""Adapters of a part of a weight as adapters of a larger part, or of all of it.
+
+Sets of adapters may name different parts of one weight. What is combined of them can be put on the
+weight only if no element has two adapters, so those of parts that overlap become adapters of the
+smallest block around them, with factors that are zero where only the block is.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from jaxlora import parts
+from jaxlora.parts import Part
+from jaxlora.trees import Adapters
+from jaxlora.weight import Adapter
+
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each axis
+
+
+def disjoint(adapters: Sequence[Adapters]) -> list[dict[str, list[Adapter]]]:
+    """Return sets of adapters whose parts are equal or have no element in common.
+
+    Args:
+        adapters: sets of factors by path.
+
+    Returns:
+        For each set the adapters by the name of the block that they are for. There are several
+        for one where a set has several parts of what is one block in another set.
+
+    Raises:
+        ValueError: adapters of one path are for different weights.
+    """
+    located = [{name: _located(name, x) for name, x in group.items()} for group in adapters]
+    blocks: dict[str, list[Bounds]] = {}
+    first: dict[str, Adapter] = {}
+    for group, places in zip(adapters, located, strict=True):
+        for name, (path, bounds) in places.items():
+            _check_alike(path, group[name], first.setdefault(path, group[name]))
+            blocks[path] = _joined(blocks.get(path, []), bounds)
+    sets = []
+    for group, places in zip(adapters, located, strict=True):
+        found: dict[str, list[Adapter]] = {}
+        for name, adapter in group.items():
+            path, bounds = places[name]
+            (block,) = (block for block in blocks[path] if _overlap(block, bounds))
+            whole = parts.name(path, _part(block, adapter.shape))
+            found.setdefault(whole, []).append(_embedded(adapter, bounds, block))
+        sets.append(found)
+    return sets
+
+
+def _located(name: str, adapter: Adapter) -> tuple[str, Bounds]:
+    """Return the path of the weight of an adapter, and the bounds of the part that it is for."""
+    path, text = parts.parse(name)
+    whole = adapter.roles.factor_shapes(adapter.shape, adapter.rank)
+    if whole == (adapter.a.shape, adapter.b.shape):  # the path itself may end in brackets
+        path, text = name, None
+    part = parts.resolve(text, adapter.shape)
+    around = zip(parts.padding(part, adapter.shape), adapter.shape, strict=True)
+    return path, tuple((low, size - high) for (low, high), size in around)
+
+
+def _check_alike(path: str, adapter: Adapter, first: Adapter) -> None:
+    """Raise if two adapters of one path are known to be for different weights."""
+    if (adapter.roles, adapter.shape) != (first.roles, first.shape):
+        raise ValueError(
+            f"the adapters of {path!r} are for different weights: {adapter.shape} with "
+            f"{adapter.roles} and {first.shape} with {first.roles}"
+        )
+    if not adapter.fingerprint.may_equal(first.fingerprint):
+        raise ValueError(
+            f"the adapters of {path!r} are for different weights: with hash "
+            f"{adapter.fingerprint.digest} and with hash {first.fingerprint.digest}"
+        )
+
+
+def _joined(blocks: Sequence[Bounds], block: Bounds) -> list[Bounds]:
+    """Return blocks and one more, those that overlap as the smallest block around them."""
+    while touched := [other for other in blocks if _overlap(other, block)]:
+        blocks = [other for other in blocks if other not in touched]
+        edges = zip(block, *touched, strict=True)
+        block = tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in edges)
+    return [*blocks, block]
+
+
+def _overlap(one: Bounds, other: Bounds) -> bool:
+    return all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
+
+
+def _part(block: Bounds, shape: Sequence[int]) -> Part | None:
+    pairs = zip(block, shape, strict=True)
+    part = tuple(None if bounds == (0, size) else bounds for bounds, size in pairs)
+    return part if any(part) else None
+
+
+def _embedded(adapter: Adapter, bounds: Bounds, block: Bounds) -> Adapter:
+    """Return an adapter of a block around the part that another is for, its product the same."""
+    if bounds == block:
+        return adapter
+    more = [(a - low, high - b) for (a, b), (low, high) in zip(bounds, block, strict=True)]
+    groups = (adapter.roles.stack, adapter.roles.in_, adapter.roles.out)
+    stack, in_, out = ([more[axis] for axis in axes] for axes in groups)
+    a = jnp.pad(adapter.a, [*stack, *in_, (0, 0)])
+    return dataclasses.replace(adapter, a=a, b=jnp.pad(adapter.b, [*stack, (0, 0), *out]))
