@@ -19,7 +19,7 @@ from jaxlora.algebra import matrices
 from jaxlora.initializers import FromWeight
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.selection import Target
-from jaxlora.trees import Adapters, check_fits
+from jaxlora.trees import Adapters, check_adapters, check_fits
 from jaxlora.weight import Adapter, LoRAWeight, Roles, merge_dtype, scaling
 
 
@@ -144,6 +144,7 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
         Factors by path, with the same scaling.
 
     Raises:
+        TypeError: a value of adapters or initial is no adapter.
         ValueError: adapters and initial differ in paths, shapes or base; an adapter is for a base
             that nothing changed, or does not fit this one; this is the changed one.
 
@@ -155,6 +156,8 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
     >>> jaxlora.to_plain(initial, initial, base=w)
     {'w': Adapter(a=(4, 2), b=(2, 3), alpha=32)}
     """
+    check_adapters(adapters)
+    check_adapters(initial)
     if odd := sorted({*adapters} ^ {*initial}):
         raise ValueError(
             f"adapters and initial must have the same paths: {odd[0]!r} is in one alone"

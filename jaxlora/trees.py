@@ -5,6 +5,8 @@ so every function here is one pass over the leaves by path.
 """
 
 import math
+from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ def split(params: Any) -> tuple[Any, Adapters]:
         but for dropout, which is chosen for each step.
 
     Raises:
+        TypeError: params holds adapters without their base.
         ValueError: no leaf is adapted, or two leaves have the same path.
 
     >>> import jax, jax.numpy as jnp, jaxlora
@@ -39,6 +42,11 @@ def split(params: Any) -> tuple[Any, Adapters]:
     ((4, 3), {'w': Adapter(a=(4, 1), b=(1, 3), alpha=16)})
     """
     leaves, treedef = paths.flatten(params)
+    for path, leaf in leaves.items():
+        if isinstance(leaf, Adapter | Replacement):
+            raise TypeError(
+                f"params holds adapters without their base, at {path!r}: they are split already"
+            )
     nodes = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)}
     whole = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, TrainedLeaf)}
     if not nodes and not whole:
@@ -155,6 +163,7 @@ def nodes_over(
     leaves: dict[str, Any], adapters: Adapters, *, check_base: bool
 ) -> dict[str, LoRAWeight | TrainedLeaf]:
     """Return the node of each adapter over the leaf that it is for, or raise if it is for none."""
+    check_adapters(adapters)
     if not adapters:
         raise ValueError("adapters is empty: it must hold the factors of at least one weight")
     nodes: dict[str, Any] = {}
@@ -163,6 +172,11 @@ def nodes_over(
         if path not in leaves:
             raise ValueError(f"the base has no leaf {path!r}; {paths.nearest(path, leaves)}")
         leaf = leaves[path]
+        if isinstance(leaf, Adapter | Replacement):
+            raise TypeError(
+                f"the base holds an adapter at {path!r}, and no weight: give the base before the "
+                "adapters, both as jaxlora.split returns them"
+            )
         if paths.is_trained(leaf):
             raise ValueError(f"the leaf {path!r} is adapted already: a plain tree is needed")
         if path in nodes and None in (text, getattr(nodes[path], "part", None)):
@@ -174,6 +188,20 @@ def nodes_over(
         if check_base:
             _check_base(name, leaf, adapter)
     return nodes
+
+
+def check_adapters(adapters: Any) -> None:
+    """Raise if this is no dict of adapters by path."""
+    hint = "jaxlora.split returns the base and such adapters"
+    if not isinstance(adapters, Mapping):
+        got = type(adapters).__name__
+        raise TypeError(f"adapters must be a dict of Adapter by path: got {got}; {hint}")
+    for name, adapter in adapters.items():
+        if not isinstance(name, str):
+            raise TypeError(f"the paths of adapters must be of type str: got {name!r}")
+        if not isinstance(adapter, Adapter | Replacement):
+            got = type(adapter).__name__
+            raise TypeError(f"adapters[{name!r}] must be an Adapter: got {got}; {hint}")
 
 
 def _adapted(path: str, text: str | None, below: Any, adapter: Adapter) -> LoRAWeight:
@@ -202,10 +230,8 @@ def _replaced(name: str, text: str | None, leaf: Any, replacement: Replacement) 
 
 def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> parts.Part | None:
     """Return the part that an adapter is for, or raise if it is not for a leaf of this shape."""
-    if not isinstance(adapter, Adapter):
-        raise TypeError(f"adapters[{path!r}] must be an Adapter: got {type(adapter).__name__}")
     _check_weight(path, leaf, adapter)
-    if not (math.isfinite(adapter.alpha) and adapter.alpha > 0):
+    if not isinstance(adapter.alpha, Real) or not (0 < adapter.alpha < math.inf):
         raise ValueError(f"the alpha of {path!r} must be finite and positive: got {adapter.alpha}")
     part = parts.resolve(text, leaf.shape)
     wanted = adapter.roles.factor_shapes(parts.shape(part, leaf.shape), adapter.rank)

@@ -1,6 +1,7 @@
 """Every bad input gets an error that names the path, what is needed and what was got."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,88 @@ def test_adapter_for_another_shape_is_refused():
         jaxlora.bind(base, {"block/query": wrong})
     with pytest.raises(TypeError, match="must be an Adapter: got"):
         jaxlora.bind(base, {"block/query": adapters["block/query"].a})
+
+
+ADAPTED = init()
+bind: Any = jaxlora.bind  # also with what its types refuse
+combine: Any = jaxlora.algebra.combine
+BASE, ADAPTERS = jaxlora.split(ADAPTED)
+ALONE = "params holds adapters without their base, at '.*block/query'"
+UNSPLIT = "must be an Adapter: got .*; jaxlora.split returns the base and such adapters"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: jaxlora.merge(ADAPTERS), rf"{ALONE}.*merge\(bind\(base, adapters\)\)"),
+        (lambda: jaxlora.merge(jaxlora.split(ADAPTED)), rf"{ALONE}.*bind"),
+        (lambda: jaxlora.split(ADAPTERS), f"{ALONE}: they are split already"),
+        (lambda: bind(ADAPTERS, BASE), UNSPLIT),
+        (lambda: bind(BASE, ADAPTED), UNSPLIT),
+        (lambda: bind(BASE, [ADAPTERS]), "adapters must be a dict .* got list"),
+        (lambda: bind(BASE, None), "adapters must be a dict .* got NoneType"),
+        (lambda: bind(BASE, {5: ADAPTERS["block/query"]}), "of type str: got 5"),
+        (lambda: bind(ADAPTERS, ADAPTERS), "the base holds an adapter at 'block/query'"),
+        (lambda: jaxlora.unmerge(ADAPTERS, BASE), UNSPLIT),
+        (lambda: jaxlora.algebra.scale(ADAPTED, 0.5), UNSPLIT),
+        (lambda: jaxlora.algebra.pad(ADAPTED, 4), UNSPLIT),
+        (lambda: jaxlora.algebra.truncate(ADAPTED, 1), UNSPLIT),
+        (lambda: jaxlora.algebra.add(ADAPTED, ADAPTED), UNSPLIT),
+        (lambda: combine(ADAPTERS, [1.0]), "a sequence of sets .* got one set"),
+        (lambda: jaxlora.algebra.extract(BASE, ADAPTED, 1), "'block/query' is adapted, merge it"),
+        (lambda: jaxlora.to_plain(ADAPTED, ADAPTERS, base=BASE), UNSPLIT),
+    ],
+)
+def test_wrong_object_is_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_wrong_object_is_not_saved(tmp_path):
+    with pytest.raises(TypeError, match="bind"):
+        jaxlora.save_merged(tmp_path / "merged", ADAPTERS)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int8, jnp.int32, jnp.bool_])
+@pytest.mark.parametrize("how", [{}, {"check_base": False}])
+def test_bind_over_weights_that_are_not_floating_is_refused(dtype, how):
+    query = BASE["block"]["query"].astype(dtype)
+    for other in (query, jax.eval_shape(lambda: query)):
+        with pytest.raises(ValueError, match=f"'block/query' cannot .* {query.dtype}, not float"):
+            jaxlora.bind({"block": {"query": other}}, ADAPTERS, **how)
+    with pytest.raises(ValueError, match="not floating"):
+        jaxlora.unmerge({"block": {"query": query}}, ADAPTERS)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0, -1.0, "16", None])
+def test_alpha_that_is_no_positive_number_is_refused(alpha):
+    wrong = dataclasses.replace(ADAPTERS["block/query"], alpha=alpha)
+    with pytest.raises(ValueError, match=f"alpha of 'block/query' must be .*: got {alpha}"):
+        jaxlora.bind(BASE, {"block/query": wrong})
+
+
+def test_adapters_that_overlap_are_refused():
+    def part(name):
+        return jaxlora.split(init(targets=(name,), rank=1))[1]
+
+    for one, two in [
+        ("query[:, 0:4]", "query[:, 3:6]"),
+        ("query[0:4]", "query[2:5, 1:3]"),
+        ("query", "query[2:5, 1:3]"),
+        ("query[2:5, 1:3]", "query"),
+    ]:
+        with pytest.raises(
+            ValueError, match=r"overlap|adapters has two for the leaf 'block/query'"
+        ):
+            jaxlora.bind(BASE, part(one) | part(two))
+    jaxlora.bind(BASE, part("query[:, 0:3]") | part("query[:, 3:6]"))
+
+
+def test_replacement_of_a_part_is_refused():
+    value = jaxlora.Replacement(jnp.ones(6), (6,))
+    with pytest.raises(ValueError, match=r"whole leaf or for rows of it: got 'bias\[0:3\]'"):
+        jaxlora.bind(BASE, {"bias[0:3]": value})
 
 
 def test_adapter_for_a_missing_leaf_is_refused():

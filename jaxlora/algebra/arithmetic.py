@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxlora import paths, quantized, svd
 from jaxlora.algebra import matrices
 from jaxlora.magnitude import merged
-from jaxlora.trees import Adapters
+from jaxlora.trees import Adapters, check_adapters
 from jaxlora.weight import Adapter, LoRAWeight, merge_dtype, scaling
 
 
@@ -57,6 +57,8 @@ def delta(params: Any, path: str) -> jax.Array:
     adapted = {name for name, leaf in leaves.items() if isinstance(leaf, LoRAWeight)}
     if path not in adapted:
         what = "is not adapted" if path in leaves else "is no leaf of params"
+        if isinstance(leaves.get(path), Adapter):
+            what = "has no base: put it on its own with jaxlora.bind"
         raise ValueError(f"{path!r} {what}; {paths.nearest(path, adapted)}")
     node = leaves[path]
     return (
@@ -95,6 +97,7 @@ def pad(adapters: Adapters, rank: int) -> Adapters:
     >>> jax.tree.map(lambda *factors: jnp.stack(factors), *both)["w"].a.shape
     (2, 4, 3)
     """
+    check_adapters(adapters)
 
     def padded(path: str, adapter: Adapter) -> Adapter:
         if adapter.rank > rank:
@@ -128,6 +131,7 @@ def truncate(adapters: Adapters, rank: int) -> Adapters:
     Raises:
         ValueError: rank is below 1.
     """
+    check_adapters(adapters)
     if rank < 1:
         raise ValueError(f"rank must be at least 1: got {rank}")
     return {

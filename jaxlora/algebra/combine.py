@@ -1,7 +1,7 @@
 """Several sets of adapters as one, as PEFT's ``add_weighted_adapter``."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -64,6 +64,7 @@ def combine(
         Factors by path, with scaling 1.
 
     Raises:
+        TypeError: adapters is one set, or a value in a set is no adapter.
         ValueError: an argument that the method needs is missing, one that it does not use is
             given, adapters of one path are for different weights, or differ in rank where factors
             are summed.
@@ -76,6 +77,8 @@ def combine(
     >>> jaxlora.algebra.combine([adapters, adapters], [0.7, 0.3])
     {'w': Adapter(a=(4, 2), b=(2, 3), alpha=2)}
     """
+    if isinstance(adapters, Mapping):
+        raise TypeError("adapters must be a sequence of sets of adapters: got one set, a dict")
     _check(adapters, weights, method, rank, density, majority, key)
     found: dict[str, list[tuple[Adapter, float]]] = {}
     for group in adapters:

@@ -59,6 +59,7 @@ def extract(base: Any, finetuned: Any, rank: int, *, sites: Sites | None = None)
         The adapters for base, how much each holds, and what changed and has none.
 
     Raises:
+        TypeError: a leaf is adapted.
         ValueError: rank is below 1, the trees differ in structure or a leaf in shape, a change is
             not finite, or no weight changed.
 
@@ -75,6 +76,11 @@ def extract(base: Any, finetuned: Any, rank: int, *, sites: Sites | None = None)
     if list(before) != list(after):
         odd = next(path for path in (*before, *after) if path not in before or path not in after)
         raise ValueError(f"base and finetuned must have the same leaves: {odd!r} is in one alone")
+    for path, leaf in (*before.items(), *after.items()):
+        if paths.is_trained(leaf):
+            raise TypeError(
+                f"base and finetuned must be plain trees: {path!r} is adapted, merge it"
+            )
     adapters, energy, left = {}, {}, {}
     for path, leaf in before.items():
         was, now = quantized.values(leaf), quantized.values(after[path])

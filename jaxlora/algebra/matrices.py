@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import sharding, svd
+from jaxlora.trees import check_adapters
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, Roles
 
 
 def check_linear(adapters: Mapping[str, Adapter | Replacement]) -> None:
-    """Raise if the change of a weight is more than the product of its factors."""
+    """Raise if these are no adapters, or change a weight by more than a product of factors."""
+    check_adapters(adapters)
     for path, adapter in adapters.items():
         if isinstance(adapter, Replacement):
             raise ValueError(f"the leaf {path!r} is trained whole, and has no product of factors")
