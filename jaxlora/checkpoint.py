@@ -27,7 +27,7 @@ import numpy as np
 from jaxlora import fingerprints, parts, paths, sharding
 from jaxlora.merging import merge
 from jaxlora.processes import together
-from jaxlora.trees import FACTORS, Adapters, bind, split
+from jaxlora.trees import FACTORS, Adapters, bind, changed_hint, split
 from jaxlora.weight import Adapter, Replacement, Roles
 
 FORMAT = "jaxlora.adapters"
@@ -213,11 +213,7 @@ def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
                 f"{name!r} must be {dtype}{list(adapter.shape)}: got {got.dtype}{list(leaf.shape)}"
             )
         elif (wrong := wanted.refusal(leaf)) is not None:
-            line = f"{name!r} {wrong}"
-            if getattr(adapter, "changed", ""):
-                line += f"; the base that {adapter.changed} has left is needed"
-                line += "" if adapter.changed == "loftq" else ", or jaxlora.to_plain"
-            lines.append(line)
+            lines.append(f"{name!r} {wrong}{changed_hint(adapter)}")
     return lines
 
 

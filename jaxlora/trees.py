@@ -270,10 +270,17 @@ def _check_base(path: str, leaf: Any, adapter: Adapter | Replacement) -> None:
     """Raise if a leaf is known to be none that an adapter was made for."""
     if (wrong := adapter.fingerprint.refusal(leaf)) is None:
         return
-    hint = "they were merged into it already, or are for other weights"
-    if changed := getattr(adapter, "changed", ""):
-        hint += f"; what {changed!r} left of the weight is needed, or jaxlora.to_plain"
     raise ValueError(
-        f"the adapters of {path!r} are for another base, it {wrong}: {hint}; "
-        "check_base=False puts them on any weight of their shape"
+        f"the adapters of {path!r} are for another base, it {wrong}{changed_hint(adapter)}: they "
+        "were merged into it already, or are for other weights; check_base=False puts them on any "
+        "weight of their shape"
     )
+
+
+def changed_hint(adapter: Adapter | Replacement) -> str:
+    """Return what is needed in the place of a wrong base, if an initializer has changed it."""
+    changed = getattr(adapter, "changed", "")
+    if not changed:
+        return ""
+    other = "" if changed == "loftq" else ", or jaxlora.to_plain"
+    return f"; the base that {changed} has left is needed{other}"
