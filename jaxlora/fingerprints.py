@@ -143,9 +143,10 @@ class Fingerprint:
             weight: an array, a quantized weight, a tracer or a `jax.ShapeDtypeStruct`, of the
                 shape of the base.
         """
-        bases, array, dtype = self.bases, stand_in(weight), _dtype(weight)
+        bases, array = self.bases, stand_in(weight)
         if not bases or any(base.is_array(array) for base in bases):
             return None
+        dtype = _dtype(weight)
         alike = [base for base in bases if base.dtype == dtype]
         if not alike:
             return f"must be {_either(base.dtype for base in bases)}: got {dtype}"

@@ -6,11 +6,11 @@ so every function here is one pass over the leaves by path.
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlora import fingerprints, parts, paths
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
@@ -231,7 +231,8 @@ def _replaced(name: str, text: str | None, leaf: Any, replacement: Replacement) 
 def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> parts.Part | None:
     """Return the part that an adapter is for, or raise if it is not for a leaf of this shape."""
     _check_weight(path, leaf, adapter)
-    if not isinstance(adapter.alpha, Real) or not (0 < adapter.alpha < math.inf):
+    is_number = isinstance(adapter.alpha, float | int | np.floating)
+    if not (is_number and 0 < adapter.alpha < math.inf):
         raise ValueError(f"the alpha of {path!r} must be finite and positive: got {adapter.alpha}")
     part = parts.resolve(text, leaf.shape)
     wanted = adapter.roles.factor_shapes(parts.shape(part, leaf.shape), adapter.rank)
