@@ -38,7 +38,7 @@ from jaxlora.description import factors
 from jaxlora.locations import PathLike
 from jaxlora.merging import merge
 from jaxlora.processes import together
-from jaxlora.trees import Adapters, bind, split
+from jaxlora.trees import Adapters, bind, changed_hint, split
 from jaxlora.weight import Adapter, Replacement
 
 
@@ -263,11 +263,7 @@ def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
                 f"{name!r} must be {dtype}{list(adapter.shape)}: got {got.dtype}{list(leaf.shape)}"
             )
         elif (wrong := wanted.refusal(leaf)) is not None:
-            line = f"{name!r} {wrong}"
-            if getattr(adapter, "changed", ""):
-                line += f"; the base that {adapter.changed} has left is needed"
-                line += "" if adapter.changed == "loftq" else ", or jaxlora.to_plain"
-            lines.append(line)
+            lines.append(f"{name!r} {wrong}{changed_hint(adapter)}")
     return lines
 
 

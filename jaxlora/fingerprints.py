@@ -47,6 +47,11 @@ class Base:
         """The sample of what the adapter is for, as far as there is one."""
         return self.block or self.whole
 
+    @property
+    def sampled(self) -> Part | None:
+        """The part that `sample` is of, None for all of it."""
+        return None if self.block is None else self.part
+
     def is_array(self, array: Any) -> bool:
         """Tell whether this very array is known to be the base."""
         return any(known() is array for known in self.arrays)
@@ -138,15 +143,17 @@ class Fingerprint:
             weight: an array, a quantized weight, a tracer or a `jax.ShapeDtypeStruct`, of the
                 shape of the base.
         """
-        bases, array, dtype = self.bases, stand_in(weight), _dtype(weight)
+        bases, array = self.bases, stand_in(weight)
         if not bases or any(base.is_array(array) for base in bases):
             return None
+        dtype = _dtype(weight)
         alike = [base for base in bases if base.dtype == dtype]
         if not alike:
             return f"must be {_either(base.dtype for base in bases)}: got {dtype}"
+        samples = {part: sampling.take(weight, part) for part in {base.sampled for base in alike}}
         others = {}
         for base in alike:
-            wanted, got = base.sample, sampling.take(weight, base.block and base.part)
+            wanted, got = base.sample, samples[base.sampled]
             if wanted is None or got is None:
                 return None
             if wanted.digest == got.digest:
@@ -156,9 +163,9 @@ class Fingerprint:
         return f"holds other values (hash {_either(others.values())}, not {_either(others)})"
 
     def is_known(self, weight: Any) -> bool:
-        """Tell whether a weight is known to be one of the bases."""
-        found = ((base, sampling.take(weight, base.block and base.part)) for base in self.bases)
-        return any(got and base.sample and got.digest == base.sample.digest for base, got in found)
+        """Tell whether a weight is known to be the base."""
+        are_known = self.digest is not None and sampling.take(weight) is not None
+        return are_known and self.refusal(weight) is None
 
     def may_equal(self, other: "Fingerprint") -> bool:
         """Tell whether two sets of adapters may be for one base, as far as it is known."""
@@ -236,7 +243,7 @@ def _is_rounded(base: Base, weight: Any, merged: Any, noise: float) -> bool:
     """Tell whether a weight may be one base, within rounding and noise."""
     if base.sample is None or base.sample.elements is None:
         return True
-    samples = (base.sample, *(sampling.take(x, base.block and base.part) for x in (weight, merged)))
+    samples = (base.sample, *(sampling.take(x, base.sampled) for x in (weight, merged)))
     found = [np.asarray(sample.elements) for sample in samples if sample]
     kinds = [jnp.finfo(x.dtype) for x in found if jnp.issubdtype(x.dtype, jnp.floating)]
     if len(kinds) < len(samples):  # unknown, or codes

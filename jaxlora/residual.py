@@ -195,7 +195,12 @@ def _joined(name: str, adapter: Adapter, first: Adapter) -> Adapter:
     if not adapter.changed:
         raise ValueError(f"the adapter of {name!r} is plain: nothing changed its base")
     wanted, got = ((x.roles, x.shape, x.a.shape[:-1]) for x in (adapter, first))
-    if wanted != got or not adapter.fingerprint.may_equal(first.fingerprint):
+    if not adapter.fingerprint.may_equal(first.fingerprint):
+        hashes = adapter.fingerprint.digest, first.fingerprint.digest
+        raise ValueError(
+            f"adapters and initial must be of one base: {name!r} has the hashes {hashes}"
+        )
+    if wanted != got:
         raise ValueError(f"adapters and initial must be of one base: {name!r} is {wanted}, {got}")
     count = len(adapter.roles.stack)
     scale, ratio = (scaling(x.alpha, x.rank) for x in (adapter, first))

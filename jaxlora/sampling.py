@@ -6,10 +6,10 @@ are compared, bit for bit by their hash; another training run, another seed or a
 changes them.
 """
 
+import functools
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ class Sample:
         self._level = level  # of the scales of a quantized weight
         self._digest = digest
 
-    @cached_property
+    @functools.cached_property
     def digest(self) -> str:
         """Hash of the elements; it waits for them."""
         if self._digest is not None:
@@ -61,8 +61,7 @@ def take(weight: Any, part: Part | None = None) -> Sample | None:
         return None
 
     def run(fn, *args):
-        everywhere, static = sharding.replicated(array), tuple(range(1, len(args)))
-        return jax.jit(fn, static_argnums=static, out_shardings=everywhere)(*args)
+        return _jitted(fn, tuple(range(1, len(args))), sharding.replicated(array))(*args)
 
     with jax.ensure_compile_time_eval():  # also where a known base meets a traced factor
         if not isinstance(weight, QuantizedWeight):
@@ -77,6 +76,11 @@ def _has_values(array: Any) -> bool:
     if isinstance(array, np.ndarray):
         return True
     return isinstance(array, jax.Array) and not (isinstance(array, Tracer) or array.is_deleted())
+
+
+@functools.lru_cache(maxsize=64)
+def _jitted(fn: Callable[..., Any], static: tuple[int, ...], everywhere: Any) -> Any:
+    return jax.jit(fn, static_argnums=static, out_shardings=everywhere)
 
 
 def _sample(array: Any, part: Part | None = None) -> jax.Array:

@@ -6,11 +6,11 @@ so every function here is one pass over the leaves by path.
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlora import fingerprints, modules, parts, paths
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
@@ -235,7 +235,8 @@ def _replaced(name: str, text: str | None, leaf: Any, replacement: Replacement) 
 def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> parts.Part | None:
     """Return the part that an adapter is for, or raise if it is not for a leaf of this shape."""
     _check_weight(path, leaf, adapter)
-    if not isinstance(adapter.alpha, Real) or not (0 < adapter.alpha < math.inf):
+    is_number = isinstance(adapter.alpha, float | int | np.floating)
+    if not (is_number and 0 < adapter.alpha < math.inf):
         raise ValueError(f"the alpha of {path!r} must be finite and positive: got {adapter.alpha}")
     part = parts.resolve(text, leaf.shape)
     wanted = adapter.roles.factor_shapes(parts.shape(part, leaf.shape), adapter.rank)
@@ -274,10 +275,17 @@ def _check_base(path: str, leaf: Any, adapter: Adapter | Replacement) -> None:
     """Raise if a leaf is known to be none that an adapter was made for."""
     if (wrong := adapter.fingerprint.refusal(leaf)) is None:
         return
-    hint = "they were merged into it already, or are for other weights"
-    if changed := getattr(adapter, "changed", ""):
-        hint += f"; what {changed!r} left of the weight is needed, or jaxlora.to_plain"
     raise ValueError(
-        f"the adapters of {path!r} are for another base, it {wrong}: {hint}; "
-        "check_base=False puts them on any weight of their shape"
+        f"the adapters of {path!r} are for another base, it {wrong}{changed_hint(adapter)}: they "
+        "were merged into it already, or are for other weights; check_base=False puts them on any "
+        "weight of their shape"
     )
+
+
+def changed_hint(adapter: Adapter | Replacement) -> str:
+    """Return what is needed in the place of a wrong base, if an initializer has changed it."""
+    changed = getattr(adapter, "changed", "")
+    if not changed:
+        return ""
+    other = "" if changed == "loftq" else ", or jaxlora.to_plain"
+    return f"; the base that {changed} has left is needed{other}"

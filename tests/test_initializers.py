@@ -176,7 +176,10 @@ def test_adapters_that_cannot_become_plain_are_refused():
     fresh = jaxlora.split(init("uniform"))[1]
     with pytest.raises(ValueError, match="the adapter of 'experts' is plain: nothing changed"):
         jaxlora.to_plain(fresh, fresh, base=PARAMS)
-    with pytest.raises(ValueError, match="must be of one base: 'experts' is"):
+    other = init("pissa", {name: weight + 1 for name, weight in PARAMS.items()})
+    with pytest.raises(ValueError, match="must be of one base: 'experts' has the hashes"):
+        jaxlora.to_plain(adapters, jaxlora.split(other)[1], base=PARAMS)
+    with pytest.raises(ValueError, match="must be of one base: 'experts' has"):
         jaxlora.to_plain(adapters, fresh, base=PARAMS)
     with pytest.raises(ValueError, match="must have the same paths: 'experts' is in one"):
         jaxlora.to_plain(adapters, {"query": initial["query"]}, base=PARAMS)
