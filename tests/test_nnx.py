@@ -1,7 +1,9 @@
 """A module with adapters is a module: NNX itself calls, trains and stores it."""
 
+import concurrent.futures
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import jax
@@ -10,7 +12,19 @@ import numpy as np
 import optax
 import pytest
 from flax import errors, nnx
-from modules import CASES, CONFIG, Network, Sequential, X, close, copied, normal, pretrained
+from modules import (
+    CASES,
+    CONFIG,
+    Case,
+    Network,
+    Sequential,
+    Stack,
+    X,
+    close,
+    copied,
+    normal,
+    pretrained,
+)
 
 import jaxlora
 import jaxlora.nnx
@@ -348,6 +362,30 @@ def test_mistakes_are_named(model, key):
     adapted.model.up = nnx.Linear(4, 9, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="'up/kernel' is for a weight of shape \\(4, 8\\)"):
         adapted(X)
+
+
+@pytest.mark.parametrize("compile", [lambda run: run, nnx.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("make", [Network, Stack])
+def test_threads_call_one_module_at_once(make, compile):
+    case = Case(make, X)
+    models = [pretrained(case.adapted(key=seed)) for seed in range(3)]
+    for model in models:
+        model.eval()
+    wanted = [jaxlora.nnx.merge(model)(X) for model in models]
+    start = threading.Barrier(6)
+
+    def call(first):
+        start.wait()
+        outs = []
+        for i in range(first, first + 3):
+            run = compile(lambda model, x: model(x))
+            outs.append((i % 3, np.asarray(run(models[i % 3], X))))
+        return outs
+
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        for outs in threads.map(call, range(6)):
+            for i, out in outs:
+                close(out, wanted[i])
 
 
 @pytest.mark.parametrize("rngs", [jax.random.key(3), jax.random.PRNGKey(3)], ids=["new", "old"])
