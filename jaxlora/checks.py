@@ -34,13 +34,13 @@ def shown(value: Any) -> str:
 
     >>> import jax.numpy as jnp
     >>> shown(None), shown(3), shown({}), shown(jnp.ones(2)), shown(shown)
-    ('None', 'int 3', 'dict', 'an array of shape (2,), float32', "the function 'shown'")
+    ('None', '3', 'dict', 'an array of shape (2,), float32', "the function 'shown'")
     """
     if value is None:
         return "None"
     if isinstance(value, bool | numbers.Number | str | bytes):
         text = repr(value)
-        return f"{type(value).__name__} {text if len(text) < 40 else text[:37] + '...'}"
+        return text if len(text) < 80 else f"{text[:77]}..."
     if isinstance(value, jax.Array | np.ndarray):
         return f"an array of shape {value.shape}, {value.dtype}"
     if isinstance(value, type):

@@ -245,7 +245,8 @@ def _roles_of(use: tracing.Use, ndim: int) -> Roles | None:
 def _dense_roles(path: str, uses: list[tracing.Use], shape: tuple[int, ...]) -> Roles | None:
     """Return the roles of a weight that no rule consumes, None where it is a vector or a bias."""
     operations = {use.operation for use in uses}
-    if not operations or (is_bias(path) and operations <= _ADDITIONS):
+    called_bias = is_bias(path) or "bias" in path.lower()
+    if not operations or (called_bias and operations <= _ADDITIONS):
         return None
     stack = frozenset().union(*(use.stack for use in uses))
     rest = [axis for axis in range(len(shape)) if axis not in stack]

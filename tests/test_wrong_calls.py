@@ -193,7 +193,7 @@ def test_wrong_argument_is_refused_by_a_message_of_ours(name):
         ),
         (
             lambda: jaxlora.dropout(ADAPTED, 0.1, KEY),  # pyright: ignore
-            r"got float 0.1; .* the order is dropout\(params, key, rate\)",
+            r"got 0.1; .* the order is dropout\(params, key, rate\)",
         ),
         (
             lambda: jaxlora.moments(model, PARAMS, (X,), config=CONFIG),  # pyright: ignore

@@ -20,7 +20,9 @@ unet: Any = pytest.importorskip("ott.neural.networks.velocity_field.unet")
 def ott_convex_network():
     network = icnn.ICNN(dim_data=4, dim_hidden=[6, 6], ranks=2, act_fn=jax.nn.softplus)
     x = normal(1, 5, 4)
-    return Case(network.apply, drawn(jax.eval_shape(network.init, jax.random.key(0), x)), (x,))
+    params = drawn(jax.eval_shape(network.init, jax.random.key(0), x))
+    wide = ("quad_kernel", "w_xs_0/lin_kernel", "w_xs_1/lin_kernel", "w_zs_0")
+    return Case(network.apply, params, (x,), targets=wide)
 
 
 @model
@@ -32,7 +34,7 @@ def ott_map_of_a_potential():
     def fn(params, x):
         return network.potential_gradient_fn(params["params"])(x)
 
-    return Case(fn, params, (x,))
+    return Case(fn, params, (x,), targets=("Dense_0", "Dense_1"))
 
 
 def of_nnx(build, *args):
