@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import bert
@@ -58,11 +59,21 @@ def test_readme_prints_what_it_says():
 
 def test_readme_is_short_and_names_every_function():
     readme = (ROOT / "README.md").read_text()
-    assert len(readme.splitlines()) < 150
+    assert len(readme.splitlines()) < 160
     functions = [name for name in jaxlora.__all__ if callable(getattr(jaxlora, name))]
     functions = [name for name in functions if name.islower()]
     assert [name for name in functions if f"`{name}(" not in readme] == []
     assert [name for name in jaxlora.algebra.__all__ if name.islower() and name not in readme] == []
+
+
+def test_readme_installs_from_the_clone_with_extras_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    installed = re.findall(r"pip install (?:-\S+ )*'?([^'\s]+)", readme)
+    assert installed == [".", ".[examples]", ".[test]"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(re.findall(r"'\.\[(\w+)\]'", readme))
+    assert {"examples", "export", "quantized", "test"} <= extras
+    assert extras <= set(project["optional-dependencies"])
 
 
 SCRIPTS = [
