@@ -124,12 +124,13 @@ def interruption() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def draw(history: History, watched: int, path: Path) -> None:
+def draw(history: History, watched: int, on_all: str, path: Path) -> None:
     """Draw the loss of every step, and the held-out accuracy beside the frozen baseline.
 
     Args:
         history: what was measured.
         watched: number of held-out sentences that the accuracies are of.
+        on_all: the result on all of them, in words.
         path: of the picture.
     """
     matplotlib.use("agg")
@@ -145,7 +146,7 @@ def draw(history: History, watched: int, path: Path) -> None:
     right.plot(steps, 100 * np.array(accuracies), "o-", color="C1", label="LoRA")
     frozen = 100 * accuracies[0]
     right.axhline(frozen, color="0.4", linestyle="--", label="frozen model, logistic regression")
-    title = f"the same {watched:,} held-out sentences"
+    title = f"{watched:,} of the held-out sentences\n(on {on_all})"
     right.set(xlabel="step", ylabel="held-out accuracy (%)", title=title)
     for axes in (left, right):
         axes.legend()

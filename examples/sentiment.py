@@ -179,7 +179,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the split, the factors, the order")
     parser.add_argument("--sentences", type=int, help="use so many, for a quick look")
     parser.add_argument(
-        "--eval-every", type=int, default=50, help=f"steps between looks at {WATCHED} held out"
+        "--eval-every", type=int, default=75, help=f"steps between looks at {WATCHED} held out"
     )
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--stop-at", type=int, help="stop at this step as Ctrl-C does")
@@ -216,10 +216,10 @@ def main() -> None:
     jaxlora.save_merged(options.out / "merged", adapted)
     logits = run_sorted(predict, adapted, held_out)
     history.held_out.append((options.steps, accuracy(logits[:WATCHED], watched)))
-    runs.draw(history, len(watched.labels), options.out / "training.png")
-    print(
-        f"LoRA: {accuracy(logits, held_out):.2%} held out (frozen baseline {history.baseline:.2%})"
-    )
+    result, baseline = accuracy(logits, held_out), history.baseline
+    print(f"LoRA: {result:.2%} held out (frozen baseline {baseline:.2%})")
+    on_all = f"all {len(logits):,}: LoRA {result:.1%}, frozen {baseline:.1%}"
+    runs.draw(history, len(watched.labels), on_all, options.out / "training.png")
     sizes = [size_of(options.out / name) for name in ("adapters", "merged")]
     print(f"adapters {sizes[0]:.2f} MB, merged model {sizes[1]:.1f} MB, in {options.out}")
     subprocess.run([sys.executable, *sys.argv, "--verify"], check=True)
