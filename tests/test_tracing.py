@@ -56,6 +56,29 @@ def test_operation_without_a_rule_is_correct_and_never_silent():
     assert report.cost.flops >= 2 * 8 * 6 * params["w"].rank  # at least the dense a b
 
 
+def here(fn):
+    """Return the line of the body of a function of two lines."""
+    return fn.__code__.co_firstlineno + 1
+
+
+def test_functions_of_jax_are_told_at_the_line_that_calls_them():
+    params = adapted(lambda p, x: x @ p["w"], {"w": normal(0, 8, 8)}, X)
+
+    def plain(p, x):
+        return jnp.linalg.svd(p["w"])[1]
+
+    def jitted(p, x):
+        return jax.jit(lambda w: jnp.linalg.svd(w)[1])(p["w"])
+
+    def activated(p, x):
+        return jax.nn.relu(p["w"])
+
+    for fn in (plain, jitted, activated, plain, jitted):
+        with pytest.warns(jaxlora.MaterializationWarning, match="the weight 'w' reaches") as told:
+            jaxlora.lora(fn)(params, X)
+        assert {(warning.filename, warning.lineno) for warning in told} == {(__file__, here(fn))}
+
+
 def test_function_with_its_own_vjp_takes_the_weight_dense_and_says_so():
     @jax.custom_vjp
     def product(x, w):

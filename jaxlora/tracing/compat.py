@@ -5,6 +5,7 @@ From 0.10 to 0.12 `ClosedJaxpr` was folded into `Jaxpr`, and `scan` carries `ft_
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ JIT = ("jit", "pjit")
 REMAT = ("checkpoint", "remat", "remat2")
 
 Literal = core.Literal
+_JAX = os.path.dirname(jax.__file__) + os.sep
 
 
 def consts(jaxpr: Any) -> Sequence[Any]:
@@ -54,6 +56,12 @@ def where(eqn: Any) -> tuple[str, str]:
         return "output", "the end of the program"
     line = source_info_util.summarize(eqn.source_info)
     return eqn.primitive.name, line
+
+
+def is_of_jax(program: Any) -> bool:
+    """Tell whether a program is that of a function of JAX itself, which it traces once for all."""
+    source = getattr(program.debug_info, "func_filename", None) or ""
+    return source.startswith(_JAX)
 
 
 def file_and_number(line: str) -> tuple[str, int]:

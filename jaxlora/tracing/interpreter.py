@@ -255,9 +255,13 @@ class Evaluation:
         return evaluate(compat.consts(jaxpr), *args)
 
     def where(self, eqn: Any) -> tuple[str, str]:
-        """Return the operation of an equation, and the user's line that runs it."""
+        """Return the operation of an equation, and the user's line that runs it.
+
+        In a function of JAX, whose equations know the line that called it first, that calls it now.
+        """
         operation, line = compat.where(eqn)
-        return operation, line or self._line or "an unknown line"
+        lines = (self._line, line) if compat.is_of_jax(self._program) else (line, self._line)
+        return operation, next(filter(None, lines), "an unknown line")
 
     def named(self, h: jax.Array) -> jax.Array:
         """Name a rank-sized product, so that a policy of `jax.checkpoint` can keep it."""
