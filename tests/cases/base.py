@@ -1,6 +1,7 @@
 """What a case is, and the list of them."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,9 @@ import numpy as np
 import jaxlora
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """A program, its parameters and inputs, and what to adapt.
+    """A program, its parameters and inputs, and what to adapt; made once for all laws.
 
     Attributes:
         fn: the program, of the parameters and the inputs.
@@ -40,7 +41,7 @@ class Case:
 
     def init(self, key: Any) -> Any:
         """Return fresh adapted parameters."""
-        return jaxlora.init(key, self.fn, self.params, *self.args, config=self.config)
+        return _init(self, tuple(jax.random.key_data(key).tolist()))
 
     def trained(self, key: Any) -> Any:
         """Return adapted parameters whose factors are of the size of the weights, as if trained."""
@@ -55,13 +56,21 @@ class Case:
         return max(float(jnp.finfo(kind).eps) for kind in kinds)
 
 
+@functools.cache
+def _init(case: Case, key: tuple[int, ...]) -> Any:
+    key_data = jnp.array(key, jnp.uint32)
+    args = (jax.random.wrap_key_data(key_data), case.fn, case.params, *case.args)
+    return jaxlora.init(*args, config=case.config)
+
+
 CASES: dict[str, Callable[[], Case]] = {}
 
 
 def case(make: Callable[[], Case]) -> Callable[[], Case]:
     """Put a case on the list."""
-    CASES[make.__name__] = make
-    return make
+    made = functools.cache(make)
+    CASES[make.__name__] = made
+    return made
 
 
 def trained(key, adapters):
