@@ -15,6 +15,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 import jaxlora
 from jaxlora import algebra
 
+pytestmark = pytest.mark.once
+
 combine: Any = algebra.combine  # also with what its types refuse
 
 X = normal(0, 2, 5, 8)

@@ -11,6 +11,8 @@ from cases import Case, normal
 
 import jaxlora
 
+pytestmark = pytest.mark.once
+
 X = normal(1, 5, 8)
 PARAMS = {"block": {"query": normal(0, 8, 6), "unused": normal(2, 8, 6)}, "bias": normal(3, 6)}
 

@@ -13,6 +13,8 @@ from numpy.testing import assert_array_equal
 import jaxlora
 from jaxlora.weight import Roles
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -11,6 +11,8 @@ import jaxlora
 from jaxlora import parts
 from jaxlora.selection import matches, select
 
+pytestmark = pytest.mark.once
+
 PATHS = [
     "params/block_0/query/kernel",
     "params/block_0/query/bias",

@@ -11,6 +11,8 @@ import pytest
 from jaxlora import directories
 from jaxlora.directories import Workspace
 
+pytestmark = pytest.mark.once
+
 MARK = "_CHECKPOINT_METADATA"
 
 

@@ -27,6 +27,8 @@ from tokenizers import Tokenizer
 
 import jaxlora
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 
 needs_weights = pytest.mark.skipif(

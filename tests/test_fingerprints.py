@@ -21,6 +21,8 @@ import jaxlora
 from jaxlora import fingerprints
 from jaxlora.fingerprints import Fingerprint
 
+pytestmark = pytest.mark.once
+
 X = normal(9, 5, 8)
 PARTS = ("w[:, 0:4]", "w[:, 8:12]")
 BASES: Any = [{"w": normal(seed, 8, 12), "other": normal(5, 3)} for seed in range(4)]

@@ -16,6 +16,8 @@ import jaxlora
 import jaxlora.nnx
 from jaxlora import initializers, svd
 
+pytestmark = pytest.mark.once
+
 EVERY = ["pissa", initializers.pissa(8), "milora", "olora"]
 every = pytest.mark.parametrize("initializer", EVERY, ids=["pissa", "fast", "milora", "olora"])
 

@@ -14,6 +14,8 @@ import jaxlora
 from jaxlora import fingerprints, locations
 from jaxlora.weight import Adapter, Roles
 
+pytestmark = pytest.mark.once
+
 BASE = {"w": jnp.zeros((4, 3))}
 
 

@@ -13,6 +13,8 @@ from modules import CASES, CONFIG, Case, Network, Sequential, X
 import jaxlora
 import jaxlora.nnx
 
+pytestmark = pytest.mark.once
+
 
 def size(state):
     return sum(np.prod(x.shape, dtype=int) for x in jax.tree.leaves(state))

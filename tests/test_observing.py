@@ -12,6 +12,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 import jaxlora
 from jaxlora import initializers
 
+pytestmark = pytest.mark.once
+
 LAYERS = 3
 PARAMS: Any = {
     "query": normal(1, 8, 2, 4),

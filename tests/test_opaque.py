@@ -15,6 +15,8 @@ from jax import lax
 
 import jaxlora
 
+pytestmark = pytest.mark.once
+
 X = normal(0, 2, 8)
 PLAIN = {"w": normal(1, 8, 8), "scale": normal(2, 8)}
 

@@ -16,6 +16,8 @@ import jaxlora
 import jaxlora.nnx
 from jaxlora import optim
 
+pytestmark = pytest.mark.once
+
 X = normal(0, 3, 5, 8)
 PARAMS = {
     "w": normal(1, 3, 8, 6),

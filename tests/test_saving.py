@@ -18,6 +18,8 @@ import jaxlora
 from jaxlora import fingerprints, storage
 from jaxlora.weight import Adapter, Replacement, Roles
 
+pytestmark = pytest.mark.once
+
 HERE = Path(__file__).parent
 BASE = {"w": jnp.eye(4, 3), "v": jnp.ones((2, 5))}
 

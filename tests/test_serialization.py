@@ -15,6 +15,8 @@ from numpy.testing import assert_array_equal
 
 import jaxlora
 
+pytestmark = pytest.mark.once
+
 X = normal(9, 5, 8)
 PLAIN = {"w": normal(0, 8, 12), "stack": normal(1, 3, 12, 12), "scale": normal(2, 12)}
 

@@ -18,6 +18,8 @@ from flax.linen import fp8_ops
 import jaxlora
 from jaxlora.patterns import ends_in
 
+pytestmark = pytest.mark.once
+
 X = normal(9, 3, 4)
 
 

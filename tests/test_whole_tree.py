@@ -12,6 +12,8 @@ from numpy.testing import assert_array_equal
 
 import jaxlora
 
+pytestmark = pytest.mark.once
+
 X = normal(9, 5, 8)
 PARAMS = {
     "up": normal(0, 8, 8),

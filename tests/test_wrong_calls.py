@@ -19,6 +19,8 @@ from flax import nnx
 
 import jaxlora
 
+pytestmark = pytest.mark.once
+
 PACKAGE = str(pathlib.Path(jaxlora.__file__).parent)
 X, KEY = normal(0, 5, 8), jax.random.key(0)
 PARAMS = {"up": normal(1, 8, 6), "down": normal(2, 6, 8)}

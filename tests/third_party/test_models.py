@@ -15,6 +15,8 @@ from test_laws import (
 
 from third_party.base import MODELS
 
+pytestmark = pytest.mark.once
+
 __all__ = [
     "test_explain_finds_every_use_low_rank",
     "test_fresh_adapters_leave_the_output_equal",
