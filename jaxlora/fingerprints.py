@@ -250,7 +250,8 @@ def _is_rounded(base: Base, weight: Any, merged: Any, noise: float) -> bool:
         return True
     wanted, got, before = (x.astype(np.float64) for x in found)
     smallest = max(np.finfo(np.float32).tiny, *(float(kind.smallest_subnormal) for kind in kinds))
-    rounding = max(float(kind.eps) for kind in kinds) * (np.abs(wanted) + np.abs(before))
+    half = 0.51 * max(float(kind.eps) for kind in kinds)  # of the distance to the next number
+    rounding = half * (np.maximum(np.abs(wanted), np.abs(got)) + np.abs(before))
     return bool((np.abs(got - wanted) <= rounding + noise + smallest).all())
 
 
