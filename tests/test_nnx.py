@@ -406,3 +406,13 @@ assert not hasattr(jaxlora, "missing")
 assert jaxlora.nnx.adapt.__module__ == "jaxlora.nnx.adapted"
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_adapters_of_other_weights_are_refused_unless_asked_for(key):
+    x, config = jnp.ones((2, 4)), jaxlora.LoRAConfig(rank=1)
+    one, other = (nnx.Linear(4, 3, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    adapters = jaxlora.nnx.adapt(key, one, x, config=config).adapters()
+    with pytest.raises(ValueError, match=r"'kernel' are for another base, .* check_base=False"):
+        jaxlora.nnx.Adapted(other, adapters)
+    adapted = jaxlora.nnx.Adapted(other, adapters, check_base=False)
+    np.testing.assert_array_equal(adapted(x), other(x))

@@ -80,11 +80,12 @@ class Adapted(nnx.Module, Generic[M]):
         adapters: factors by path in ``flax.nnx.state(model)``, as from `jaxlora.load_adapters`.
         dropout_rate: share dropped of the low-rank path's input, in [0, 1); see `jaxlora.dropout`.
         rngs: random streams for dropout, of which ``dropout`` is drawn from.
+        check_base: False puts adapters on any weights of their shape, see `jaxlora.bind`.
 
     Raises:
         TypeError: model is no module.
-        ValueError: an adapter does not fit the module, the module is adapted already, or dropout
-            has no rngs.
+        ValueError: an adapter does not fit the module or was made for other weights, the module is
+            adapted already, or dropout has no rngs.
 
     >>> import jax.numpy as jnp, jaxlora.nnx, optax
     >>> from flax import nnx
@@ -109,6 +110,7 @@ class Adapted(nnx.Module, Generic[M]):
         *,
         dropout_rate: float = 0.0,
         rngs: nnx.Rngs | None = None,
+        check_base: bool = True,
     ):
         _check_model(model)
         if not adapters:
@@ -117,7 +119,7 @@ class Adapted(nnx.Module, Generic[M]):
             raise ValueError(f"dropout_rate must be in [0, 1): got {dropout_rate}")
         if dropout_rate and rngs is None:
             raise ValueError(f"dropout_rate={dropout_rate} needs rngs to draw from: got None")
-        jaxlora.bind(restore(nnx.state(model)), adapters)
+        jaxlora.bind(restore(nnx.state(model)), adapters, check_base=check_base)
         self.model = freeze(model)
         self.factors = nnx.data({path: _Factors(adapter) for path, adapter in adapters.items()})
         self.dropout_rate = float(dropout_rate)
