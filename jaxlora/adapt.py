@@ -20,6 +20,7 @@ from jaxlora import (
     quantized,
     residual,
     sharding,
+    tree_checks,
 )
 from jaxlora.config import LoRAConfig
 from jaxlora.magnitude import norms
@@ -83,7 +84,7 @@ def init(
     checks.check_key(key, _ORDER)
     checks.check_function(fn, _ORDER)
     checks.check_config(config, LoRAConfig)
-    checks.check_plain(checks.check_tree(params, _ORDER), "init")
+    tree_checks.check_plain(tree_checks.check_tree(params, _ORDER), "init")
     leaves, treedef = paths.flatten(params)
     sites = with_stacks(find_sites(fn, params, *args, **kwargs), config.stack)
     for target in select(config, sites):
@@ -220,11 +221,10 @@ def dropout(params: Any, key: jax.Array, rate: float) -> Any:
     """
     order = "dropout(params, key, rate)"
     checks.check_key(key, order)
-    if not 0 <= checks.check_number(rate, "rate") < 1:
-        raise ValueError(f"rate must be in [0, 1): got {rate}")
+    checks.check_number(rate, "rate", "in [0, 1)")
     instead = "pass dropout_rate to jaxlora.nnx.adapt, or call this on adapted.params()"
     modules.refuse_adapted("params", params, instead)
-    checks.check_tree(params, order)
+    tree_checks.check_tree(params, order)
     leaves, treedef = paths.flatten(params)
     if not any(isinstance(leaf, LoRAWeight) for leaf in leaves.values()):
         raise ValueError(f"params has no adapted weight: {modules.advice(params)}")

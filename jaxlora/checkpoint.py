@@ -15,13 +15,11 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from jaxlora import (
     description,
@@ -33,7 +31,9 @@ from jaxlora import (
     paths,
     processes,
     storage,
+    tree_checks,
 )
+from jaxlora.checks import shown
 from jaxlora.description import factors
 from jaxlora.locations import PathLike
 from jaxlora.merging import merge
@@ -71,8 +71,8 @@ def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> No
         OSError: it cannot be written; what was saved there before is as it was.
     """
     modules.refuse_adapted("adapters", adapters, "save adapted.adapters()")
-    _check_adapters(adapters)
-    _refuse_traced("save_adapters", adapters)
+    tree_checks.check_adapters(adapters, some=True)
+    tree_checks.check_untraced("save_adapters", adapters)
     if base is not None:
         adapters = split(bind(base, adapters, check_base=False))[1]
     arrays = factors(adapters)
@@ -110,11 +110,11 @@ def load_adapters(path: PathLike, *, base: Any) -> Adapters:
     Raises:
         FileNotFoundError: there is no such directory.
         ValueError: it holds no adapters, or damaged ones, or adapters for another base.
-        TypeError: it is called in `jax.jit`.
+        TypeError: base is no tree of weights, or it is called in `jax.jit`.
     """
-    _refuse_traced("load_adapters", base)
+    tree_checks.check_untraced("load_adapters", base)
     target = together("load_adapters", lambda: locations.resolve(path))
-    leaves, _ = paths.flatten(base)
+    leaves = tree_checks.check_tree(base, "load_adapters(path, base=base)", "base")
     if not locations.is_local(target):
         return _load(target, target, leaves)
     return directories.settled(
@@ -143,7 +143,7 @@ def save_merged(path: PathLike, params: Any) -> None:
     """
     instead = "save adapted.params(), or with Orbax what jaxlora.nnx.merge(adapted) returns"
     modules.refuse_adapted("params", params, instead)
-    _refuse_traced("save_merged", params)
+    tree_checks.check_untraced("save_merged", params)
     plain = merge(params)
     about = {"format": storage.MERGED, "jaxlora": metadata.version("jaxlora")}
     wanted = storage.shapes_of(plain)
@@ -155,34 +155,6 @@ def save_merged(path: PathLike, params: Any) -> None:
             raise ValueError(storage.NOT_WRITTEN)
 
     storage.write("save_merged", path, plain, about, check)
-
-
-def _refuse_traced(call: str, tree: Any) -> None:
-    """Raise if a function that needs values is called where JAX only traces."""
-    if any(isinstance(x, Tracer) for x in (*jax.tree.leaves(tree), jnp.zeros(()))):
-        raise TypeError(
-            f"{call} is called inside of jax.jit or another transformation, where arrays have no "
-            "values: arrays with values are needed: call it on what the transformed function "
-            "returns"
-        )
-
-
-def _check_adapters(adapters: Adapters) -> None:
-    """Raise if this is no non-empty dict of adapters by path."""
-    if not isinstance(adapters, Mapping):
-        raise TypeError(
-            "adapters must be a dict of Adapter by path, as jaxlora.split returns: "
-            f"got {type(adapters).__name__}"
-        )
-    if not adapters:
-        raise ValueError("adapters is empty: there is nothing to save")
-    for name, adapter in adapters.items():
-        if not isinstance(name, str):
-            raise TypeError(
-                f"a path in adapters must be a str: got {name!r} of type {type(name).__name__}"
-            )
-        if not isinstance(adapter, Adapter | Replacement):
-            raise TypeError(f"adapters[{name!r}] must be an Adapter: got {type(adapter).__name__}")
 
 
 def _check_finite(arrays: dict[str, dict[str, Any]]) -> None:
@@ -224,8 +196,8 @@ def _load(place: Any, target: Any, leaves: dict[str, Any]) -> Adapters:
     except ValueError as error:
         raise ValueError(f"the adapters at {target} are damaged: {error}") from error
     if problems := _differences(adapters, leaves):
-        shown = "\n  ".join(problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5))
-        raise ValueError(f"the adapters at {target} are for another base:\n  {shown}")
+        told = "\n  ".join(problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5))
+        raise ValueError(f"the adapters at {target} are for another base:\n  {told}")
 
     def read():
         try:
@@ -255,6 +227,9 @@ def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
         wanted, leaf = adapter.fingerprint, present.get(located[name])
         if leaf is None:
             lines.append(f"{name!r} is missing; {paths.nearest(name, leaves)}")
+            continue
+        if not tree_checks.is_weight(leaf):
+            lines.append(f"{name!r} must be an array of shape {adapter.shape}: got {shown(leaf)}")
             continue
         got = fingerprints.take(leaf)
         dtype = wanted.dtype or got.dtype

@@ -1,24 +1,30 @@
 """Checks of arguments that many functions take, and warnings that point at the user's line.
 
-A message says what is wrong with which argument, what is needed, what was got and what to do.
+A message says what is wrong with which argument, what is needed, what was got and what to do. Those
+for trees are in `jaxlora.tree_checks`; nothing here needs another file of this library.
 """
 
+import math
 import numbers
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from jaxlora import paths
-from jaxlora.quantized import QuantizedWeight
-from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jax.core import Tracer
 
 _PACKAGE = os.path.dirname(__file__) + os.sep
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "finite": math.isfinite,
+    "finite and positive": lambda x: 0 < x < math.inf,
+    "finite and at least 1": lambda x: 1 <= x < math.inf,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in (0, 1]": lambda x: 0 < x <= 1,
+}
 
 
 def warn(message: str, category: type[Warning]) -> None:
@@ -42,7 +48,8 @@ def shown(value: Any) -> str:
         text = repr(value)
         return text if len(text) < 80 else f"{text[:77]}..."
     if isinstance(value, jax.Array | np.ndarray):
-        return f"an array of shape {value.shape}, {value.dtype}"
+        article = "a traced" if isinstance(value, Tracer) else "an"
+        return f"{article} array of shape {value.shape}, {value.dtype}"
     if isinstance(value, type):
         return f"the class {value.__name__!r}"
     if (kind := _flax_kind(value)) is not None:
@@ -99,45 +106,6 @@ def check_config(config: Any, kind: type) -> None:
         raise TypeError(f"config must be a {name}: got {shown(config)}; make one with {name}(...)")
 
 
-def check_tree(params: Any, order: str) -> dict[str, Any]:
-    """Return the leaves of a tree of weights by path, or raise if it has none."""
-    leaves, _ = paths.flatten(params)
-    if not leaves:
-        raise ValueError(
-            f"params is an empty tree: it must hold the weights of the program; got {shown(params)}"
-        )
-    if found := [path for path, leaf in leaves.items() if isinstance(leaf, Adapter | Replacement)]:
-        raise TypeError(
-            f"params must hold weights: got the adapter of {found[0]!r}; "
-            "put adapters over their base with jaxlora.bind"
-        )
-    if not any(map(is_weight, leaves.values())):
-        first = next(iter(leaves.values()))
-        held = "" if first is params else f" of {shown(first)}"
-        raise TypeError(
-            f"params must be a tree of arrays: got {shown(params)}{held}; the order is {order}"
-        )
-    return leaves
-
-
-def is_weight(leaf: Any) -> bool:
-    """Tell whether a leaf is an array, the shape of one, or a node that stands for one."""
-    if isinstance(leaf, np.ndarray):
-        return leaf.dtype.kind not in "OSU"
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)  # a random key is none
-    return isinstance(leaf, LoRAWeight | TrainedLeaf | QuantizedWeight)
-
-
-def check_plain(leaves: dict[str, Any], name: str, *, with_values: bool = False) -> None:
-    """Raise if a leaf is adapted or trained; with values, also if it is the shape of an array."""
-    for path, leaf in leaves.items():
-        if paths.is_trained(leaf):
-            raise ValueError(f"the leaf {path!r} is adapted already: {name} needs a plain tree")
-        if with_values and isinstance(leaf, jax.ShapeDtypeStruct):
-            raise ValueError(f"the leaf {path!r} is the shape of an array: {name} needs its values")
-
-
 def check_flag(value: Any, name: str) -> bool:
     """Return a bool, or raise for what is none."""
     if not isinstance(value, bool | np.bool_):
@@ -145,11 +113,67 @@ def check_flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
-def check_number(value: Any, name: str) -> float:
-    """Return a real number, or raise for what is none."""
+def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
+    """Raise if this is none of some words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}: got {shown(value)}")
+
+
+def check_count(value: Any, name: str, least: int = 1) -> int:
+    """Return an int that is not too small, or raise for what is none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int: got {shown(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}: got {value}")
+    return int(value)
+
+
+def check_number(value: Any, name: str, needed: str = "") -> float:
+    """Return a real number, or raise for what is none, or not as is needed."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number: got {shown(value)}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if needed and not _RANGES[needed](number):
+        raise ValueError(f"{name} must be {needed}: got {value}")
+    return number
+
+
+def check_numbers(values: Any, name: str) -> list[float]:
+    """Return finite numbers, also those of an array, or raise for what is none."""
+    if not is_listing(values) or isinstance(values, Set | Tracer):
+        raise TypeError(f"{name} must be numbers in order: got {shown(values)}")
+    plain = [x.item() if _is_real(x) and not isinstance(x, Tracer) else x for x in values]
+    return [check_number(x, f"{name}[{i}]", "finite") for i, x in enumerate(plain)]
+
+
+def check_scalar(value: Any, name: str) -> None:
+    """Raise if this is no finite number and no scalar array of one, which may be traced."""
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim:
+        raise ValueError(f"{name} must be a scalar: got {shown(value)}")
+    if not _is_real(value):
+        check_number(value, name, "finite")
+
+
+def _is_real(value: Any) -> bool:
+    """Tell whether this is an array of one real number."""
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic) and not value.ndim
+    return is_array and any(jnp.issubdtype(value.dtype, k) for k in (jnp.floating, jnp.integer))
+
+
+def check_dtype(dtype: Any, name: str) -> None:
+    """Raise if this is no floating dtype."""
+    needed = f"{name} must be floating, as jnp.float32 or 'bfloat16'"
+    if not isinstance(dtype, str | type | np.dtype):
+        raise TypeError(f"{needed}: got {shown(dtype)}")
+    try:
+        is_floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError as error:
+        raise ValueError(f"{needed}: got {dtype!r}, which is the name of none") from error
+    if not is_floating:
+        raise ValueError(f"{needed}: got {dtype}")
 
 
 def is_listing(values: Any) -> bool:

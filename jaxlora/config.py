@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlora import checks, initializers, parts
 from jaxlora.initializers import FromWeight, Initializer, InitializerName, LoftQ
@@ -89,7 +88,7 @@ class LoRAConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        object.__setattr__(self, "rank", _checked_rank(self.rank, "rank"))
+        object.__setattr__(self, "rank", checks.check_count(self.rank, "rank"))
         _checked_alpha(self.alpha, "alpha")
         for field in ("targets", "exclude", "train"):
             object.__setattr__(self, field, _checked(getattr(self, field), field))
@@ -97,15 +96,13 @@ class LoRAConfig:
             raise ValueError(f"targets must name something to adapt: got {self.targets!r}")
         for field in ("rank_stabilized", "magnitude"):
             checks.check_flag(getattr(self, field), field)
-        if not isinstance(self.bias, str) or self.bias not in ("none", "all", "lora_only"):
-            got = checks.shown(self.bias)
-            raise ValueError(f"bias must be 'none', 'all' or 'lora_only': got {got}")
+        checks.check_choice(self.bias, "bias", ("none", "all", "lora_only"))
         _check_initializer(self.initializer)
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_indices(self.layers, "layers"))
         for field in ("rank_pattern", "alpha_pattern", "rows", "stack"):
             object.__setattr__(self, field, _checked_pattern(getattr(self, field), field))
-        _check_dtype(self.dtype)
+        checks.check_dtype(self.dtype, "dtype of the factors")
 
     @property
     def scaling(self) -> float:
@@ -137,31 +134,8 @@ def _check_initializer(initializer: Any) -> None:
         )
 
 
-def _check_dtype(dtype: Any) -> None:
-    needed = "dtype of the factors must be floating, as jnp.float32 or 'bfloat16'"
-    if not isinstance(dtype, str | type | np.dtype):
-        raise TypeError(f"{needed}: got {checks.shown(dtype)}")
-    try:
-        is_floating = jnp.issubdtype(dtype, jnp.floating)
-    except TypeError as error:
-        raise ValueError(f"{needed}: got {dtype!r}, which is the name of none") from error
-    if not is_floating:
-        raise ValueError(f"{needed}: got {dtype}")
-
-
-def _checked_rank(rank: Any, field: str) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
-        raise TypeError(f"{field} must be an int: got {checks.shown(rank)}")
-    if rank < 1:
-        raise ValueError(f"{field} must be at least 1: got {rank}")
-    return int(rank)
-
-
 def _checked_alpha(alpha: Any, field: str) -> float:
-    alpha = checks.check_number(alpha, field)
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"{field} must be finite and positive: got {alpha}")
-    return alpha
+    return checks.check_number(alpha, field, "finite and positive")
 
 
 def _checked_indices(indices: Any, field: str) -> tuple[int, ...]:
@@ -177,7 +151,8 @@ def _checked_indices(indices: Any, field: str) -> tuple[int, ...]:
 
 def _checked_axes(axes: Any, field: str) -> tuple[int, ...]:
     """Return axes in increasing order, perhaps none, or raise for what is none."""
-    return () if checks.is_listing(axes) and not axes else _checked_indices(axes, field)
+    axes = _listed(axes, f"{field} must be indices")
+    return _checked_indices(axes, field) if axes else ()
 
 
 def _listed(values: Any, needed: str) -> tuple[Any, ...]:
@@ -191,7 +166,7 @@ def _checked_pattern(pattern: Any, field: str) -> dict[str, Any]:
     """Return a copy of a pattern, or raise for a key or a value that is none."""
     if not isinstance(pattern, Mapping):
         raise TypeError(f"{field} must be a mapping from names: got {checks.shown(pattern)}")
-    kinds: dict[str, Any] = {"rank_pattern": _checked_rank, "alpha_pattern": _checked_alpha}
+    kinds: dict[str, Any] = {"rank_pattern": checks.check_count, "alpha_pattern": _checked_alpha}
     kinds |= {"stack": _checked_axes}
     check, checked = kinds.get(field, _checked_indices), {}
     for key, value in pattern.items():

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlora import paths, svd
+from jaxlora import checks, svd, tree_checks
 
 Initializer = Callable[..., Any]
 InitializerName = Literal["uniform", "normal", "kaiming", "orthogonal", "pissa", "milora", "olora"]
@@ -42,26 +42,52 @@ class FromWeight:
     changes_base: bool = True
     data: Mapping[str, jax.Array] | None = dataclasses.field(default=None, hash=False)
 
+    def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a str: got {checks.shown(self.name)}")
+        if not checks.is_function(self.factors):
+            raise TypeError(
+                "factors must be a function (key, weight, rank, scaling) -> (a, b): "
+                f"got {checks.shown(self.factors)}"
+            )
+        checks.check_flag(self.changes_base, "changes_base")
+        if self.data is not None:
+            tree_checks.check_matrices(self.data, "data")
+
 
 def uniform(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
     """Draw from the uniform distribution on ±1/√in, the default of loralib and PEFT."""
+    _check("uniform", key, shape, dtype)
     # one product, last: with one rounding the bits are the same however operations are fused
     return jax.random.uniform(key, shape, dtype, -1, 1) * (1 / math.sqrt(shape[0]))
 
 
 def normal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
     """Draw from the normal distribution with standard deviation 1/rank, PEFT's "gaussian"."""
+    _check("normal", key, shape, dtype)
     return jax.random.normal(key, shape, dtype) / shape[1]
 
 
 def kaiming(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
     """Draw from the uniform distribution on ±√(6/in) (He et al. 2015, arXiv:1502.01852)."""
+    _check("kaiming", key, shape, dtype)
     return jax.nn.initializers.he_uniform()(key, shape, dtype)
 
 
 def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
     """Draw orthonormal columns, evenly among all (Saxe et al. 2014, arXiv:1312.6120)."""
+    _check("orthogonal", key, shape, dtype)
     return jax.nn.initializers.orthogonal()(key, shape, jnp.float32).astype(dtype)
+
+
+def _check(name: str, key: Any, shape: Any, dtype: Any) -> None:
+    """Raise for wrong arguments of an initializer of ``a``."""
+    checks.check_key(key, f"{name}(key, shape, dtype)")
+    if not isinstance(shape, tuple | list) or len(shape) != 2:
+        raise TypeError(f"shape must be a pair (in, rank): got {checks.shown(shape)}")
+    for i, size in enumerate(shape):
+        checks.check_count(size, f"shape[{i}]")
+    checks.check_dtype(dtype, "dtype")
 
 
 def pissa(iterations: int | None = None) -> FromWeight:
@@ -72,14 +98,15 @@ def pissa(iterations: int | None = None) -> FromWeight:
             least 0, 8 being ample; None decomposes exactly, which takes much longer.
 
     Raises:
+        TypeError: iterations is no int.
         ValueError: iterations is negative.
 
     >>> import jaxlora
     >>> jaxlora.LoRAConfig(rank=8, initializer=jaxlora.initializers.pissa(8)).initializer.name
     'pissa'
     """
-    if iterations is not None and iterations < 0:
-        raise ValueError(f"iterations must be at least 0: got {iterations}")
+    if iterations is not None:
+        checks.check_count(iterations, "iterations", 0)
 
     def factors(key, weight, rank, scaling):
         if iterations is None:
@@ -97,7 +124,12 @@ def eva(moments: Mapping[str, jax.Array]) -> FromWeight:
 
     Args:
         moments: from `jaxlora.moments`.
+
+    Raises:
+        TypeError: moments is no mapping of arrays.
+        ValueError: it is empty, or an array is no stack of matrices.
     """
+    tree_checks.check_matrices(moments, "moments")
 
     def factors(key, weight, rank, scaling, moments):
         del key, scaling
@@ -121,15 +153,20 @@ def eva_ranks(moments: Mapping[str, jax.Array], rank: int, *, rho: float = 2.0) 
         rho: no rank is above ``round(rho * rank)``; at least 1.
 
     Raises:
-        ValueError: rank or rho is below 1.
+        TypeError: moments is no mapping of arrays, rank no int, rho no number, or it is called in
+            `jax.jit`.
+        ValueError: moments is empty, or an array in it is no stack of matrices; rank or rho is
+            below 1, or rho not finite.
 
     >>> import jax.numpy as jnp, jaxlora
     >>> even, steep = jnp.eye(6)[None], jnp.diag(4.0 ** -jnp.arange(6.0))[None]
     >>> jaxlora.initializers.eva_ranks({"even": even, "steep": steep}, 3)
     {'even': 4, 'steep': 2}
     """
-    if rank < 1 or not rho >= 1:
-        raise ValueError(f"rank and rho must be at least 1: got {rank} and {rho}")
+    tree_checks.check_matrices(moments, "moments")
+    tree_checks.check_untraced("eva_ranks", dict(moments))
+    rank = checks.check_count(rank, "rank")
+    rho = checks.check_number(rho, "rho", "finite and at least 1")
     most, shares = round(rho * rank), []
     for name, found in moments.items():
         values = jnp.maximum(jnp.linalg.eigvalsh(found)[:, ::-1], 0)
@@ -152,7 +189,13 @@ def corda(moments: Mapping[str, jax.Array], *, keep: bool = False) -> FromWeight
     Args:
         moments: from `jaxlora.moments`.
         keep: of the smallest instead, which keeps what is known about these inputs.
+
+    Raises:
+        TypeError: moments is no mapping of arrays, or keep no bool.
+        ValueError: moments is empty, or an array in it is no stack of matrices.
     """
+    tree_checks.check_matrices(moments, "moments")
+    checks.check_flag(keep, "keep")
 
     def factors(key, weight, rank, scaling, moments):
         del key
@@ -178,10 +221,12 @@ def lora_ga(gradients: Mapping[str, jax.Array], *, gamma: float = 16.0) -> FromW
         gamma: the larger, the smaller ``b``; positive.
 
     Raises:
-        ValueError: gamma is not positive.
+        TypeError: gradients is no mapping of arrays, or gamma no number.
+        ValueError: gradients is empty, or an array in it is no stack of matrices; gamma is not
+            finite and positive.
     """
-    if not gamma > 0:
-        raise ValueError(f"gamma must be positive: got {gamma}")
+    tree_checks.check_matrices(gradients, "gradients", "jaxlora.gradients")
+    checks.check_number(gamma, "gamma", "finite and positive")
 
     def factors(key, weight, rank, scaling, gradient):
         del key, scaling
@@ -216,11 +261,11 @@ def loftq(params: Any, *, iterations: int = 1) -> LoftQ:
         iterations: how often the codes and the factors take turns, at least 1.
 
     Raises:
+        TypeError: params is no tree of weights, or iterations no int.
         ValueError: iterations is below 1.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1: got {iterations}")
-    return LoftQ(paths.flatten(params)[0], iterations)
+    iterations = checks.check_count(iterations, "iterations")
+    return LoftQ(tree_checks.check_tree(params, "loftq(params, iterations=1)"), iterations)
 
 
 def _milora(key, weight, rank, scaling):

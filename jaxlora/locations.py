@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from jaxlora.checks import shown
+
 PathLike = str | os.PathLike[str]
 _PATIENCE = 20.0  # seconds for a bucket to answer
 
@@ -33,7 +35,7 @@ def resolve(path: PathLike) -> Any:
     """
     text = path if isinstance(path, str) else getattr(path, "__fspath__", lambda: None)()
     if not isinstance(text, str):
-        raise TypeError(f"path must be a str or an os.PathLike of one: got {path!r}")
+        raise TypeError(f"path must be a str or an os.PathLike of one: got {shown(path)}")
     if not text:
         raise ValueError("path is empty: the path of a directory is needed")
     if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)", text):

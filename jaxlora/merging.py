@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import modules, parts, paths, quantized, sharding, trees
+from jaxlora import checks, modules, parts, paths, quantized, sharding, tree_checks, trees
 from jaxlora.magnitude import merged
 from jaxlora.quantized import QuantizedWeight
-from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf, merge_dtype, scaling
+from jaxlora.weight import Adapter, LoRAWeight, TrainedLeaf, merge_dtype, scaling
 
 
 def merge(
@@ -37,7 +37,7 @@ def merge(
 
     Raises:
         TypeError: params is adapters alone, or a `jaxlora.nnx.Adapted`, which `jaxlora.nnx.merge`
-            takes.
+            takes; a flag is no bool.
         ValueError: no leaf is adapted, or a merged weight is not finite. Under `jax.jit` values
             are unknown, and finiteness is not checked.
 
@@ -48,18 +48,14 @@ def merge(
     >>> jax.tree.map(jnp.shape, jaxlora.merge(params))
     {'w': (4, 3)}
     """
-    modules.refuse_adapted("params", params, "use jaxlora.nnx.merge(adapted)")
-    leaves, treedef = paths.flatten(params)
-    for path, leaf in leaves.items():
-        if isinstance(leaf, Adapter | Replacement):
-            raise TypeError(
-                f"params holds adapters without their base, at {path!r}: merge needs a tree with "
-                "adapted weights; put them together: merge(bind(base, adapters))"
-            )
-    if not any(map(paths.is_trained, leaves.values())):
-        raise ValueError(
-            f"params has no adapted weight, there is nothing to merge: {modules.advice(params)}"
-        )
+    flags = {"with_error": with_error, "donate": donate, "requantize": requantize}
+    for name, flag in flags.items():
+        checks.check_flag(flag, name)
+    leaves, treedef = tree_checks.flatten_adapted(
+        params,
+        "use jaxlora.nnx.merge(adapted)",
+        "merge needs a tree with adapted weights; put them together: merge(bind(base, adapters))",
+    )
     errors = {}
     for path, leaf in leaves.items():
         if isinstance(leaf, LoRAWeight):
@@ -89,6 +85,8 @@ def unmerge(plain: Any, adapters: trees.Adapters, *, check_base: bool = True) ->
         The base, within the rounding of its dtype.
 
     Raises:
+        TypeError: plain is no tree of weights, a value of adapters no `Adapter`, or check_base no
+            bool.
         ValueError: a path is not in plain or has another shape, a result is not finite or not the
             base, or what was is lost: the norm that a magnitude was divided by, a leaf that was
             trained whole, what quantizing has rounded.
@@ -102,7 +100,9 @@ def unmerge(plain: Any, adapters: trees.Adapters, *, check_base: bool = True) ->
     (4, 3)
     """
     modules.refuse_adapted("plain", plain, "use what jaxlora.nnx.merge(adapted) returned")
+    checks.check_flag(check_base, "check_base")
     leaves, treedef = paths.flatten(plain)
+    tree_checks.check_leaves(leaves, plain, "unmerge(plain, adapters)", "plain")
     before = dict(leaves)
     for path, node in trees.nodes_over(leaves, adapters, check_base=False).items():
         lost = "leaf" if isinstance(node, TrainedLeaf) else "magnitude"

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import checks, parts, paths, tracing, trees
+from jaxlora import checks, parts, paths, tracing, tree_checks, trees
 from jaxlora.algebra import matrices
 from jaxlora.config import LoRAConfig
 from jaxlora.quantized import QuantizedWeight
@@ -116,7 +116,9 @@ def gradients(
 
 def _check(order: str, fn: Any, params: Any, config: Any, name: str = "fn") -> None:
     checks.check_function(fn, order, name)
-    checks.check_plain(checks.check_tree(params, order), order.partition("(")[0], with_values=True)
+    tree_checks.check_plain(
+        tree_checks.check_tree(params, order), order.partition("(")[0], with_values=True
+    )
     checks.check_config(config, LoRAConfig)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import checks, paths, quantized, sharding, tracing
+from jaxlora import checks, paths, quantized, sharding, tracing, tree_checks
 from jaxlora.config import ALL_LINEAR, LoRAConfig, Targets
 from jaxlora.quantized import Code, Kind, QuantizedWeight
 from jaxlora.selection import select
@@ -41,14 +41,9 @@ class Quantization:
     exclude: Targets = ()
 
     def __post_init__(self):
-        kinds = typing.get_args(Kind)
-        if not isinstance(self.kind, str) or self.kind not in kinds:
-            raise ValueError(f"kind must be one of {kinds}: got {checks.shown(self.kind)}")
+        checks.check_choice(self.kind, "kind", typing.get_args(Kind))
         checks.check_flag(self.double, "double")
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
-            raise TypeError(f"block_size must be an int: got {checks.shown(self.block_size)}")
-        if self.block_size < 2:
-            raise ValueError(f"block_size must be at least 2: got {self.block_size}")
+        object.__setattr__(self, "block_size", checks.check_count(self.block_size, "block_size", 2))
         chosen = LoRAConfig(rank=1, targets=self.targets, exclude=self.exclude)
         object.__setattr__(self, "targets", chosen.targets)
         object.__setattr__(self, "exclude", chosen.exclude)
@@ -94,7 +89,7 @@ def quantize(
     """
     order = "quantize(fn, params, *args, config=config)"
     checks.check_function(fn, order)
-    checks.check_tree(params, order)
+    tree_checks.check_tree(params, order)
     checks.check_config(config, Quantization)
     leaves, treedef = paths.flatten(params)
     sites = find_sites(fn, params, *args, **kwargs)

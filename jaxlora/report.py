@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxlora import checks, table, tracing
+from jaxlora import checks, table, tracing, tree_checks
 from jaxlora.tracing import cost
 from jaxlora.weight import LoRAWeight
 
@@ -94,7 +94,7 @@ def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -
     """
     order = "explain(fn, params, *args)"
     checks.check_function(fn, order)
-    leaves = checks.check_tree(params, order)
+    leaves = tree_checks.check_tree(params, order)
     adapted = [path for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)]
     if not adapted:
         raise ValueError("params has no adapted weight: make some with jaxlora.init")

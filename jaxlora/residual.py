@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import fingerprints, parts, paths, quantized, sharding
+from jaxlora import fingerprints, parts, paths, quantized, sharding, tree_checks
 from jaxlora.algebra import matrices
 from jaxlora.initializers import FromWeight
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.selection import Target
-from jaxlora.trees import Adapters, check_adapters, check_fits
+from jaxlora.trees import Adapters, check_fits
 from jaxlora.weight import Adapter, LoRAWeight, Roles, merge_dtype, scaling
 
 
@@ -82,7 +82,7 @@ def _data(name: str, initializer: FromWeight, entries: int) -> tuple[jax.Array, 
         near = paths.nearest(name, initializer.data)
         raise ValueError(f"{initializer.name!r} has no data for the target {name!r}; {near}")
     found = initializer.data[name]
-    if found.ndim != 3 or len(found) != entries:
+    if len(found) != entries:
         raise ValueError(
             f"the data for {name!r} must be a matrix for each of {entries} entries of its stack: "
             f"got shape {found.shape}"
@@ -144,9 +144,10 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
         Factors by path, with the same scaling.
 
     Raises:
-        TypeError: a value of adapters or initial is no adapter.
-        ValueError: adapters and initial differ in paths, shapes or base; an adapter is for a base
-            that nothing changed, or does not fit this one; this is the changed one.
+        TypeError: a value of adapters or initial is no adapter, or base no tree of weights.
+        ValueError: base is adapted; adapters and initial differ in paths, shapes or base; an
+            adapter is for a base that nothing changed, or does not fit this one; this is the
+            changed one.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x, w = lambda p, x: x @ p["w"], jnp.ones((2, 4)), {"w": jnp.eye(4, 3)}
@@ -156,13 +157,14 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
     >>> jaxlora.to_plain(initial, initial, base=w)
     {'w': Adapter(a=(4, 2), b=(2, 3), alpha=32)}
     """
-    check_adapters(adapters)
-    check_adapters(initial)
+    tree_checks.check_adapters(adapters)
+    tree_checks.check_adapters(initial, "initial")
     if odd := sorted({*adapters} ^ {*initial}):
         raise ValueError(
             f"adapters and initial must have the same paths: {odd[0]!r} is in one alone"
         )
-    leaves, _ = paths.flatten(base)
+    leaves = tree_checks.check_tree(base, "to_plain(adapters, initial, base=base)", "base")
+    tree_checks.check_plain(leaves, "to_plain")
     located = {name: parts.locate(name, leaves) for name in adapters}
     for name, (path, text) in located.items():
         if path not in leaves:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import checks, paths, table, tracing
+from jaxlora import checks, paths, table, tracing, tree_checks
 from jaxlora.tracing import boundary
 from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import Roles
@@ -151,7 +151,7 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
     """
     order = "find_sites(fn, params, *args)"
     checks.check_function(fn, order)
-    checks.check_tree(params, order)
+    tree_checks.check_tree(params, order)
     leaves, treedef = paths.flatten(params)
     leaves = {path: _plain(leaf) for path, leaf in leaves.items()}
     params = treedef.unflatten(leaves.values())

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import modules, parts, paths, table
+from jaxlora import checks, modules, parts, paths, table, tree_checks
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.trees import FACTORS
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
@@ -101,7 +101,8 @@ def summary(params: Any) -> Summary:
         One row for each leaf, and the totals.
 
     Raises:
-        ValueError: the tree has no parameters.
+        ValueError: the tree is empty.
+        TypeError: no leaf of it is an array, the shape of one, or a node that stands for one.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -117,6 +118,8 @@ def summary(params: Any) -> Summary:
     leaves, _ = paths.flatten(modules.parameters(params))
     if not leaves:
         raise ValueError("params is an empty tree: there is nothing to count")
+    if not any(tree_checks.is_weight(leaf) or paths.is_trained(leaf) for leaf in leaves.values()):
+        raise TypeError(f"params must be a tree of arrays: got {checks.shown(params)}")
     return Summary(tuple(row for path, leaf in leaves.items() for row in _rows(path, leaf)))
 
 
@@ -161,4 +164,4 @@ def _size(x: Any) -> int:
 def _bytes(x: Any) -> int:
     if isinstance(x, QuantizedWeight):
         return x.nbytes
-    return _size(x) * x.dtype.itemsize if hasattr(x, "dtype") else 0
+    return _size(x) * x.dtype.itemsize if hasattr(x, "shape") else 0

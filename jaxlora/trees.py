@@ -5,14 +5,13 @@ so every function here is one pass over the leaves by path.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import fingerprints, modules, parts, paths
+from jaxlora import checks, fingerprints, modules, parts, paths, tree_checks
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
 
 Adapters = dict[str, Any]  # an Adapter, or the Replacement of a leaf that is trained whole
@@ -41,17 +40,10 @@ def split(params: Any) -> tuple[Any, Adapters]:
     >>> base["w"].shape, adapters
     ((4, 3), {'w': Adapter(a=(4, 1), b=(1, 3), alpha=16)})
     """
-    modules.refuse_adapted("params", params, "use adapted.adapters(), or split adapted.params()")
-    leaves, treedef = paths.flatten(params)
-    for path, leaf in leaves.items():
-        if isinstance(leaf, Adapter | Replacement):
-            raise TypeError(
-                f"params holds adapters without their base, at {path!r}: they are split already"
-            )
+    instead = "use adapted.adapters(), or split adapted.params()"
+    leaves, treedef = tree_checks.flatten_adapted(params, instead, "they are split already")
     nodes = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)}
     whole = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, TrainedLeaf)}
-    if not nodes and not whole:
-        raise ValueError(f"params has no adapted weight: {modules.advice(params)}")
     plain = {path: node.plain for path, node in nodes.items()}
     plain |= {path: leaf.base for path, leaf in whole.items()}
     adapters: Adapters = {
@@ -83,7 +75,8 @@ def bind(base: Any, adapters: Adapters, *, check_base: bool = True) -> Any:
         The tree with a `LoRAWeight` at each path of adapters.
 
     Raises:
-        TypeError: a value of adapters is no `Adapter` or `Replacement`.
+        TypeError: base is no tree of weights, a value of adapters no `Adapter` or `Replacement`, or
+            check_base no bool.
         ValueError: a path is not in base, is adapted already, holds no floating weight, has another
             shape, dtype or other values; adapters overlap, or have an alpha that is not finite
             and positive.
@@ -96,7 +89,9 @@ def bind(base: Any, adapters: Adapters, *, check_base: bool = True) -> Any:
     {'w': LoRAWeight(base=(4, 3), a=(4, 1), b=(1, 3), alpha=16)}
     """
     modules.refuse_adapted("base", base, "use jaxlora.nnx.Adapted(adapted.model, adapters)")
+    checks.check_flag(check_base, "check_base")
     leaves, treedef = paths.flatten(base)
+    tree_checks.check_leaves(leaves, base, "bind(base, adapters)", "base")
     nodes = nodes_over(leaves, adapters, check_base=check_base)
     return treedef.unflatten((leaves | nodes).values())
 
@@ -167,20 +162,13 @@ def nodes_over(
     leaves: dict[str, Any], adapters: Adapters, *, check_base: bool
 ) -> dict[str, LoRAWeight | TrainedLeaf]:
     """Return the node of each adapter over the leaf that it is for, or raise if it is for none."""
-    check_adapters(adapters)
-    if not adapters:
-        raise ValueError("adapters is empty: it must hold the factors of at least one weight")
+    tree_checks.check_adapters(adapters, some=True)
     nodes: dict[str, Any] = {}
     for name, adapter in adapters.items():
         path, text = parts.locate(name, leaves)
         if path not in leaves:
             raise ValueError(f"the base has no leaf {path!r}; {paths.nearest(path, leaves)}")
         leaf = leaves[path]
-        if isinstance(leaf, Adapter | Replacement):
-            raise TypeError(
-                f"the base holds an adapter at {path!r}, and no weight: give the base before the "
-                "adapters, both as jaxlora.split returns them"
-            )
         if paths.is_trained(leaf):
             raise ValueError(f"the leaf {path!r} is adapted already: a plain tree is needed")
         if path in nodes and None in (text, getattr(nodes[path], "part", None)):
@@ -192,20 +180,6 @@ def nodes_over(
         if check_base:
             _check_base(name, leaf, adapter)
     return nodes
-
-
-def check_adapters(adapters: Any) -> None:
-    """Raise if this is no dict of adapters by path."""
-    hint = "jaxlora.split returns the base and such adapters"
-    if not isinstance(adapters, Mapping):
-        got = type(adapters).__name__
-        raise TypeError(f"adapters must be a dict of Adapter by path: got {got}; {hint}")
-    for name, adapter in adapters.items():
-        if not isinstance(name, str):
-            raise TypeError(f"the paths of adapters must be of type str: got {name!r}")
-        if not isinstance(adapter, Adapter | Replacement):
-            got = type(adapter).__name__
-            raise TypeError(f"adapters[{name!r}] must be an Adapter: got {got}; {hint}")
 
 
 def _adapted(path: str, text: str | None, below: Any, adapter: Adapter) -> LoRAWeight:

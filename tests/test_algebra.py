@@ -348,7 +348,7 @@ ONE = trained(0)[1]
         (lambda: combine([ONE], [1.0], "mean"), "method must be one of .*: got 'mean'"),
         (lambda: combine([], []), "got 0 sets and 0 weights"),
         (lambda: combine([ONE], [1.0, 2.0]), "got 1 sets and 2 weights"),
-        (lambda: combine([ONE], [float("nan")]), "weights must be finite"),
+        (lambda: combine([ONE], [float("nan")]), r"weights\[0\] must be finite: got nan"),
         (lambda: combine([ONE], [1.0], "ties"), "'ties' needs density"),
         (lambda: combine([ONE], [1.0], "ties", density=1.5), r"in \(0, 1\]: got 1.5"),
         (lambda: combine([ONE], [1.0], "dare_ties", density=0.5), "needs key"),

@@ -168,6 +168,7 @@ bind: Any = jaxlora.bind  # also with what its types refuse
 combine: Any = jaxlora.algebra.combine
 BASE, ADAPTERS = jaxlora.split(ADAPTED)
 ALONE = "params holds adapters without their base, at '.*block/query'"
+NO_BASE = "base must hold weights: got the adapter of 'block/query'"
 UNSPLIT = "must be an Adapter: got .*; jaxlora.split returns the base and such adapters"
 
 
@@ -177,13 +178,13 @@ UNSPLIT = "must be an Adapter: got .*; jaxlora.split returns the base and such a
         (lambda: jaxlora.merge(ADAPTERS), rf"{ALONE}.*merge\(bind\(base, adapters\)\)"),
         (lambda: jaxlora.merge(jaxlora.split(ADAPTED)), rf"{ALONE}.*bind"),
         (lambda: jaxlora.split(ADAPTERS), f"{ALONE}: they are split already"),
-        (lambda: bind(ADAPTERS, BASE), UNSPLIT),
+        (lambda: bind(ADAPTERS, BASE), rf"{NO_BASE}.* jaxlora.bind\(base, adapters\)"),
         (lambda: bind(BASE, ADAPTED), UNSPLIT),
         (lambda: bind(BASE, [ADAPTERS]), "adapters must be a dict .* got list"),
-        (lambda: bind(BASE, None), "adapters must be a dict .* got NoneType"),
-        (lambda: bind(BASE, {5: ADAPTERS["block/query"]}), "of type str: got 5"),
-        (lambda: bind(ADAPTERS, ADAPTERS), "the base holds an adapter at 'block/query'"),
-        (lambda: jaxlora.unmerge(ADAPTERS, BASE), UNSPLIT),
+        (lambda: bind(BASE, None), "adapters must be a dict .* got None"),
+        (lambda: bind(BASE, {5: ADAPTERS["block/query"]}), "must be a str: got 5 of type int"),
+        (lambda: bind(ADAPTERS, ADAPTERS), NO_BASE),
+        (lambda: jaxlora.unmerge(ADAPTERS, BASE), "plain must hold weights: got the adapter of"),
         (lambda: jaxlora.algebra.scale(ADAPTED, 0.5), UNSPLIT),
         (lambda: jaxlora.algebra.pad(ADAPTED, 4), UNSPLIT),
         (lambda: jaxlora.algebra.truncate(ADAPTED, 1), UNSPLIT),

@@ -243,5 +243,5 @@ def test_interrupted_save_leaves_the_earlier_one(stage, tmp_path, key):
 def test_nothing_to_save_is_refused(tmp_path):
     with pytest.raises(ValueError, match="adapters is empty"):
         jaxlora.save_adapters(tmp_path / "adapters", {})
-    with pytest.raises(TypeError, match="must be an Adapter: got ArrayImpl"):
+    with pytest.raises(TypeError, match="must be an Adapter: got an array"):
         jaxlora.save_adapters(tmp_path / "adapters", {"w": jnp.ones(3)})  # pyright: ignore

@@ -144,7 +144,7 @@ def test_what_has_no_moments_is_refused():
     with pytest.raises(ValueError, match="'eva' has no data for the target 'key'; nearest"):
         init(initializers.eva(some), targets=("key",))
     with pytest.raises(ValueError, match="the data for 'query' must be a matrix for each"):
-        init(initializers.eva({"query": jnp.ones((8, 8))}), targets=("query",))
+        init(initializers.eva({"query": jnp.ones((2, 8, 8))}), targets=("query",))
 
 
 def loss(params, x):
@@ -174,7 +174,7 @@ def test_lora_ga_starts_along_the_gradient():
         assert_allclose(delta, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
     merged = jaxlora.merge(params)
     assert_allclose(merged["query"], PARAMS["query"], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="gamma must be positive: got 0"):
+    with pytest.raises(ValueError, match="gamma must be finite and positive: got 0"):
         initializers.lora_ga(found, gamma=0)
     config = jaxlora.LoRAConfig(rank=5, targets=("query",), initializer=initializers.lora_ga(found))
     with pytest.raises(ValueError, match="'lora_ga' must return a and b of the shapes"):

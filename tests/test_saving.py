@@ -62,7 +62,7 @@ def with_fields(**fields):
         ({5: adapters(1.0)["w"], "w": adapters(1.0)["w"]}, TypeError, "must be a str: got 5 of"),
         ({None: adapters(1.0)["w"]}, TypeError, "must be a str: got None of type NoneType"),
         ({}, ValueError, "adapters is empty"),
-        ({"w": jnp.ones(3)}, TypeError, r"adapters\['w'\] must be an Adapter: got ArrayImpl"),
+        ({"w": jnp.ones(3)}, TypeError, r"adapters\['w'\] must be an Adapter: got an array"),
         ([adapters(1.0)["w"]], TypeError, "adapters must be a dict .* got list"),
         (with_fields(a=jnp.full((4, 2), jnp.nan)), ValueError, r"'w' must be finite.*: a hold"),
         (with_fields(b=jnp.full((2, 3), -jnp.inf)), ValueError, r"'w' must be finite.*: b hold"),

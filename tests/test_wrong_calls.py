@@ -3,6 +3,7 @@
 Whatever is not accepted is refused by a message of ours, not by an error from the inside of JAX.
 """
 
+import inspect
 import linecache
 import pathlib
 import traceback
@@ -13,149 +14,82 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import normal
 from flax import linen as nn
-from flax import nnx
+from wrong_calls import (
+    ADAPTED,
+    ADAPTERS,
+    CALLS,
+    CODES,
+    CONFIG,
+    FITTING,
+    KEY,
+    PARAMS,
+    SAVED,
+    WRONG,
+    X,
+    freeze,
+    linear,
+    model,
+)
 
 import jaxlora
+import jaxlora.nnx
 
 pytestmark = pytest.mark.once
 
 PACKAGE = str(pathlib.Path(jaxlora.__file__).parent)
-X, KEY = normal(0, 5, 8), jax.random.key(0)
-PARAMS = {"up": normal(1, 8, 6), "down": normal(2, 6, 8)}
-CONFIG = jaxlora.LoRAConfig(rank=2)
-CODES = jaxlora.Quantization("int8", 2, double=False)
 
 
-def model(params, x):
-    return x @ params["up"] @ params["down"]
-
-
-def loss(params, x):
-    return jnp.sum(model(params, x))
-
-
-def freeze(tx, train):
-    return jaxlora.freeze(tx, train=train)
-
-
-def linear():
-    return nnx.Linear(8, 6, rngs=nnx.Rngs(0))
-
-
-ADAPTED = jaxlora.init(KEY, model, PARAMS, X, config=CONFIG)
-ADAPTERS = jaxlora.split(ADAPTED)[1]
-WRONG = {
-    "None": None,
-    "a bool": True,
-    "an int": 3,
-    "a float": 1.5,
-    "NaN": float("nan"),
-    "a string": "up",
-    "bytes": b"x",
-    "an empty dict": {},
-    "an empty list": [],
-    "a tuple of arrays": (X,),
-    "a set": {1},
-    "an array": X,
-    "an array of strings": np.array(["a"]),
-    "a shape": jax.ShapeDtypeStruct((8, 6), jnp.float32),
-    "a key": KEY,
-    "keys": jax.random.split(KEY),
-    "a class": dict,
-    "a function": model,
-    "a jitted function": jax.jit(model),
-    "a Linen module": nn.Dense(3),
-    "an NNX module": linear(),
-    "params": PARAMS,
-    "adapted params": ADAPTED,
-    "adapters": ADAPTERS,
-    "an adapted weight": ADAPTED["up"],
-    "an adapter": ADAPTERS["up"],
-    "a tree of ints": {"up": 1},
-    "a config": CONFIG,
-    "a quantization": CODES,
-    "a transform without its call": optax.adam,
-}
-FUNCTIONS = {"a function", "a jitted function", "a transform without its call"}
-# of these the error is that of the user's function, which is to be kept
-TREES = {"a tuple of arrays", "an array", "a shape", "an NNX module", "params", "adapted params"}
-TREES |= {"an adapted weight"}
-NUMBERS = {"an int", "a float"}
-NAMES = {"a string", "an array of strings"}
-MAYBE_NAMES = NAMES | {"an empty list"}
-PATTERNS = {"an empty dict", "a tree of ints"}
-ADAPTED_TREES = {"adapted params", "adapters", "an adapted weight", "an adapter"}
-CALLS = {
-    "init": (jaxlora.init, {"key": KEY, "fn": model, "params": PARAMS, "x": X}, {"config": CONFIG}),
-    "find_sites": (jaxlora.find_sites, {"fn": model, "params": PARAMS, "x": X}, {}),
-    "explain": (jaxlora.explain, {"fn": model, "params": ADAPTED, "x": X}, {}),
-    "lora": (jaxlora.lora, {"fn": model}, {"strict": False, "form": "auto"}),
-    "quantize": (jaxlora.quantize, {"fn": model, "params": PARAMS, "x": X}, {"config": CODES}),
-    "dequantize": (jaxlora.dequantize, {"params": PARAMS}, {}),
-    "moments": (
-        jaxlora.moments,
-        {"fn": model, "params": PARAMS, "batches": [(X,)]},
-        {"config": CONFIG},
-    ),
-    "gradients": (
-        jaxlora.gradients,
-        {"fn": loss, "params": PARAMS, "batches": [(X,)]},
-        {"config": CONFIG},
-    ),
-    "dropout": (jaxlora.dropout, {"params": ADAPTED, "key": KEY, "rate": 0.1}, {}),
-    "freeze": (freeze, {"tx": optax.sgd(1.0), "train": ("a", "b")}, {}),
-    "scale_rates": (jaxlora.optim.scale_rates, {}, {"a": 1.0, "b": 1.0, "magnitude": 1.0}),
-    "decay_factors": (jaxlora.optim.decay_factors, {}, {"a": 1.0, "b": 1.0, "magnitude": 1.0}),
-    "precondition": (jaxlora.optim.precondition, {"damping": 1e-6}, {}),
-    "freeze.init": (freeze(optax.sgd(1.0), "a").init, {"factors": ADAPTERS}, {}),
-    "scale_rates.init": (jaxlora.optim.scale_rates().init, {"factors": ADAPTERS}, {}),
-    "precondition.init": (jaxlora.optim.precondition().init, {"factors": ADAPTERS}, {}),
-    "LoRAConfig": (jaxlora.LoRAConfig, {}, vars(CONFIG)),
-    "Quantization": (jaxlora.Quantization, {}, vars(CODES)),
-}
-FITTING = {
-    "key": {"a key"},
-    "fn": FUNCTIONS,
-    "params": TREES,
-    "config": {"a config", "a quantization"},  # the other kind has a test of its own
-    "strict": {"a bool"},
-    "batches": {"a tuple of batches"},
-    "rate": set(),
-    "train": MAYBE_NAMES,
-    "factors": ADAPTED_TREES,
-    **dict.fromkeys(("a", "b", "magnitude", "damping"), NUMBERS | {"a bool"}),
-    "rank": {"an int"},
-    "alpha": NUMBERS,
-    **dict.fromkeys(("targets", "exclude"), MAYBE_NAMES),
-    "layers": {"None", "a set"},
-    **dict.fromkeys(("rank_pattern", "alpha_pattern", "rows"), PATTERNS),
-    "rank_stabilized": {"a bool"},
-    "initializer": FUNCTIONS,
-    "block_size": {"an int"},
-    "double": {"a bool"},
-}
+def raised(call, *args, **kwargs):
+    """Return the error that a call raises."""
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        return error
+    return AssertionError("it is accepted")
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_wrong_argument_is_refused_by_a_message_of_ours(name):
+def test_wrong_argument_is_refused_by_a_message_of_ours(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name == "load_adapters":
+        jaxlora.save_adapters(SAVED, ADAPTERS)
+    before = {*tmp_path.iterdir()}
     call, in_order, by_name = CALLS[name]
     for argument in {*in_order, *by_name} - {"x"}:
-        for kind in WRONG.keys() - FITTING.get(argument, set()):
+        fitting = FITTING.get(f"{name}.{argument}", FITTING.get(argument, set()))
+        for kind in WRONG.keys() - fitting:
             args = (
                 in_order | {argument: WRONG[kind]} if argument in in_order else in_order
             ).values()
             kwargs = by_name | {argument: WRONG[kind]} if argument in by_name else by_name
-            with pytest.raises((TypeError, ValueError)) as caught:
-                call(*args, **kwargs)
-            said, frame = str(caught.value), traceback.extract_tb(caught.value.__traceback__)[-1]
-            where = f"{argument}={kind}: {type(caught.value).__name__}: {said}"
+            error = raised(call, *args, **kwargs)
+            said, frame = str(error), traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{argument}={kind}: {type(error).__name__}: {said}"
+            assert isinstance(error, TypeError | ValueError), where
             line = linecache.getline(frame.filename, frame.lineno or 0).strip()
             assert frame.filename.startswith(PACKAGE), where
             assert line.startswith("raise"), where
             assert not said.endswith("."), where
             assert ": " in said, where
+    assert {*tmp_path.iterdir()} == before
+
+
+def test_every_function_has_a_row():
+    modules = (jaxlora, jaxlora.algebra, jaxlora.initializers, jaxlora.optim, jaxlora.nnx)
+    found = set()
+    for module in modules:
+        prefix = "nnx." if module is jaxlora.nnx else ""
+        public = {name for name in vars(module) if not name.startswith("_")}
+        found |= {prefix + name for name in public if inspect.isfunction(vars(module)[name])}
+    assert found - {name.rpartition("optim.")[2] for name in CALLS} == {"mask", "labels"}
+
+
+def test_mask_and_labels_take_any_tree():
+    for value in WRONG.values():
+        names = {True: "trained", False: "frozen"}
+        marks = jax.tree.leaves(jaxlora.mask(value))
+        assert jax.tree.leaves(jaxlora.labels(value)) == [names[marked] for marked in marks]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +164,34 @@ def test_wrong_argument_is_refused_by_a_message_of_ours(name):
             lambda: freeze(optax.adam, "a"),
             "tx must be an optax transform, .* got the function 'adam'",
         ),
+        (
+            lambda: jaxlora.merge(ADAPTED, donate=1),  # pyright: ignore
+            "donate must be True or False: got 1",
+        ),
+        (
+            lambda: jaxlora.algebra.combine([ADAPTERS], 0.5),  # pyright: ignore
+            "weights must be numbers in order: got 0.5",
+        ),
+        (
+            lambda: jax.jit(lambda w: jaxlora.algebra.combine([ADAPTERS], [w]))(0.5),
+            r"weights\[0\] must be a number: got a traced array of shape \(\), float32",
+        ),
+        (
+            lambda: jax.jit(lambda w: jaxlora.algebra.extract(w, w, 1))(PARAMS),
+            "extract is called inside of jax.jit or another transformation",
+        ),
+        (
+            lambda: jaxlora.algebra.extract({"n": 3} | PARAMS, {"n": 3} | PARAMS, 1),
+            "the leaf 'n' must be an array: got 3",
+        ),
+        (
+            lambda: jaxlora.initializers.eva(PARAMS),
+            r"moments must be arrays \(stack, .* got an array of shape \(8, 6\), float32 for 'up'",
+        ),
+        (
+            lambda: jaxlora.to_plain(ADAPTERS, ADAPTERS, base=ADAPTED),
+            "'down' is adapted already: to_plain needs a plain tree",
+        ),
     ],
 )
 def test_common_mistake_is_told_what_to_do(call, words):
@@ -259,6 +221,21 @@ def test_layers_without_numbers_are_told_what_a_layer_is():
     config = jaxlora.LoRAConfig(rank=2, layers=[0])
     with pytest.raises(ValueError, match=r"a layer is a number .* and 'down', 'up' has neither"):
         jaxlora.init(KEY, model, PARAMS, X, config=config)
+
+
+def test_numbers_of_every_kind_are_accepted():
+    wanted = np.asarray(ADAPTERS["up"].b) * 0.5
+    half: list[Any] = [0.5, np.float32(0.5), np.asarray(0.5), jnp.asarray(0.5)]
+    for factor in half:
+        scaled = jaxlora.algebra.scale(ADAPTERS, factor)
+        np.testing.assert_array_equal(scaled["up"].b, wanted)
+    scaled = jax.jit(jaxlora.algebra.scale)(ADAPTERS, 0.5)
+    np.testing.assert_array_equal(scaled["up"].b, wanted)
+    weights: list[Any] = [[0.5], (0.5,), np.array([0.5]), jnp.array([0.5]), [jnp.asarray(0.5)]]
+    (first, *others) = [jaxlora.algebra.combine([ADAPTERS], each)["up"].a for each in weights]
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+    assert jaxlora.LoRAConfig(rank=np.int64(2)).rank == 2  # pyright: ignore
 
 
 def test_keys_of_both_kinds_are_accepted():

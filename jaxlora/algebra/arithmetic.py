@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import paths, quantized, svd
+from jaxlora import checks, modules, paths, quantized, svd, tree_checks
 from jaxlora.algebra import matrices
 from jaxlora.magnitude import merged
-from jaxlora.trees import Adapters, check_adapters
+from jaxlora.trees import Adapters
 from jaxlora.weight import Adapter, LoRAWeight, merge_dtype, scaling
 
 
@@ -21,7 +21,8 @@ def scale(adapters: Adapters, factor: Any) -> Adapters:
         factor: the number, a scalar that may be traced; ``b`` takes it.
 
     Raises:
-        ValueError: factor is no scalar, or an adapter has a magnitude.
+        TypeError: factor is no number, or a value of adapters no adapter.
+        ValueError: factor is no scalar or not finite, or an adapter has a magnitude.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -30,8 +31,7 @@ def scale(adapters: Adapters, factor: Any) -> Adapters:
     >>> base, adapters = jaxlora.split(params)
     >>> half = jaxlora.bind(base, jaxlora.algebra.scale(adapters, 0.5))
     """
-    if jnp.shape(factor) != ():
-        raise ValueError(f"factor must be a scalar: got an array of shape {jnp.shape(factor)}")
+    checks.check_scalar(factor, "factor")
     matrices.check_linear(adapters)
     return {
         path: dataclasses.replace(adapter, b=(adapter.b * factor).astype(adapter.b.dtype))
@@ -51,15 +51,18 @@ def delta(params: Any, path: str) -> jax.Array:
         the weight, float32 or wider.
 
     Raises:
+        TypeError: params is no tree of weights, or path no string.
         ValueError: there is no such leaf, or it is not adapted.
     """
-    leaves, _ = paths.flatten(params)
+    modules.refuse_adapted("params", params, "use adapted.params()")
+    leaves = tree_checks.check_tree(params, "delta(params, path)")
+    if not isinstance(path, str):
+        raise TypeError(f"path must be the path of an adapted weight: got {checks.shown(path)}")
     adapted = {name for name, leaf in leaves.items() if isinstance(leaf, LoRAWeight)}
     if path not in adapted:
         what = "is not adapted" if path in leaves else "is no leaf of params"
-        if isinstance(leaves.get(path), Adapter):
-            what = "has no base: put it on its own with jaxlora.bind"
-        raise ValueError(f"{path!r} {what}; {paths.nearest(path, adapted)}")
+        near = paths.nearest(path, adapted)
+        raise ValueError(f"{path!r} {what}: the path of an adapted weight is needed; {near}")
     node = leaves[path]
     return (
         node.delta()
@@ -78,13 +81,14 @@ def pad(adapters: Adapters, rank: int) -> Adapters:
 
     Args:
         adapters: factors by path.
-        rank: rank of the result.
+        rank: rank of the result, at least 1.
 
     Returns:
         Factors by path, with scaling 1.
 
     Raises:
-        ValueError: an adapter has a larger rank.
+        TypeError: rank is no int, or a value of adapters no adapter.
+        ValueError: rank is below 1, or an adapter has a larger one.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -97,7 +101,8 @@ def pad(adapters: Adapters, rank: int) -> Adapters:
     >>> jax.tree.map(lambda *factors: jnp.stack(factors), *both)["w"].a.shape
     (2, 4, 3)
     """
-    check_adapters(adapters)
+    tree_checks.check_adapters(adapters)
+    rank = checks.check_count(rank, "rank")
 
     def padded(path: str, adapter: Adapter) -> Adapter:
         if adapter.rank > rank:
@@ -129,11 +134,11 @@ def truncate(adapters: Adapters, rank: int) -> Adapters:
         rank: largest rank of the result, at least 1.
 
     Raises:
+        TypeError: rank is no int, or a value of adapters no adapter.
         ValueError: rank is below 1.
     """
-    check_adapters(adapters)
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1: got {rank}")
+    tree_checks.check_adapters(adapters)
+    rank = checks.check_count(rank, "rank")
     return {
         path: _truncated(adapter, rank) if getattr(adapter, "rank", 0) > rank else adapter
         for path, adapter in adapters.items()

@@ -1,13 +1,13 @@
 """Several sets of adapters as one, as PEFT's ``add_weighted_adapter``."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora import svd
+from jaxlora import checks, svd
 from jaxlora.algebra import embedding, matrices, rules
 from jaxlora.algebra.rules import Majority, Rule
 from jaxlora.trees import Adapters
@@ -64,7 +64,8 @@ def combine(
         Factors by path, with scaling 1.
 
     Raises:
-        TypeError: adapters is one set, or a value in a set is no adapter.
+        TypeError: adapters is one set, a value in a set no adapter, weights no numbers, rank no
+            int, density no number, or key no random key.
         ValueError: an argument that the method needs is missing, one that it does not use is
             given, adapters of one path are for different weights, or differ in rank where factors
             are summed.
@@ -77,8 +78,10 @@ def combine(
     >>> jaxlora.algebra.combine([adapters, adapters], [0.7, 0.3])
     {'w': Adapter(a=(4, 2), b=(2, 3), alpha=2)}
     """
-    if isinstance(adapters, Mapping):
-        raise TypeError("adapters must be a sequence of sets of adapters: got one set, a dict")
+    if not checks.is_listing(adapters) or isinstance(adapters, Set):
+        got = "one set, a dict" if isinstance(adapters, Mapping) else checks.shown(adapters)
+        raise TypeError(f"adapters must be a sequence of sets of adapters: got {got}")
+    adapters, weights = list(adapters), checks.check_numbers(weights, "weights")
     _check(adapters, weights, method, rank, density, majority, key)
     found: dict[str, list[tuple[Adapter, float]]] = {}
     for group in adapters:
@@ -96,15 +99,12 @@ def combine(
 
 def _check(adapters, weights, method, rank, density, majority, key) -> None:
     """Raise for arguments that do not go together."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}: got {method!r}")
+    checks.check_choice(method, "method", METHODS)
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
             f"there must be one weight for each of at least one set of adapters: got "
             f"{len(adapters)} sets and {len(weights)} weights"
         )
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"weights must be finite: got {list(weights)}")
     prunes = method not in ("linear", "cat", "svd")
     for name, value, used, needed in (
         ("rank", rank, method.endswith("svd"), False),
@@ -113,15 +113,19 @@ def _check(adapters, weights, method, rank, density, majority, key) -> None:
         ("key", key, method.startswith("dare"), method.startswith("dare")),
     ):
         if value is None and needed:
-            raise ValueError(f"the method {method!r} needs {name}")
+            raise ValueError(f"the method {method!r} needs {name}: got None")
         if value is not None and not used:
-            raise ValueError(f"the method {method!r} does not use {name}: got {value!r}")
-    if density is not None and not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1]: got {density}")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1: got {rank}")
-    if majority is not None and majority not in get_args(Majority):
-        raise ValueError(f"majority must be one of {get_args(Majority)}: got {majority!r}")
+            raise ValueError(
+                f"the method {method!r} does not use {name}: got {checks.shown(value)}"
+            )
+    if rank is not None:
+        checks.check_count(rank, "rank")
+    if density is not None:
+        checks.check_number(density, "density", "in (0, 1]")
+    if majority is not None:
+        checks.check_choice(majority, "majority", get_args(Majority))
+    if key is not None:
+        checks.check_key(key, "combine(adapters, weights, method, key=key)")
 
 
 def _summed(path: str, adapters: Sequence[Adapter]) -> Adapter:

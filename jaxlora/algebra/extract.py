@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import fingerprints, paths, quantized, sharding, svd, table
+from jaxlora import checks, fingerprints, paths, quantized, sharding, svd, table, tree_checks
 from jaxlora.algebra import matrices
 from jaxlora.sites import Sites
 from jaxlora.trees import Adapters
@@ -59,7 +59,8 @@ def extract(base: Any, finetuned: Any, rank: int, *, sites: Sites | None = None)
         The adapters for base, how much each holds, and what changed and has none.
 
     Raises:
-        TypeError: a leaf is adapted.
+        TypeError: a leaf is adapted or no array, rank no int, sites not from `jaxlora.find_sites`,
+            or it is called in `jax.jit`.
         ValueError: rank is below 1, the trees differ in structure or a leaf in shape, a change is
             not finite, or no weight changed.
 
@@ -70,9 +71,13 @@ def extract(base: Any, finetuned: Any, rank: int, *, sites: Sites | None = None)
     ----  ------  ----  ------
     w     (4, 3)  1     1.0000
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1: got {rank}")
-    before, after = (paths.flatten(tree)[0] for tree in (base, finetuned))
+    rank = checks.check_count(rank, "rank")
+    if sites is not None and not isinstance(sites, Sites):
+        raise TypeError(f"sites must be from jaxlora.find_sites: got {checks.shown(sites)}")
+    before, after = (
+        tree_checks.check_tree(tree, "extract(base, finetuned, rank)", name)
+        for name, tree in (("base", base), ("finetuned", finetuned))
+    )
     if list(before) != list(after):
         odd = next(path for path in (*before, *after) if path not in before or path not in after)
         raise ValueError(f"base and finetuned must have the same leaves: {odd!r} is in one alone")
@@ -81,6 +86,11 @@ def extract(base: Any, finetuned: Any, rank: int, *, sites: Sites | None = None)
             raise TypeError(
                 f"base and finetuned must be plain trees: {path!r} is adapted, merge it"
             )
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"the leaf {path!r} must be an array: got {checks.shown(leaf)}")
+    for leaves in (before, after):
+        tree_checks.check_plain(leaves, "extract", with_values=True)
+    tree_checks.check_untraced("extract", (base, finetuned))
     adapters, energy, left = {}, {}, {}
     for path, leaf in before.items():
         was, now = quantized.values(leaf), quantized.values(after[path])

@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import sharding, svd
-from jaxlora.trees import check_adapters
+from jaxlora import sharding, svd, tree_checks
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, Roles
 
 
 def check_linear(adapters: Mapping[str, Adapter | Replacement]) -> None:
     """Raise if these are no adapters, or change a weight by more than a product of factors."""
-    check_adapters(adapters)
+    tree_checks.check_adapters(adapters)
     for path, adapter in adapters.items():
         if isinstance(adapter, Replacement):
             raise ValueError(f"the leaf {path!r} is trained whole, and has no product of factors")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxlora
+from jaxlora import checks
 from jaxlora.fingerprints import Fingerprint
 from jaxlora.nnx import call
 from jaxlora.nnx.frozen import freeze, restore
@@ -83,9 +84,10 @@ class Adapted(nnx.Module, Generic[M]):
         check_base: False puts adapters on any weights of their shape, see `jaxlora.bind`.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: an adapter does not fit the module or was made for other weights, the module is
-            adapted already, or dropout has no rngs.
+        TypeError: model is no module, a value of adapters no adapter, dropout_rate no number, or
+            rngs no `flax.nnx.Rngs`.
+        ValueError: adapters is empty, one does not fit the module or was made for other weights,
+            the module is adapted already, dropout_rate is not in [0, 1), or dropout has no rngs.
 
     >>> import jax.numpy as jnp, jaxlora.nnx, optax
     >>> from flax import nnx
@@ -113,10 +115,9 @@ class Adapted(nnx.Module, Generic[M]):
         check_base: bool = True,
     ):
         _check_model(model)
-        if not adapters:
-            raise ValueError("adapters is empty: make some with jaxlora.nnx.adapt")
-        if not 0 <= dropout_rate < 1:
-            raise ValueError(f"dropout_rate must be in [0, 1): got {dropout_rate}")
+        checks.check_number(dropout_rate, "dropout_rate", "in [0, 1)")
+        if rngs is not None and not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs must be flax.nnx.Rngs: got {checks.shown(rngs)}")
         if dropout_rate and rngs is None:
             raise ValueError(f"dropout_rate={dropout_rate} needs rngs to draw from: got None")
         jaxlora.bind(restore(nnx.state(model)), adapters, check_base=check_base)
@@ -213,6 +214,7 @@ def adapt(
     """
     _check_rngs(rngs)
     _check_model(model)
+    checks.check_number(dropout_rate, "dropout_rate", "in [0, 1)")
     key = rngs.params() if isinstance(rngs, nnx.Rngs) else rngs
     _, program = call.program(model, args, kwargs, method)
     state = restore(nnx.state(model))

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 import jaxlora
-from jaxlora import parts
+from jaxlora import checks, parts
 from jaxlora.nnx.frozen import freeze
 
 Method = Callable[..., Any] | str
@@ -34,10 +34,11 @@ def name_of(path: tuple) -> str:
 
 def program(model: Any, args: tuple, kwargs: dict, method: Method) -> tuple[list, tuple]:
     """Return the modules of a call, the model first, and what `run` takes beside its state."""
-    if inspect.ismethod(method):
+    if inspect.ismethod(method) or not (isinstance(method, str) or checks.is_function(method)):
+        is_bound = inspect.ismethod(method)
+        got = f"{method.__qualname__!r} bound to a module" if is_bound else checks.shown(method)
         raise TypeError(
-            f"method must be a name or a function that takes the module, as Model.encode: "
-            f"got {method.__qualname__!r} bound to a module"
+            f"method must be a name or a function that takes the module, as Model.encode: got {got}"
         )
     if isinstance(method, str) and not callable(getattr(model, method, None)):
         raise TypeError(f"method must be one of {type(model).__name__}: got {method!r}")

@@ -135,8 +135,7 @@ def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:
     """
     checks.check_function(fn, "lora(fn)(params, *args)")
     checks.check_flag(strict, "strict")
-    if not isinstance(form, str) or form not in typing.get_args(Form):
-        raise ValueError(f"form must be one of {typing.get_args(Form)}: got {form!r}")
+    checks.check_choice(form, "form", typing.get_args(Form))
     return _low_rank(fn, Options(strict=strict, form=form))
 
 
