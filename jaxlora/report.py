@@ -88,9 +88,9 @@ def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -
     >>> print(jaxlora.explain(model, params, x))
     path  low-rank at               extra FLOPs  extra bytes  materialized at
     ----  ------------------------  -----------  -----------  ---------------
-    w     dot_general (contracted)  38           208
+    w     dot_general (contracted)  37           200
     <BLANKLINE>
-    extra 38 FLOPs, 208 bytes
+    extra 37 FLOPs, 200 bytes
     """
     order = "explain(fn, params, *args)"
     checks.check_function(fn, order)

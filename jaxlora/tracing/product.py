@@ -166,14 +166,19 @@ class How:
         factor_dtype: what the factors are cast to.
         is_named: the rank-sized product has a name, `CHECKPOINT_NAME`, for policies of
             `jax.checkpoint`.
-        is_tangent: the first factor is a tangent, and so is the rank-sized product.
+        tangent: position of the factor that is a tangent, if one is; of the first, the rank-sized
+            product is one too.
     """
 
     precision: Any
     dtype: Any
     factor_dtype: Any
     is_named: bool
-    is_tangent: bool = False
+    tangent: int | None = None
+
+    def rows(self, position: int, factor: jax.Array) -> jax.Array:
+        """Return the factor of a position with its rank axis first."""
+        return (_tangent_rows if self.tangent == position else _rows)(factor)
 
 
 def scaled(factor: jax.Array, scale: float, dtype: Any) -> jax.Array:
@@ -206,11 +211,10 @@ def narrow(
     x_names, first_names, h_names = names
     rank_first = (first_names[-1], *first_names[:-1])
     pairs = zip(firsts, scales, strict=True)
-    turn = _tangent_rows if how.is_tangent else _rows
-    rows = [turn(scaled(first, scale, how.factor_dtype)) for first, scale in pairs]
+    rows = [scaled(how.rows(0, first), scale, how.factor_dtype) for first, scale in pairs]
     whole = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
     h = contract(x, x_names, whole, rank_first, h_names, how.precision, how.dtype)
-    h = checkpoint_name(h, CHECKPOINT_NAME) if how.is_named and not how.is_tangent else h
+    h = checkpoint_name(h, CHECKPOINT_NAME) if how.is_named and how.tangent != 0 else h
     return jax.lax.split(h, [len(row) for row in rows], h_names.index(first_names[-1]))
 
 
@@ -241,7 +245,8 @@ def chain(
     h = x
     if first is not None:
         (h,) = narrow(x, [first], names=names[:3], scales=scales[:1], how=how)
-    second = scaled(second, scales[1], how.factor_dtype)
+    rows = scaled(how.rows(1, second), scales[1], how.factor_dtype)
+    rank_first = (second_names[-1], *second_names[:-1])
     return contract(
-        h.astype(second.dtype), h_names, second, second_names, out_names, how.precision, how.dtype
+        h.astype(rows.dtype), h_names, rows, rank_first, out_names, how.precision, how.dtype
     )

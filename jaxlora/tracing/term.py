@@ -169,7 +169,7 @@ class Term:
             second,
             names=self.names,
             scales=self._scales(weight),
-            how=self._how(run, weight, x, is_tangent=moving == self.order[0]),
+            how=self._how(run, weight, x, self.order.index(moving) if moving else None),
         )
         return placement.repeated(product, self.out_kept, self.out_sizes)
 
@@ -184,10 +184,10 @@ class Term:
         """
         return (weight.scale, 1.0) if self.order == ("b", "a") else (1.0, weight.scale)
 
-    def _how(self, run: Evaluation, weight: LowRank, x: Any, *, is_tangent: bool = False) -> How:
+    def _how(self, run: Evaluation, weight: LowRank, x: Any, tangent: int | None = None) -> How:
         is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
         factor_dtype = x.dtype if is_complex else weight.base.dtype
-        return How(self.precision, self.dtype, factor_dtype, not run.options.is_linear, is_tangent)
+        return How(self.precision, self.dtype, factor_dtype, not run.options.is_linear, tangent)
 
 
 def _names(
