@@ -13,6 +13,8 @@ from numpy.testing import assert_allclose
 
 import jaxlora
 
+pytestmark = pytest.mark.once
+
 X = normal(0, 2, 5, 8)
 
 

@@ -15,6 +15,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
 
+pytestmark = pytest.mark.once
+
 X = normal(1, 5, 8)
 SEQUENCES = normal(2, 2, 7, 8)
 

@@ -17,6 +17,8 @@ from test_laws import assert_close, loss, parameters
 import jaxlora
 from jaxlora import magnitude
 
+pytestmark = pytest.mark.once
+
 
 def whole(case) -> Any:
     """Return adapted parameters with magnitudes, the factors trained, or skip what has parts."""

@@ -16,6 +16,8 @@ import jaxlora
 import jaxlora.nnx
 from jaxlora.nnx import Adapted, Factor, Frozen, adapt
 
+pytestmark = pytest.mark.once
+
 RATE = 0.1
 
 

@@ -13,6 +13,8 @@ import jaxlora
 import jaxlora.nnx
 from jaxlora import parts
 
+pytestmark = pytest.mark.once
+
 TARGETS = ("qkv/kernel[:, 0:6]", "qkv/kernel[:, 12:]", "layers[1:3]")
 X = normal(9, 5, 6)
 

@@ -18,6 +18,8 @@ from jax import lax
 
 import jaxlora
 
+pytestmark = pytest.mark.once
+
 THREADS, CALLS = 8, int(os.environ.get("THREAD_CALLS", "4"))
 PLAIN = {name: normal(i, 2, 16, 16) for i, name in enumerate("qkv")}
 X = normal(5, 4, 16)

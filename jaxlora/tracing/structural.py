@@ -46,7 +46,7 @@ def select(run: Evaluation, eqn: Any, which: Any, *cases: Any) -> list[Any]:
     if len({run.values.get(atom, atom) for atom in eqn.invars[1:]}) == 1:
         return [cases[0]]
     along = run.varying.get(eqn.invars[0], ())
-    if len({jax.tree.structure(case) for case in cases}) > 1 or not _is_whole(cases[0], along):
+    if len({*map(_factors_of, cases)}) > 1 or not _is_whole(cases[0], along):
         return run.without_rule(eqn, [which, *cases], "it selects between different values")
     base = deferred.lazily(lax.select_n, which, *(case.base for case in cases))
     weights = [case if case.is_probe else case.unrepeated(along) for case in cases]
@@ -59,6 +59,11 @@ def select(run: Evaluation, eqn: Any, which: Any, *cases: Any) -> list[Any]:
             factors = (getattr(other, name) for other in weights)
             selected[name] = lax.select_n(jnp.broadcast_to(own, factor.shape), *factors)
     return [weight.replace(**selected)]
+
+
+def _factors_of(case: Any) -> Any:
+    """Return what must be equal of weights for their factors to be selected between."""
+    return jax.tree.structure(case.replace(base=None)) if isinstance(case, LowRank) else None
 
 
 def _is_whole(weight: LowRank, along: Sequence[int]) -> bool:

@@ -40,8 +40,15 @@ class Case:
         return jaxlora.LoRAConfig(rank=self.rank, alpha=3.0, targets=self.targets)
 
     def init(self, key: Any) -> Any:
-        """Return fresh adapted parameters."""
-        return _init(self, tuple(jax.random.key_data(key).tolist()))
+        """Return fresh adapted parameters, made once for each key where it has a value."""
+        words = jax.random.key_data(key)
+        if isinstance(words, jax.core.Tracer):
+            return self.fresh(key)
+        return _init(self, tuple(words.tolist()))
+
+    def fresh(self, key: Any) -> Any:
+        """Return fresh adapted parameters, made for this call."""
+        return jaxlora.init(key, self.fn, self.params, *self.args, config=self.config)
 
     def trained(self, key: Any) -> Any:
         """Return adapted parameters whose factors are of the size of the weights, as if trained."""
@@ -57,10 +64,8 @@ class Case:
 
 
 @functools.cache
-def _init(case: Case, key: tuple[int, ...]) -> Any:
-    key_data = jnp.array(key, jnp.uint32)
-    args = (jax.random.wrap_key_data(key_data), case.fn, case.params, *case.args)
-    return jaxlora.init(*args, config=case.config)
+def _init(case: Case, words: tuple[int, ...]) -> Any:
+    return case.fresh(jax.random.wrap_key_data(jnp.array(words, jnp.uint32)))
 
 
 CASES: dict[str, Callable[[], Case]] = {}
