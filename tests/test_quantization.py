@@ -44,6 +44,7 @@ def grad(fn):
     return jax.jit(jax.value_and_grad(fn, argnums=(0, 1), allow_int=True))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make", parameters(cases.CASES))
 def test_quantized_output_and_gradients_equal_dequantized(make):
     case = make()
@@ -65,6 +66,7 @@ def test_quantized_output_and_gradients_equal_dequantized(make):
     assert_close(got, wanted, case.epsilon, ulps=128)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make", parameters(cases.CASES))
 @pytest.mark.filterwarnings("ignore:.*dequantized for:jaxlora.MaterializationWarning")
 def test_adapted_output_and_gradients_equal_merged(make):
@@ -128,6 +130,7 @@ def test_logarithms_of_scales_are_quantized_to_a_part_in_254_of_theirs():
         assert (error <= 1.02 * bound).all()
 
 
+@pytest.mark.once
 @given(
     shape=st.tuples(*[st.integers(1, 40)] * 3),
     axis=st.integers(0, 2),

@@ -20,7 +20,7 @@ import jaxlora
 
 pytestmark = pytest.mark.once
 
-THREADS, CALLS = 8, int(os.environ.get("THREAD_CALLS", "4"))
+THREADS, CALLS = 8, int(os.environ.get("THREAD_CALLS", "2"))
 PLAIN = {name: normal(i, 2, 16, 16) for i, name in enumerate("qkv")}
 X = normal(5, 4, 16)
 
