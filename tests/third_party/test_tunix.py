@@ -63,7 +63,7 @@ def batches():
 def adapt(module, seed):
     batch = next(batches())
     tokens, positions, mask = (batch[k] for k in ("input_tokens", "positions", "attention_mask"))
-    config = jaxlora.LoRAConfig(rank=2, alpha=4)
+    config = jaxlora.LoRAConfig(rank=2, alpha=4, exclude=("input_embedding",))
     key = jax.random.key(seed)
     return jaxlora.nnx.adapt(key, module, tokens, positions, None, mask, config=config)
 
