@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 import jaxlora
 
@@ -42,7 +43,7 @@ class Case:
     def init(self, key: Any) -> Any:
         """Return fresh adapted parameters, made once for each key where it has a value."""
         words = jax.random.key_data(key)
-        if isinstance(words, jax.core.Tracer):
+        if isinstance(words, Tracer):
             return self.fresh(key)
         return _init(self, tuple(words.tolist()))
 
