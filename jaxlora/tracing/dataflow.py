@@ -36,12 +36,15 @@ def values(program: Any) -> dict[Any, Any]:
 
 def varying(program: Any) -> dict[Any, tuple[int, ...]]:
     """Return for the predicates that a program selects by along which dimensions each varies."""
+    selected_by = [eqn.invars[0] for eqn in program.eqns if eqn.primitive.name == "select_n"]
+    if not selected_by:
+        return {}
     makers = {var: eqn for eqn in program.eqns for var in eqn.outvars}
     found = {}
-    for eqn in program.eqns:
-        if eqn.primitive.name != "select_n" or isinstance(eqn.invars[0], compat.Literal):
+    for which in selected_by:
+        if isinstance(which, compat.Literal):
             continue
-        which, maker = eqn.invars[0], makers.get(eqn.invars[0])
+        maker = makers.get(which)
         found[which] = tuple(range(which.aval.ndim))
         if maker is not None and maker.primitive.name == "broadcast_in_dim":
             kept = zip(

@@ -1,25 +1,18 @@
 """Two processes of which one ends: the other says which call waits in vain, and for what."""
 
 import os
-from pathlib import Path
 
 import jax
 import pytest
 from jax.experimental import multihost_utils
 
 import jaxlora
-from devices import two_processes
+from devices import launch, two_processes
 
 
 @pytest.fixture
 def folder():
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        coordinator_address=os.environ["TOGETHER"],
-        num_processes=int(os.environ["TOGETHER_COUNT"]),
-        process_id=int(os.environ["TOGETHER_INDEX"]),
-    )
-    return Path(os.environ["TOGETHER_IN"])
+    return launch.join()
 
 
 def test_process_that_ended_is_named(folder):

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+
 HERE = Path(__file__).parent
 # XLA's own passes stay as they are; LLVM, after them, takes half as long
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -27,6 +29,17 @@ def run(file, folder, *, devices=8):
     output = folder / "output.txt"
     status = start(file, output, devices).wait(timeout=300)
     return status, output.read_text()
+
+
+def join():
+    """Join the processes that `run_together` has started, and return the folder they share."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator_address=os.environ["TOGETHER"],
+        num_processes=int(os.environ["TOGETHER_COUNT"]),
+        process_id=int(os.environ["TOGETHER_INDEX"]),
+    )
+    return Path(os.environ["TOGETHER_IN"])
 
 
 def run_together(file, folder, *, processes=2, devices=4, timeout=120):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from jax.sharding import NamedSharding
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
-from devices import meshes
+from devices import launch, meshes
 
 SPEC = P("data", "model")
 CONFIG = jaxlora.LoRAConfig(rank=3, alpha=6)
@@ -56,13 +55,7 @@ def whole(array):
 
 @pytest.fixture(scope="module")
 def folder():
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        coordinator_address=os.environ["TOGETHER"],
-        num_processes=int(os.environ["TOGETHER_COUNT"]),
-        process_id=int(os.environ["TOGETHER_INDEX"]),
-    )
-    yield Path(os.environ["TOGETHER_IN"])
+    yield launch.join()
     multihost_utils.sync_global_devices("done")
     jax.distributed.shutdown()
 
