@@ -37,12 +37,12 @@ from jaxlora.skipped import SkippedWeightWarning
 from jaxlora.summary import Summary, summary
 from jaxlora.tracing import Cost, MaterializationWarning, Use, lora
 from jaxlora.trees import bind, labels, mask, split
+from jaxlora.version import __version__ as __version__
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf
 
 if TYPE_CHECKING:
     from jaxlora import nnx as nnx
 
-__version__ = "0.1.0"
 
 __all__ = [
     "Adapter",

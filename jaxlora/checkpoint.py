@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import warnings
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -39,6 +38,7 @@ from jaxlora.locations import PathLike
 from jaxlora.merging import merge
 from jaxlora.processes import together
 from jaxlora.trees import Adapters, bind, changed_hint, split
+from jaxlora.version import __version__
 from jaxlora.weight import Adapter, Replacement
 
 
@@ -145,7 +145,7 @@ def save_merged(path: PathLike, params: Any) -> None:
     modules.refuse_adapted("params", params, instead)
     tree_checks.check_untraced("save_merged", params)
     plain = merge(params)
-    about = {"format": storage.MERGED, "jaxlora": metadata.version("jaxlora")}
+    about = {"format": storage.MERGED, "jaxlora": __version__}
     wanted = storage.shapes_of(plain)
 
     def check(place):

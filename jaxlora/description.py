@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxlora import fingerprints, parts, paths, sharding, storage
 from jaxlora.trees import FACTORS, Adapters
+from jaxlora.version import __version__
 from jaxlora.weight import Adapter, Replacement, Roles
 
 VERSION = 2
@@ -42,7 +42,7 @@ def describe(adapters: Adapters) -> dict[str, Any]:
     about = {
         "format": storage.ADAPTERS,
         "format_version": VERSION,
-        "jaxlora": metadata.version("jaxlora"),
+        "jaxlora": __version__,
         "targets": list(adapters),
         "adapters": [_entry(name, adapter, arrays[name]) for name, adapter in adapters.items()],
         "checksums": fingerprints.checksums(arrays),
