@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import (
-    checks,
     initializers,
     loftq,
     modules,
@@ -24,6 +23,7 @@ from jaxlora import (
 )
 from jaxlora.config import LoRAConfig
 from jaxlora.magnitude import norms
+from jaxlora.messages import checks
 from jaxlora.selection import Target, select, select_whole
 from jaxlora.sites import Site, find_sites
 from jaxlora.skipped import warn_of_skipped

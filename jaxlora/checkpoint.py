@@ -32,10 +32,10 @@ from jaxlora import (
     storage,
     tree_checks,
 )
-from jaxlora.checks import shown
 from jaxlora.description import factors
 from jaxlora.locations import PathLike
 from jaxlora.merging import merge
+from jaxlora.messages.checks import shown
 from jaxlora.processes import together
 from jaxlora.trees import Adapters, bind, changed_hint, split
 from jaxlora.version import __version__

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxlora import checks, initializers, parts
+from jaxlora import initializers, parts
 from jaxlora.initializers import FromWeight, Initializer, InitializerName, LoftQ
+from jaxlora.messages import checks
 from jaxlora.weight import scaling
 
 ALL_LINEAR = "all-linear"

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlora import checks, svd, tree_checks
+from jaxlora import svd, tree_checks
+from jaxlora.messages import checks
 
 Initializer = Callable[..., Any]
 InitializerName = Literal["uniform", "normal", "kaiming", "orthogonal", "pissa", "milora", "olora"]

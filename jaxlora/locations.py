@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from jaxlora.checks import shown
+from jaxlora.messages.checks import shown
 
 PathLike = str | os.PathLike[str]
 _PATIENCE = 20.0  # seconds for a bucket to answer

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import checks, modules, parts, paths, quantized, sharding, tree_checks, trees
+from jaxlora import modules, parts, paths, quantized, sharding, tree_checks, trees
 from jaxlora.magnitude import merged
+from jaxlora.messages import checks
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.weight import Adapter, LoRAWeight, TrainedLeaf, merge_dtype, scaling
 

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import checks, parts, paths, tracing, tree_checks, trees
+from jaxlora import parts, paths, tracing, tree_checks, trees
 from jaxlora.algebra import matrices
 from jaxlora.config import LoRAConfig
+from jaxlora.messages import checks
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.selection import select
 from jaxlora.sites import find_sites

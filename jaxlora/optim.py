@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import checks, modules, paths
+from jaxlora import modules, paths
 from jaxlora.algebra import matrices
+from jaxlora.messages import checks
 from jaxlora.trees import FACTORS, mask
 from jaxlora.weight import Adapter, LoRAWeight
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import checks, paths, quantized, sharding, tracing, tree_checks
+from jaxlora import paths, quantized, sharding, tracing, tree_checks
 from jaxlora.config import ALL_LINEAR, LoRAConfig, Targets
+from jaxlora.messages import checks
 from jaxlora.quantized import Code, Kind, QuantizedWeight
 from jaxlora.selection import select
 from jaxlora.sites import Site, find_sites

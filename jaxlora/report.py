@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from jaxlora import checks, table, tracing, tree_checks
+from jaxlora import tracing, tree_checks
+from jaxlora.messages import checks, table
 from jaxlora.tracing import cost
 from jaxlora.weight import LoRAWeight
 

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import checks, paths, table, tracing, tree_checks
+from jaxlora import paths, tracing, tree_checks
+from jaxlora.messages import checks, table
 from jaxlora.tracing import boundary
 from jaxlora.tracing.lowrank import LowRank
 from jaxlora.weight import Roles

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from jaxlora import checks, paths, patterns, table
+from jaxlora import paths, patterns
 from jaxlora.config import LoRAConfig
+from jaxlora.messages import checks, table
 from jaxlora.sites import RETURNED, UNUSED, Sites, is_matrix
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import checks, modules, parts, paths, table, tree_checks
+from jaxlora import modules, parts, paths, tree_checks
+from jaxlora.messages import checks, table
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.trees import FACTORS
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf

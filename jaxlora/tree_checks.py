@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxlora import modules, paths
-from jaxlora.checks import shown
+from jaxlora.messages.checks import shown
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import checks, fingerprints, modules, parts, paths, tree_checks
+from jaxlora import fingerprints, modules, parts, paths, tree_checks
+from jaxlora.messages import checks
 from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
 
 Adapters = dict[str, Any]  # an Adapter, or the Replacement of a leaf that is trained whole

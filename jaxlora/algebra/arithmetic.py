@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import checks, modules, paths, quantized, svd, tree_checks
+from jaxlora import modules, paths, quantized, svd, tree_checks
 from jaxlora.algebra import matrices
 from jaxlora.magnitude import merged
+from jaxlora.messages import checks
 from jaxlora.trees import Adapters
 from jaxlora.weight import Adapter, LoRAWeight, merge_dtype, scaling
 

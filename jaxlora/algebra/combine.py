@@ -7,9 +7,10 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxlora import checks, svd
+from jaxlora import svd
 from jaxlora.algebra import embedding, matrices, rules
 from jaxlora.algebra.rules import Majority, Rule
+from jaxlora.messages import checks
 from jaxlora.trees import Adapters
 from jaxlora.weight import Adapter, scaling
 

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import checks, fingerprints, paths, quantized, sharding, svd, table, tree_checks
+from jaxlora import fingerprints, paths, quantized, sharding, svd, tree_checks
 from jaxlora.algebra import matrices
+from jaxlora.messages import checks, table
 from jaxlora.sites import Sites
 from jaxlora.trees import Adapters
 from jaxlora.weight import Adapter, Roles

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxlora
-from jaxlora import checks
 from jaxlora.fingerprints import Fingerprint
+from jaxlora.messages import checks
 from jaxlora.nnx import call
 from jaxlora.nnx.frozen import freeze, restore
 from jaxlora.trees import FACTORS, Adapters

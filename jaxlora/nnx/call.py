@@ -10,7 +10,8 @@ import jax
 from flax import nnx
 
 import jaxlora
-from jaxlora import checks, parts
+from jaxlora import parts
+from jaxlora.messages import checks
 from jaxlora.nnx.frozen import freeze
 
 Method = Callable[..., Any] | str

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxlora import checks, paths
+from jaxlora import paths
+from jaxlora.messages import checks
 from jaxlora.quantized import QuantizedWeight
 from jaxlora.tracing import boundary, deferred
 from jaxlora.tracing.interpreter import Evaluator, Form, Options

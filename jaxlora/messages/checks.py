@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-_PACKAGE = os.path.dirname(__file__) + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _RANGES: dict[str, Callable[[float], bool]] = {
     "finite": math.isfinite,
     "finite and positive": lambda x: 0 < x < math.inf,
