@@ -29,7 +29,6 @@ from jaxlora.merging import merge, unmerge
 from jaxlora.observing import gradients, moments
 from jaxlora.optim import freeze
 from jaxlora.quantization import Quantization, dequantize, quantize
-from jaxlora.quantized import QuantizedWeight
 from jaxlora.report import Report, explain
 from jaxlora.residual import to_plain
 from jaxlora.sites import Site, Sites, find_sites
@@ -38,7 +37,8 @@ from jaxlora.summary import Summary, summary
 from jaxlora.tracing import Cost, MaterializationWarning, Use, lora
 from jaxlora.trees import bind, labels, mask, split
 from jaxlora.version import __version__ as __version__
-from jaxlora.weight import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf
+from jaxlora.weights.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
     from jaxlora import nnx as nnx

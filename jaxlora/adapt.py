@@ -10,25 +10,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlora import (
-    initializers,
-    loftq,
-    modules,
-    parts,
-    paths,
-    quantized,
-    residual,
-    sharding,
-    tree_checks,
-)
+from jaxlora import initializers, loftq, residual
 from jaxlora.config import LoRAConfig
-from jaxlora.magnitude import norms
 from jaxlora.messages import checks
 from jaxlora.selection import Target, select, select_whole
 from jaxlora.sites import Site, find_sites
 from jaxlora.skipped import warn_of_skipped
 from jaxlora.stacking import with_stacks
-from jaxlora.weight import LoRAWeight, TrainedLeaf
+from jaxlora.weights import blocks, modules, paths, quantized, sharding, tree_checks
+from jaxlora.weights.magnitude import norms
+from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
 
 _ORDER = "init(key, fn, params, *args, config=config)"
 
@@ -108,12 +99,12 @@ def _path_key(key: jax.Array, path: str) -> jax.Array:
 
 def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRAConfig) -> LoRAWeight:
     _, part, rank, alpha = target
-    whole = parts.shape(part, site.shape)
+    whole = blocks.shape(part, site.shape)
     stack, in_, _ = site.roles.sizes(whole)
     initializer = config.initializer
     if isinstance(initializer, str):
         initializer = initializers.NAMED[initializer]
-    shape, key = (math.prod(in_), rank), _path_key(key, parts.name(site.path, part))
+    shape, key = (math.prod(in_), rank), _path_key(key, blocks.name(site.path, part))
     if isinstance(initializer, initializers.FromWeight):
         return residual.take_out(key, target, base, site.roles, initializer, config.dtype)
     if isinstance(initializer, initializers.LoftQ):

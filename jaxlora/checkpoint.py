@@ -20,18 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import (
-    description,
-    directories,
-    fingerprints,
-    locations,
-    modules,
-    parts,
-    paths,
-    processes,
-    storage,
-    tree_checks,
-)
+from jaxlora import description, directories, locations, processes, storage
 from jaxlora.description import factors
 from jaxlora.locations import PathLike
 from jaxlora.merging import merge
@@ -39,7 +28,8 @@ from jaxlora.messages.checks import shown
 from jaxlora.processes import together
 from jaxlora.trees import Adapters, bind, changed_hint, split
 from jaxlora.version import __version__
-from jaxlora.weight import Adapter, Replacement
+from jaxlora.weights import blocks, fingerprints, modules, paths, tree_checks
+from jaxlora.weights.nodes import Adapter, Replacement
 
 
 def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> None:
@@ -220,7 +210,7 @@ def _load(place: Any, target: Any, leaves: dict[str, Any]) -> Adapters:
 
 def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
     """Return a line for each weight of the base that is not the one an adapter was made for."""
-    located = {name: parts.locate(name, leaves)[0] for name in adapters}
+    located = {name: blocks.locate(name, leaves)[0] for name in adapters}
     present = {path: paths.plain(leaves[path]) for path in located.values() if path in leaves}
     lines = []
     for name, adapter in adapters.items():
@@ -244,8 +234,8 @@ def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
 
 def _known_by(name: str, adapter: Adapter | Replacement, leaves: dict[str, Any]) -> Any:
     """Return an adapter with the fingerprint of the base it was loaded for, if that has values."""
-    path, text = parts.locate(name, leaves)
-    found = fingerprints.take(paths.plain(leaves[path]), parts.resolve(text, adapter.shape))
+    path, text = blocks.locate(name, leaves)
+    found = fingerprints.take(paths.plain(leaves[path]), blocks.resolve(text, adapter.shape))
     return adapter if found.digest is None else dataclasses.replace(adapter, fingerprint=found)
 
 

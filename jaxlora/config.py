@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxlora import initializers, parts
+from jaxlora import initializers
 from jaxlora.initializers import FromWeight, Initializer, InitializerName, LoftQ
 from jaxlora.messages import checks
-from jaxlora.weight import scaling
+from jaxlora.weights import blocks
+from jaxlora.weights.nodes import scaling
 
 ALL_LINEAR = "all-linear"
 Targets = str | Sequence[str]
@@ -56,8 +57,8 @@ class LoRAConfig:
         bias: also train biases, the leaves whose name is ``bias`` or ``b``: ``"all"``,
             ``"lora_only"`` for those beside adapted weights, or ``"none"``.
         magnitude: also train the norm of each column of the weight (DoRA, see
-            `jaxlora.magnitude`), in float32 or wider; of whole weights, or with layers of entries
-            of a stack.
+            `jaxlora.weights.magnitude`), in float32 or wider; of whole weights, or with layers of
+            entries of a stack.
         dtype: floating dtype of the factors.
 
     Raises:
@@ -173,7 +174,7 @@ def _checked_pattern(pattern: Any, field: str) -> dict[str, Any]:
     for key, value in pattern.items():
         if not isinstance(key, str):
             raise TypeError(f"the names in {field} must be strings: got {checks.shown(key)}")
-        if not parts.is_part(key):
+        if not blocks.is_part(key):
             _checked(key, field)
         checked[key] = check(value, f"{field}[{key!r}]")
     return checked
@@ -196,6 +197,6 @@ def _checked(targets: Targets, field: str) -> Targets:
             raise TypeError(f"{needed}: got {checks.shown(name)} among them")
         if not name.strip("/"):
             raise ValueError(f"{field} must be runs of path parts, as 'query': got {name!r}")
-        if field in ("exclude", "train") and parts.parse(name)[1] is not None:
+        if field in ("exclude", "train") and blocks.parse(name)[1] is not None:
             raise ValueError(f"{field} must name whole weights: got {name!r}")
     return targets

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import fingerprints, parts, paths, sharding, storage
+from jaxlora import storage
 from jaxlora.trees import FACTORS, Adapters
 from jaxlora.version import __version__
-from jaxlora.weight import Adapter, Replacement, Roles
+from jaxlora.weights import blocks, fingerprints, paths, sharding
+from jaxlora.weights.nodes import Adapter, Replacement, Roles
 
 VERSION = 2
 _ROLES = {"stack": "stack", "in": "in_", "out": "out"}  # as written, and as fields of `Roles`
@@ -115,7 +116,7 @@ def abstract(entry: dict[str, Any], leaves: Mapping[str, Any]) -> Adapter | Repl
     Raises:
         ValueError: its path names no part of a weight of its shape.
     """
-    path, text = parts.locate(entry["path"], leaves)
+    path, text = blocks.locate(entry["path"], leaves)
     known = sharding.of(paths.plain(leaves.get(path)))
     whole = tuple(entry["base"]["shape"])
     known_base = fingerprints.read(entry["base"]["dtype"], entry["base"]["digest"])
@@ -130,8 +131,8 @@ def abstract(entry: dict[str, Any], leaves: Mapping[str, Any]) -> Adapter | Repl
         axes = (None if rows else 0, *range(1, len(shape)))[: len(shape)]
         return Replacement(array("value", shape, axes), whole, known_base, rows)
     roles = _roles(entry)
-    part = parts.resolve(text, whole)
-    block = parts.shape(part, whole)
+    part = blocks.resolve(text, whole)
+    block = blocks.shape(part, whole)
     shapes = (*roles.factor_shapes(block, entry["rank"]), roles.magnitude_shape(block))
     placed = zip(_FACTORS, shapes, sharding.factor_axes(roles, part), strict=True)
     arrays = {f: array(f, shape, axes) for f, shape, axes in placed if f in entry["dtypes"]}

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from jaxlora.fingerprints import Fingerprint
-from jaxlora.quantized import Code, QuantizedWeight
-from jaxlora.weight import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf
+from jaxlora.weights.fingerprints import Fingerprint
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf
+from jaxlora.weights.quantized import Code, QuantizedWeight
 
 
 def _fields(kind: type, *, static: bool) -> list[str]:

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlora import svd, tree_checks
+from jaxlora import svd
 from jaxlora.messages import checks
+from jaxlora.weights import tree_checks
 
 Initializer = Callable[..., Any]
 InitializerName = Literal["uniform", "normal", "kaiming", "orthogonal", "pissa", "milora", "olora"]

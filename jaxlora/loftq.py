@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import parts, paths, quantized, sharding, svd
+from jaxlora import svd
 from jaxlora.algebra import matrices
 from jaxlora.initializers import LoftQ
-from jaxlora.quantized import QuantizedWeight
 from jaxlora.selection import Target
-from jaxlora.weight import LoRAWeight, Roles, scaling
+from jaxlora.weights import blocks, paths, quantized, sharding
+from jaxlora.weights.nodes import LoRAWeight, Roles, scaling
+from jaxlora.weights.quantized import QuantizedWeight
 
 
 class _How(NamedTuple):
@@ -45,7 +46,7 @@ def start(target: Target, base: Any, roles: Roles, initializer: LoftQ, dtype: An
             was, of other shape or not finite.
     """
     path, part, rank, alpha = target
-    name = parts.name(path, part)
+    name = blocks.name(path, part)
     if not isinstance(base, QuantizedWeight):
         raise ValueError(
             f"'loftq' makes up for quantizing, and {name!r} is {paths.plain(base).dtype}: quantize "

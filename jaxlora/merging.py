@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import modules, parts, paths, quantized, sharding, tree_checks, trees
-from jaxlora.magnitude import merged
+from jaxlora import trees
 from jaxlora.messages import checks
-from jaxlora.quantized import QuantizedWeight
-from jaxlora.weight import Adapter, LoRAWeight, TrainedLeaf, merge_dtype, scaling
+from jaxlora.weights import blocks, modules, paths, quantized, sharding, tree_checks
+from jaxlora.weights.magnitude import merged
+from jaxlora.weights.nodes import Adapter, LoRAWeight, TrainedLeaf, merge_dtype, scaling
+from jaxlora.weights.quantized import QuantizedWeight
 
 
 def merge(
@@ -113,7 +114,7 @@ def unmerge(plain: Any, adapters: trees.Adapters, *, check_base: bool = True) ->
             raise ValueError(f"{path!r} is quantized and cannot be unmerged: keep the base instead")
         leaves[path], _ = _fold(path, node, -1)
     for name, adapter in adapters.items() if check_base else ():
-        path, _ = parts.locate(name, leaves)
+        path, _ = blocks.locate(name, leaves)
         _check_undone(name, leaves[path], before[path], adapter)
     return treedef.unflatten(leaves.values())
 

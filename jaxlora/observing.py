@@ -8,15 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import parts, paths, tracing, tree_checks, trees
+from jaxlora import tracing, trees
 from jaxlora.algebra import matrices
 from jaxlora.config import LoRAConfig
 from jaxlora.messages import checks
-from jaxlora.quantized import QuantizedWeight
 from jaxlora.selection import select
 from jaxlora.sites import find_sites
 from jaxlora.stacking import with_stacks
-from jaxlora.weight import LoRAWeight
+from jaxlora.weights import blocks, paths, tree_checks
+from jaxlora.weights.nodes import LoRAWeight
+from jaxlora.weights.quantized import QuantizedWeight
 
 
 def moments(
@@ -104,8 +105,8 @@ def gradients(
 
         found = jax.grad(lost)(weights)
         return {
-            parts.name(path, part): matrices.of_weight(
-                found[path][parts.slices(part)], sites[path].roles
+            blocks.name(path, part): matrices.of_weight(
+                found[path][blocks.slices(part)], sites[path].roles
             )
             for path, part, _, _ in targets
         }
@@ -154,7 +155,7 @@ def _observed(fn: Any, params: Any, args: tuple[Any, ...], config: LoRAConfig) -
     leaves, treedef = paths.flatten(params)
     sites = with_stacks(find_sites(fn, params, *args), config.stack)
     for path, part, _, _ in select(config, sites):
-        roles, shape = sites[path].roles, parts.shape(part, sites.shapes[path])
+        roles, shape = sites[path].roles, blocks.shape(part, sites.shapes[path])
         size = math.prod(roles.sizes(shape)[1])
         a_shape, b_shape = roles.factor_shapes(shape, size)
         stack = a_shape[: len(roles.stack)]

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import modules, paths
 from jaxlora.algebra import matrices
 from jaxlora.messages import checks
 from jaxlora.trees import FACTORS, mask
-from jaxlora.weight import Adapter, LoRAWeight
+from jaxlora.weights import modules, paths
+from jaxlora.weights.nodes import Adapter, LoRAWeight
 
 if TYPE_CHECKING:
     import optax

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxlora import parts
 from jaxlora.config import ALL_LINEAR, Targets
+from jaxlora.weights import blocks
 
 
 def contains(path: str, name: str) -> bool:
@@ -19,7 +19,7 @@ def contains(path: str, name: str) -> bool:
 
 def ends_in(path: str, name: str) -> bool:
     """Tell whether a name, perhaps of a part, names the leaf at a path, not what holds it."""
-    return any(f"/{path}".endswith(f"/{n.strip('/')}") for n in (name, parts.parse(name)[0]))
+    return any(f"/{path}".endswith(f"/{n.strip('/')}") for n in (name, blocks.parse(name)[0]))
 
 
 def matches(targets: Targets, candidates: Iterable[str]) -> dict[str, list[str]]:
@@ -29,7 +29,7 @@ def matches(targets: Targets, candidates: Iterable[str]) -> dict[str, list[str]]
         return {targets: [path for path in candidates if re.fullmatch(targets, path)]}
     found = {name: [path for path in candidates if contains(path, name)] for name in targets}
     for name in (name for name, paths_of in found.items() if not paths_of):  # perhaps of a part
-        found[name] = [path for path in candidates if contains(path, parts.parse(name)[0])]
+        found[name] = [path for path in candidates if contains(path, blocks.parse(name)[0])]
     return found
 
 
@@ -43,7 +43,7 @@ def hint(name: str, *, is_expression: bool) -> str:
     >>> hint("params.query", is_expression=False)
     "; the parts of a path are joined by '/': write ('params/query',)"
     """
-    text = parts.parse(name)[0]
+    text = blocks.parse(name)[0]
     is_glob = bool(re.search(r"(?<!\\.)(?<![.)\]\\])[*?]", name))
     if is_expression and is_glob:
         return f'; it is a regular expression, in which any text is .*: write "{_from_glob(name)}"'
@@ -80,11 +80,11 @@ def without_all(targets: Targets) -> tuple[bool, Targets]:
     return ALL_LINEAR in targets, tuple(name for name in targets if name != ALL_LINEAR)
 
 
-def means(key: str, path: str, part: parts.Part | None, shape: Any) -> bool:
+def means(key: str, path: str, part: blocks.Part | None, shape: Any) -> bool:
     """Tell whether a key of a pattern is a name, or the expression, of a path or of a part."""
-    if parts.is_part(key):
-        name, text = parts.parse(key)
-        return contains(path, name) and parts.resolve(text, shape) == part
+    if blocks.is_part(key):
+        name, text = blocks.parse(key)
+        return contains(path, name) and blocks.resolve(text, shape) == part
     return contains(path, key) or bool(re.fullmatch(key, path))
 
 

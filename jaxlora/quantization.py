@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import paths, quantized, sharding, tracing, tree_checks
+from jaxlora import tracing
 from jaxlora.config import ALL_LINEAR, LoRAConfig, Targets
 from jaxlora.messages import checks
-from jaxlora.quantized import Code, Kind, QuantizedWeight
 from jaxlora.selection import select
 from jaxlora.sites import Site, find_sites
-from jaxlora.weight import LoRAWeight
+from jaxlora.weights import paths, quantized, sharding, tree_checks
+from jaxlora.weights.nodes import LoRAWeight
+from jaxlora.weights.quantized import Code, Kind, QuantizedWeight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 
-from jaxlora import tracing, tree_checks
+from jaxlora import tracing
 from jaxlora.messages import checks, table
 from jaxlora.tracing import cost
-from jaxlora.weight import LoRAWeight
+from jaxlora.weights import tree_checks
+from jaxlora.weights.nodes import LoRAWeight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,20 +14,20 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import fingerprints, parts, paths, quantized, sharding, tree_checks
 from jaxlora.algebra import matrices
 from jaxlora.initializers import FromWeight
-from jaxlora.quantized import QuantizedWeight
 from jaxlora.selection import Target
 from jaxlora.trees import Adapters, check_fits
-from jaxlora.weight import Adapter, LoRAWeight, Roles, merge_dtype, scaling
+from jaxlora.weights import blocks, fingerprints, paths, quantized, sharding, tree_checks
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Roles, merge_dtype, scaling
+from jaxlora.weights.quantized import QuantizedWeight
 
 
 class _How(NamedTuple):
     """What has to be known to take a product out of a weight."""
 
     factors: Callable[..., Any]
-    part: parts.Part | None
+    part: blocks.Part | None
     rank: int
     alpha: float
     roles: Roles
@@ -52,7 +52,7 @@ def take_out(
             of other shapes.
     """
     plain = paths.plain(base)
-    name = parts.name(target.path, target.part)
+    name = blocks.name(target.path, target.part)
     if not hasattr(quantized.stand_in(plain), "__array__"):
         raise ValueError(f"{initializer.name!r} starts from values: {name!r} is {plain}")
     if isinstance(plain, QuantizedWeight) and initializer.changes_base:
@@ -61,7 +61,7 @@ def take_out(
             "start from the float weights and quantize what that leaves"
         )
     how = _How(initializer.factors, *target[1:], roles, dtype)
-    shape = parts.shape(target.part, plain.shape)
+    shape = blocks.shape(target.part, plain.shape)
     data = _data(name, initializer, math.prod(roles.sizes(shape)[0]))
     _check_factors(name, initializer.name, how, shape, data)
     axes = (tuple(range(plain.ndim)), *sharding.factor_axes(roles, target.part)[:2], ())
@@ -116,7 +116,7 @@ def _taken_out(
     """Return what is left of a weight, the factors, and whether all are finite."""
     factors, part, rank, alpha, roles, dtype = how
     weight = quantized.values(weight)
-    cut = weight[parts.slices(part)]
+    cut = weight[blocks.slices(part)]
     each = matrices.of_weight(cut, roles)
     scale = scaling(alpha, rank)
     a, b = jax.vmap(lambda key, w, *data: factors(key, w, rank, scale, *data))(
@@ -165,7 +165,7 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
         )
     leaves = tree_checks.check_tree(base, "to_plain(adapters, initial, base=base)", "base")
     tree_checks.check_plain(leaves, "to_plain")
-    located = {name: parts.locate(name, leaves) for name in adapters}
+    located = {name: blocks.locate(name, leaves) for name in adapters}
     for name, (path, text) in located.items():
         if path not in leaves:
             raise ValueError(f"the base has no leaf {path!r}; {paths.nearest(path, leaves)}")
@@ -174,7 +174,7 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
     plain = {}
     for name, adapter in adapters.items():
         path, text = located[name]
-        part = parts.resolve(text, leaves[path].shape)
+        part = blocks.resolve(text, leaves[path].shape)
         fields: dict[str, Any] = {"fingerprint": fingerprints.take(leaves[path], part)}
         if isinstance(adapter, Adapter):
             before, adapter = adapter, _joined(name, adapter, initial[name])

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlora import parts, paths
 from jaxlora.config import LoRAConfig, Targets
 from jaxlora.patterns import contains, ends_in, hint, layer, matched, matches, means, without_all
 from jaxlora.sites import Sites, is_bias
+from jaxlora.weights import blocks, paths
 
 
 class Target(NamedTuple):
@@ -27,7 +27,7 @@ class Target(NamedTuple):
     """
 
     path: str
-    part: parts.Part | None
+    part: blocks.Part | None
     rank: int
     alpha: float
 
@@ -67,13 +67,13 @@ def select(config: LoRAConfig, sites: Sites) -> list[Target]:
         )
     _check_patterns(config, chosen, sites.shapes)
     if config.magnitude:
-        cut = [t for t in chosen if not parts.has_entries(t.part, sites[t.path].stack)]
-        if names := [parts.name(*target[:2]) for target in cut[:3]]:
+        cut = [t for t in chosen if not blocks.has_entries(t.part, sites[t.path].stack)]
+        if names := [blocks.name(*target[:2]) for target in cut[:3]]:
             raise ValueError(
                 f"only whole weights or entries of a stack have magnitudes: got {names}"
             )
     order = {path: i for i, path in enumerate(sites.shapes)}
-    return sorted(chosen, key=lambda target: (order[target.path], parts.name(*target[:2])))
+    return sorted(chosen, key=lambda target: (order[target.path], blocks.name(*target[:2])))
 
 
 def select_whole(config: LoRAConfig, leaves: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
@@ -131,16 +131,16 @@ def _check_trainable(name: str, path: str, leaf: Any, rows: tuple[int, ...] | No
         raise ValueError(f"{path!r} of shape {leaf.shape} has no row {rows[-1]}")
 
 
-def _part(targets: Targets, name: str, path: str, sites: Sites) -> parts.Part | None:
+def _part(targets: Targets, name: str, path: str, sites: Sites) -> blocks.Part | None:
     """Return the part of the leaf at a path that a target means."""
     if isinstance(targets, str) or contains(path, name):
         return None
-    return parts.resolve(parts.parse(name)[1], sites.shapes[path])
+    return blocks.resolve(blocks.parse(name)[1], sites.shapes[path])
 
 
 def _in_layers(
-    layers: Sequence[int], named: set[tuple[str, parts.Part | None]], sites: Sites
-) -> Iterator[tuple[str, parts.Part | None]]:
+    layers: Sequence[int], named: set[tuple[str, blocks.Part | None]], sites: Sites
+) -> Iterator[tuple[str, blocks.Part | None]]:
     """Yield what of the named weights and parts lies in some layers; each has to be somewhere."""
     found: set[int] = set()
     for path, part in named:
@@ -164,7 +164,7 @@ def _in_layers(
         )
 
 
-def _without_layers(named: set[tuple[str, parts.Part | None]]) -> str:
+def _without_layers(named: set[tuple[str, blocks.Part | None]]) -> str:
     """Return what to do where no target is in a layer."""
     paths_of = ", ".join(repr(path) for path in sorted(path for path, _ in named)[:3])
     return (
@@ -185,22 +185,22 @@ def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _cut(
-    part: parts.Part | None, axis: int, bounds: tuple[int, int], shape: Sequence[int]
-) -> parts.Part | None:
+    part: blocks.Part | None, axis: int, bounds: tuple[int, int], shape: Sequence[int]
+) -> blocks.Part | None:
     """Return a part, with other bounds along one axis, of a weight of some shape."""
     cut = list(part or [None] * len(shape))
     cut[axis] = None if bounds == (0, shape[axis]) else bounds
     return tuple(cut) if any(cut) else None
 
 
-def _target(config: LoRAConfig, path: str, part: parts.Part | None, shape: Any) -> Target:
+def _target(config: LoRAConfig, path: str, part: blocks.Part | None, shape: Any) -> Target:
     """Return a target with the rank and alpha that the patterns, or else the config, give it."""
     values: dict[str, Any] = {"rank_pattern": config.rank, "alpha_pattern": config.alpha}
     for field, default in values.items():
         pattern = getattr(config, field)
         keys = [key for key in pattern if means(key, path, part, shape)]
         if len(keys) > 1:
-            raise ValueError(f"{field} must name {parts.name(path, part)!r} once: got {keys}")
+            raise ValueError(f"{field} must name {blocks.name(path, part)!r} once: got {keys}")
         values[field] = pattern[keys[0]] if keys else default
     rank, alpha = values.values()
     return Target(path, part, rank, config.plain_alpha(alpha, rank))
@@ -218,15 +218,15 @@ def _check_patterns(config: LoRAConfig, chosen: list[Target], shapes: dict[str, 
 def _check_parts(chosen: list[Target], sites: Sites) -> None:
     """Raise if a part is smaller than its rank, or two parts of one weight overlap."""
     for path, part, rank, _ in sorted(chosen, key=str):
-        shape = parts.shape(part, sites.shapes[path])
+        shape = blocks.shape(part, sites.shapes[path])
         if rank > (side := sites[path].roles.max_rank(shape)):
             raise ValueError(
-                f"rank {rank} is too large for {parts.name(path, part)!r} of shape {shape}: "
+                f"rank {rank} is too large for {blocks.name(path, part)!r} of shape {shape}: "
                 f"its smaller side is {side}"
             )
         for other in (t.part for t in chosen if t.path == path and t.part != part):
-            if parts.overlap(part, other):
-                names = f"{parts.name(path, part)!r} and {parts.name(path, other)!r}"
+            if blocks.overlap(part, other):
+                names = f"{blocks.name(path, part)!r} and {blocks.name(path, other)!r}"
                 raise ValueError(f"the targets {names} overlap: one element has one adapter")
 
 

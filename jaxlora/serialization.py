@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora.quantized import QuantizedWeight
-from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.quantized import QuantizedWeight
 
 _FLAX = "flax.serialization"
 

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import paths, tracing, tree_checks
+from jaxlora import tracing
 from jaxlora.messages import checks, table
 from jaxlora.tracing import boundary
 from jaxlora.tracing.lowrank import LowRank
-from jaxlora.weight import Roles
+from jaxlora.weights import paths, tree_checks
+from jaxlora.weights.nodes import Roles
 
 UNUSED, RETURNED = "the program does not use it", "the program returns it and consumes it nowhere"
 _ADDITIONS = {"add", "add_any", "sub"}

@@ -9,9 +9,10 @@ a loop over experts, a scan or a ragged product.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from jaxlora import paths, patterns
+from jaxlora import patterns
 from jaxlora.sites import Site, Sites
-from jaxlora.weight import Roles
+from jaxlora.weights import paths
+from jaxlora.weights.nodes import Roles
 
 
 def with_stacks(sites: Sites, stack: Mapping[str, Sequence[int]]) -> Sites:

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import directories, locations, processes, sharding
+from jaxlora import directories, locations, processes
 from jaxlora.locations import PathLike
 from jaxlora.processes import together
+from jaxlora.weights import sharding
 
 ADAPTERS, MERGED = "jaxlora.adapters", "jaxlora.merged"  # formats
 MARK = "_CHECKPOINT_METADATA"

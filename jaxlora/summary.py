@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import modules, parts, paths, tree_checks
 from jaxlora.messages import checks, table
-from jaxlora.quantized import QuantizedWeight
 from jaxlora.trees import FACTORS
-from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights import blocks, modules, paths, tree_checks
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.quantized import QuantizedWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _rows(path: str, leaf: Any) -> Iterator[Row]:
         yield _row(path, leaf.shape, None, leaf)
     elif isinstance(leaf, LoRAWeight):
         for node in leaf.layers:
-            name, shape = parts.name(path, node.part), parts.shape(node.part, leaf.shape)
+            name, shape = blocks.name(path, node.part), blocks.shape(node.part, leaf.shape)
             yield _row(name, shape, None if isinstance(node.base, LoRAWeight) else leaf.plain, node)
     elif isinstance(leaf, TrainedLeaf | Replacement):
         base = leaf.base if isinstance(leaf, TrainedLeaf) else None

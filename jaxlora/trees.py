@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import fingerprints, modules, parts, paths, tree_checks
 from jaxlora.messages import checks
-from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights import blocks, fingerprints, modules, paths, tree_checks
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
 
 Adapters = dict[str, Any]  # an Adapter, or the Replacement of a leaf that is trained whole
 FACTORS = ("a", "b", "magnitude", "value")  # what is trained of a node
@@ -48,7 +48,7 @@ def split(params: Any) -> tuple[Any, Adapters]:
     plain = {path: node.plain for path, node in nodes.items()}
     plain |= {path: leaf.base for path, leaf in whole.items()}
     adapters: Adapters = {
-        parts.name(path, node.part): node.adapter(fingerprints.take(plain[path], node.part))
+        blocks.name(path, node.part): node.adapter(fingerprints.take(plain[path], node.part))
         for path in nodes
         for node in nodes[path].layers
     }
@@ -166,7 +166,7 @@ def nodes_over(
     tree_checks.check_adapters(adapters, some=True)
     nodes: dict[str, Any] = {}
     for name, adapter in adapters.items():
-        path, text = parts.locate(name, leaves)
+        path, text = blocks.locate(name, leaves)
         if path not in leaves:
             raise ValueError(f"the base has no leaf {path!r}; {paths.nearest(path, leaves)}")
         leaf = leaves[path]
@@ -187,8 +187,8 @@ def _adapted(path: str, text: str | None, below: Any, adapter: Adapter) -> LoRAW
     """Return the node of an adapter over a leaf or the node of another part of it."""
     part = check_fits(path, text, paths.plain(below), adapter)
     for other in below.layers if isinstance(below, LoRAWeight) else []:
-        if parts.overlap(part, other.part):
-            names = f"{parts.name(path, part)!r} and {parts.name(path, other.part)!r}"
+        if blocks.overlap(part, other.part):
+            names = f"{blocks.name(path, part)!r} and {blocks.name(path, other.part)!r}"
             raise ValueError(f"the adapters of {names} overlap: one element has one adapter")
         if other.roles != adapter.roles:
             raise ValueError(f"the adapters of parts of {path!r} differ in the roles of its axes")
@@ -207,14 +207,14 @@ def _replaced(name: str, text: str | None, leaf: Any, replacement: Replacement) 
     return TrainedLeaf(leaf, value, rows)
 
 
-def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> parts.Part | None:
+def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> blocks.Part | None:
     """Return the part that an adapter is for, or raise if it is not for a leaf of this shape."""
     _check_weight(path, leaf, adapter)
     is_number = isinstance(adapter.alpha, float | int | np.floating)
     if not (is_number and 0 < adapter.alpha < math.inf):
         raise ValueError(f"the alpha of {path!r} must be finite and positive: got {adapter.alpha}")
-    part = parts.resolve(text, leaf.shape)
-    wanted = adapter.roles.factor_shapes(parts.shape(part, leaf.shape), adapter.rank)
+    part = blocks.resolve(text, leaf.shape)
+    wanted = adapter.roles.factor_shapes(blocks.shape(part, leaf.shape), adapter.rank)
     if (tuple(adapter.a.shape), tuple(adapter.b.shape)) != wanted:
         raise ValueError(
             f"the factors of {path!r} must have the shapes a={wanted[0]}, b={wanted[1]}: "
@@ -222,9 +222,9 @@ def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> part
         )
     if adapter.magnitude is None:
         return part
-    columns = adapter.roles.magnitude_shape(parts.shape(part, leaf.shape))
+    columns = adapter.roles.magnitude_shape(blocks.shape(part, leaf.shape))
     fits = tuple(adapter.magnitude.shape) == columns
-    if not fits or not parts.has_entries(part, adapter.roles.stack):
+    if not fits or not blocks.has_entries(part, adapter.roles.stack):
         raise ValueError(
             f"the magnitude of {path!r} must have the shape {columns} and be of the whole weight "
             f"or of entries of its stack: got {adapter.magnitude.shape}"

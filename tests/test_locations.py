@@ -11,8 +11,9 @@ from etils import epath
 from numpy.testing import assert_array_equal
 
 import jaxlora
-from jaxlora import fingerprints, locations
-from jaxlora.weight import Adapter, Roles
+from jaxlora import locations
+from jaxlora.weights import fingerprints
+from jaxlora.weights.nodes import Adapter, Roles
 
 pytestmark = pytest.mark.once
 

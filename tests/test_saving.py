@@ -15,8 +15,9 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import jaxlora
-from jaxlora import fingerprints, storage
-from jaxlora.weight import Adapter, Replacement, Roles
+from jaxlora import storage
+from jaxlora.weights import fingerprints
+from jaxlora.weights.nodes import Adapter, Replacement, Roles
 
 pytestmark = pytest.mark.once
 

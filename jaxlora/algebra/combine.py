@@ -12,7 +12,7 @@ from jaxlora.algebra import embedding, matrices, rules
 from jaxlora.algebra.rules import Majority, Rule
 from jaxlora.messages import checks
 from jaxlora.trees import Adapters
-from jaxlora.weight import Adapter, scaling
+from jaxlora.weights.nodes import Adapter, scaling
 
 Method = (
     Rule

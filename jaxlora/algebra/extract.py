@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import fingerprints, paths, quantized, sharding, svd, tree_checks
+from jaxlora import svd
 from jaxlora.algebra import matrices
 from jaxlora.messages import checks, table
 from jaxlora.sites import Sites
 from jaxlora.trees import Adapters
-from jaxlora.weight import Adapter, Roles
+from jaxlora.weights import fingerprints, paths, quantized, sharding, tree_checks
+from jaxlora.weights.nodes import Adapter, Roles
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import sharding, svd, tree_checks
-from jaxlora.weight import Adapter, LoRAWeight, Replacement, Roles
+from jaxlora import svd
+from jaxlora.weights import sharding, tree_checks
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, Roles
 
 
 def check_linear(adapters: Mapping[str, Adapter | Replacement]) -> None:

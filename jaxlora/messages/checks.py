@@ -1,7 +1,7 @@
 """Checks of arguments that many functions take, and warnings that point at the user's line.
 
 A message says what is wrong with which argument, what is needed, what was got and what to do. Those
-for trees are in `jaxlora.tree_checks`; nothing here needs another file of this library.
+for trees are in `jaxlora.weights.tree_checks`; nothing here needs another file of this library.
 """
 
 import math

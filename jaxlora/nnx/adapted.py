@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxlora
-from jaxlora.fingerprints import Fingerprint
 from jaxlora.messages import checks
 from jaxlora.nnx import call
 from jaxlora.nnx.frozen import freeze, restore
 from jaxlora.trees import FACTORS, Adapters
-from jaxlora.weight import Adapter, Replacement
+from jaxlora.weights.fingerprints import Fingerprint
+from jaxlora.weights.nodes import Adapter, Replacement
 
 M = TypeVar("M", bound=nnx.Module)
 

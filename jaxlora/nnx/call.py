@@ -10,9 +10,9 @@ import jax
 from flax import nnx
 
 import jaxlora
-from jaxlora import parts
 from jaxlora.messages import checks
 from jaxlora.nnx.frozen import freeze
+from jaxlora.weights import blocks
 
 Method = Callable[..., Any] | str
 _NODE = object()  # stands for a module among the arguments of a call
@@ -87,7 +87,7 @@ def write(nodes: list, changed: Any, graphdef: Any, adapted: Collection[str]) ->
     for path, leaf in nnx.to_flat_state(changed):
         name = f"{name_of(path[1:])}/"
         if path[0] == 0 and any(
-            f"{parts.parse(weight)[0]}/".startswith(name) for weight in adapted
+            f"{blocks.parse(weight)[0]}/".startswith(name) for weight in adapted
         ):
             continue
         if isinstance(variable := current.get(path), nnx.Variable):

@@ -19,7 +19,7 @@ from jax import lax
 from jaxlora.tracing import axes, compat, deferred
 from jaxlora.tracing.interpreter import Evaluation, rule
 from jaxlora.tracing.lowrank import CARRIES, LowRank, Origin, Role
-from jaxlora.weight import merge_dtype, scaling
+from jaxlora.weights.nodes import merge_dtype, scaling
 
 
 @rule("neg")

@@ -15,7 +15,7 @@ from jaxlora.tracing.lowrank import CARRIES, LowRank
 from jaxlora.tracing.product import told
 from jaxlora.tracing.recorder import CONTRACTED
 from jaxlora.tracing.term import Sides, Term
-from jaxlora.weight import merge_dtype
+from jaxlora.weights.nodes import merge_dtype
 
 
 @rule("dot_general")

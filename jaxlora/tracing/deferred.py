@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxlora.quantized import QuantizedWeight, dequantized
 from jaxlora.tracing import compat, cuts
+from jaxlora.weights.quantized import QuantizedWeight, dequantized
 
 _meta = {"static": True}
 

@@ -36,7 +36,7 @@ from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.interpreter import Evaluation, Form
 from jaxlora.tracing.lowrank import LowRank, Role
 from jaxlora.tracing.term import Term
-from jaxlora.weight import merge_dtype
+from jaxlora.weights.nodes import merge_dtype
 
 
 def choose(run: Evaluation, weight: LowRank, term: Term, *, is_shared: bool) -> Form:

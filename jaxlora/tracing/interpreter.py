@@ -24,7 +24,7 @@ from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.lowrank import LowRank
 from jaxlora.tracing.product import CHECKPOINT_NAME
 from jaxlora.tracing.recorder import LOOKED_UP, MATERIALIZED, Recorder
-from jaxlora.weight import merge_dtype
+from jaxlora.weights.nodes import merge_dtype
 
 Rule = Callable[..., list[Any]]
 _RULES: dict[str, Rule] = {}

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.tracing import axes, deferred, placement
 from jaxlora.tracing.product import contract, scaled, scaled_along
-from jaxlora.weight import Roles, scaling
+from jaxlora.weights.nodes import Roles, scaling
 
 _meta = {"static": True}
 

@@ -11,8 +11,8 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.sharding import explicit, shards
 from jaxlora.tracing import axes
+from jaxlora.weights.sharding import explicit, shards
 
 
 def spec_of(

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxlora import paths
 from jaxlora.messages import checks
-from jaxlora.quantized import QuantizedWeight
 from jaxlora.tracing import boundary, deferred
 from jaxlora.tracing.interpreter import Evaluator, Form, Options
 from jaxlora.tracing.lowrank import LowRank
-from jaxlora.weight import LoRAWeight, TrainedLeaf
+from jaxlora.weights import paths
+from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
+from jaxlora.weights.quantized import QuantizedWeight
 
 F = TypeVar("F", bound=Callable[..., Any])
 

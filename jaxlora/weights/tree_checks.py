@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxlora import modules, paths
 from jaxlora.messages.checks import shown
-from jaxlora.quantized import QuantizedWeight
-from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights import modules, paths
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.quantized import QuantizedWeight
 
 
 def check_tree(params: Any, order: str, name: str = "params") -> dict[str, Any]:

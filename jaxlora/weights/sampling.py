@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxlora import parts, sharding
-from jaxlora.parts import Part
-from jaxlora.quantized import QuantizedWeight, level, stand_in
+from jaxlora.weights import blocks, sharding
+from jaxlora.weights.blocks import Part
+from jaxlora.weights.quantized import QuantizedWeight, level, stand_in
 
 _SAMPLES = 256
 
@@ -107,9 +107,9 @@ def _elements(array: Any, positions: tuple[Any, ...]) -> jax.Array:
 
 def _positions(shape: Sequence[int], part: Part | None) -> tuple[np.ndarray, ...]:
     """Return for each axis the indices of up to 256 evenly spaced elements of a part."""
-    block = parts.shape(part, shape)
+    block = blocks.shape(part, shape)
     size = math.prod(block)
     indices = np.linspace(0, size - 1, min(size, _SAMPLES)).astype(np.int64)
-    starts = (low for low, _ in parts.padding(part, shape))
+    starts = (low for low, _ in blocks.padding(part, shape))
     found: Iterator[Any] = iter(np.unravel_index(indices, block) if block else ())
     return tuple(place + start for place, start in zip(found, starts, strict=True))

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from jaxlora.quantized import QuantizedWeight
-from jaxlora.weight import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.quantized import QuantizedWeight
 
 
 def is_node(leaf: Any) -> bool:

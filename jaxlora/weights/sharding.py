@@ -23,11 +23,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxlora.quantized import stand_in
+from jaxlora.weights.quantized import stand_in
 
 if TYPE_CHECKING:
-    from jaxlora.parts import Part
-    from jaxlora.weight import Roles
+    from jaxlora.weights.blocks import Part
+    from jaxlora.weights.nodes import Roles
 
 Axes = tuple[int | None, ...]
 

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import parts, quantized, sharding
-from jaxlora.quantized import QuantizedWeight
-from jaxlora.weight import LoRAWeight, Roles, merge_dtype
+from jaxlora.weights import blocks, quantized, sharding
+from jaxlora.weights.nodes import LoRAWeight, Roles, merge_dtype
+from jaxlora.weights.quantized import QuantizedWeight
 
 
 def norms(weight: LoRAWeight) -> jax.Array:
@@ -62,7 +62,7 @@ def norms(weight: LoRAWeight) -> jax.Array:
 
 def _cut(weight: LoRAWeight) -> LoRAWeight:
     """Return the node of what a node is for alone: of the entries of a stack, if it is for some."""
-    index = parts.slices(weight.part)
+    index = blocks.slices(weight.part)
     base = jax.tree.map(lambda x: x[index], weight.plain) if index else weight.plain
     return dataclasses.replace(weight, base=base, part=None, dropout_keys=None)
 
@@ -89,7 +89,7 @@ def _own_gain(node: LoRAWeight) -> jax.Array:
     norm = norms(jax.lax.stop_gradient(node))
     magnitude = node.magnitude.astype(norm.dtype)
     own = jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
-    around = parts.padding(node.part, node.shape)
+    around = blocks.padding(node.part, node.shape)
     columns = (*node.roles.stack, *node.roles.out)
     return jnp.pad(own, [around[axis] for axis in columns], constant_values=1)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxlora import paths
+from jaxlora.weights import paths
 
 
 def is_module(value: Any) -> bool:

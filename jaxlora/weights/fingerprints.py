@@ -1,7 +1,8 @@
 """Fingerprints of base weights, to refuse another one later, and checksums of factors.
 
 Adapters carry the fingerprint of the base that they were made for, `jaxlora.bind` and loading
-compare it with the base at hand. What is known of a base is a sample of it (`jaxlora.sampling`).
+compare it with the base at hand. What is known of a base is a sample of it, see
+`jaxlora.weights.sampling`.
 """
 
 import dataclasses
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxlora import sampling
-from jaxlora.parts import Part
-from jaxlora.quantized import QuantizedWeight, stand_in
-from jaxlora.sampling import Sample
+from jaxlora.weights import sampling
+from jaxlora.weights.blocks import Part
+from jaxlora.weights.quantized import QuantizedWeight, stand_in
+from jaxlora.weights.sampling import Sample
 
 _MOST = 32  # bases that one fingerprint knows: those of more are unknown
 _lock = threading.Lock()

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from jaxlora.opaque import Opaque
+from jaxlora.weights.opaque import Opaque
 
 Kind = Literal["int8", "int4", "nf4"]
 _meta = {"static": True}

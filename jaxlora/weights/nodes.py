@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import parts, quantized, sharding
-from jaxlora.fingerprints import Fingerprint
-from jaxlora.opaque import Opaque
+from jaxlora.weights import blocks, quantized, sharding
+from jaxlora.weights.fingerprints import Fingerprint
+from jaxlora.weights.opaque import Opaque
 
 _meta = {"static": True}
 _NODE = "call the function as jaxlora.lora(fn), or fold the adapters in with jaxlora.merge(params)"
@@ -88,7 +88,8 @@ class Adapter(Opaque):
         shape: shape of the whole weight that the factors were made for.
         fingerprint: what is known of that weight.
         changed: name of the initializer that took the first product out of the base, or empty.
-        magnitude: the norm of each column, ``(*stack, *out)``, see `jaxlora.magnitude`; or None.
+        magnitude: the norm of each column, ``(*stack, *out)``, or None; see
+            `jaxlora.weights.magnitude`.
     """
 
     instead = _ALONE
@@ -107,7 +108,7 @@ class Adapter(Opaque):
         """Number of columns of ``a``."""
         return self.a.shape[-1]
 
-    def over(self, base: Any, part: parts.Part | None) -> "LoRAWeight":
+    def over(self, base: Any, part: blocks.Part | None) -> "LoRAWeight":
         """Return the node of these factors over a weight or a node, for a part of it or all."""
         fields: dict[str, Any] = {"changed": self.changed, "magnitude": self.magnitude}
         return LoRAWeight(base, self.a, self.b, self.roles, self.alpha, part, **fields)
@@ -135,7 +136,8 @@ class LoRAWeight(Opaque):
         dropout_keys: None, or one random key for each stack entry, ``(*stack,)``.
         dropout_rate: share of the low-rank path's input that is dropped.
         changed: name of the initializer that took the first product out of the base, or empty.
-        magnitude: the norm of each column, ``(*stack, *out)``, see `jaxlora.magnitude`; or None.
+        magnitude: the norm of each column, ``(*stack, *out)``, or None; see
+            `jaxlora.weights.magnitude`.
     """
 
     instead = _NODE
@@ -145,7 +147,7 @@ class LoRAWeight(Opaque):
     b: Any
     roles: Roles = dataclasses.field(metadata=_meta)
     alpha: float = dataclasses.field(metadata=_meta)
-    part: parts.Part | None = dataclasses.field(default=None, metadata=_meta)
+    part: blocks.Part | None = dataclasses.field(default=None, metadata=_meta)
     dropout_keys: Any = None
     dropout_rate: float = dataclasses.field(default=0.0, metadata=_meta)
     changed: str = dataclasses.field(default="", metadata=_meta)
@@ -215,11 +217,11 @@ class LoRAWeight(Opaque):
             precision=jax.lax.Precision.HIGHEST,
             out_sharding=sharding.explicit(self.plain),
         )
-        return jnp.pad(product * self.scaling, parts.padding(self.part, self.shape))
+        return jnp.pad(product * self.scaling, blocks.padding(self.part, self.shape))
 
     def __repr__(self):
         base, a, b = (getattr(x, "shape", x) for x in (self.plain, self.a, self.b))
-        part = parts.name("", self.part)
+        part = blocks.name("", self.part)
         return f"LoRAWeight(base={base}{part}, a={a}, b={b}, alpha={self.alpha:g})"
 
 
