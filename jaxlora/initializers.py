@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlora import svd
+from jaxlora.linalg import svd
 from jaxlora.messages import checks
 from jaxlora.weights import tree_checks
 

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import svd
-from jaxlora.algebra import matrices
 from jaxlora.initializers import LoftQ
+from jaxlora.linalg import matrices, svd
 from jaxlora.selection import Target
 from jaxlora.weights import blocks, paths, quantized, sharding
 from jaxlora.weights.nodes import LoRAWeight, Roles, scaling

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import tracing, trees
-from jaxlora.algebra import matrices
 from jaxlora.config import LoRAConfig
+from jaxlora.linalg import matrices
 from jaxlora.messages import checks
 from jaxlora.selection import select
 from jaxlora.sites import find_sites

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora.algebra import matrices
+from jaxlora.linalg import matrices
 from jaxlora.messages import checks
 from jaxlora.trees import FACTORS, mask
 from jaxlora.weights import modules, paths

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora.algebra import matrices
 from jaxlora.initializers import FromWeight
+from jaxlora.linalg import matrices
 from jaxlora.selection import Target
 from jaxlora.trees import Adapters, check_fits
 from jaxlora.weights import blocks, fingerprints, paths, quantized, sharding, tree_checks

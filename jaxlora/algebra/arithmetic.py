@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import svd
-from jaxlora.algebra import matrices
+from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks
 from jaxlora.trees import Adapters
 from jaxlora.weights import modules, paths, quantized, tree_checks

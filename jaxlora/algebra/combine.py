@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxlora import svd
-from jaxlora.algebra import embedding, matrices, rules
+from jaxlora.algebra import embedding, rules
 from jaxlora.algebra.rules import Majority, Rule
+from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks
 from jaxlora.trees import Adapters
 from jaxlora.weights.nodes import Adapter, scaling

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import svd
-from jaxlora.algebra import matrices
+from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks, table
 from jaxlora.sites import Sites
 from jaxlora.trees import Adapters

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import svd
+from jaxlora.linalg import svd
 from jaxlora.weights import sharding, tree_checks
 from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, Roles
 
