@@ -34,7 +34,10 @@ from jaxlora.residual import to_plain
 from jaxlora.sites import Site, Sites, find_sites
 from jaxlora.skipped import SkippedWeightWarning
 from jaxlora.summary import Summary, summary
-from jaxlora.tracing import Cost, MaterializationWarning, Use, lora
+from jaxlora.tracing.interpreter import MaterializationWarning
+from jaxlora.tracing.jaxprs.cost import Cost
+from jaxlora.tracing.recorder import Use
+from jaxlora.tracing.transform import lora
 from jaxlora.trees import bind, labels, mask, split
 from jaxlora.version import __version__ as __version__
 from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import tracing, trees
+from jaxlora import trees
 from jaxlora.config import LoRAConfig
 from jaxlora.linalg import matrices
 from jaxlora.messages import checks
 from jaxlora.selection import select
 from jaxlora.sites import find_sites
 from jaxlora.stacking import with_stacks
+from jaxlora.tracing.transform import lora, observe
 from jaxlora.weights import blocks, paths, tree_checks
 from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import QuantizedWeight
@@ -52,7 +53,7 @@ def moments(
     _check("moments(fn, params, batches, config=config)", fn, params, config)
     first, batches = _peeked(batches)
     base, adapters = trees.split(_observed(fn, params, first, config))
-    run = tracing.observe(fn)
+    run = observe(fn)
 
     @jax.jit
     def of_batch(adapters, base, args):
@@ -95,7 +96,7 @@ def gradients(
     targets = select(config, sites)
     if held := [path for path, *_ in targets if isinstance(leaves[path], QuantizedWeight)]:
         raise ValueError(f"{held[0]!r} is quantized and has no gradient: dequantize it before")
-    run = tracing.lora(loss)  # others may be quantized
+    run = lora(loss)  # others may be quantized
     _check_scalar(jax.eval_shape(run, params, *first))
 
     @jax.jit

@@ -9,9 +9,12 @@ from typing import Any
 
 import jax
 
-from jaxlora import tracing
 from jaxlora.messages import checks, table
-from jaxlora.tracing import cost
+from jaxlora.tracing.interpreter import Evaluator
+from jaxlora.tracing.jaxprs import cost
+from jaxlora.tracing.jaxprs.cost import Cost
+from jaxlora.tracing.program import trace, with_trained
+from jaxlora.tracing.recorder import MATERIALIZED, Recorder, Use
 from jaxlora.weights import tree_checks
 from jaxlora.weights.nodes import LoRAWeight
 
@@ -26,19 +29,19 @@ class Report:
             once; what several weights share is parted evenly among them.
     """
 
-    uses: dict[str, tuple[tracing.Use, ...]]
-    costs: dict[str, tracing.Cost]
+    uses: dict[str, tuple[Use, ...]]
+    costs: dict[str, Cost]
 
     @property
-    def cost(self) -> tracing.Cost:
+    def cost(self) -> Cost:
         """The extra operations and bytes in all."""
-        return sum(self.costs.values(), tracing.Cost())
+        return sum(self.costs.values(), Cost())
 
     @property
-    def materialized(self) -> dict[str, tuple[tracing.Use, ...]]:
+    def materialized(self) -> dict[str, tuple[Use, ...]]:
         """The uses at which a weight is made dense, by path."""
         found = {
-            path: tuple(use for use in uses if use.kind == tracing.MATERIALIZED)
+            path: tuple(use for use in uses if use.kind == MATERIALIZED)
             for path, uses in self.uses.items()
         }
         return {path: uses for path, uses in found.items() if uses}
@@ -46,7 +49,7 @@ class Report:
     def __str__(self):
         rows = []
         for path, uses in self.uses.items():
-            low = [_told(use) for use in uses if use.kind != tracing.MATERIALIZED]
+            low = [_told(use) for use in uses if use.kind != MATERIALIZED]
             dense = [
                 f"{u.operation} at {u.source}: {u.reason}" for u in self.materialized.get(path, ())
             ]
@@ -61,7 +64,7 @@ class Report:
     __repr__ = __str__
 
 
-def _told(use: tracing.Use) -> str:
+def _told(use: Use) -> str:
     form = f", {use.form} in training" if use.form == "weight-side" else ""
     sharing = f", input shared by {use.sharing}" if use.sharing > 1 else ""
     return f"{use.operation} ({use.kind}{form}{sharing})"
@@ -100,19 +103,19 @@ def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -
     adapted = [path for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)]
     if not adapted:
         raise ValueError("params has no adapted weight: make some with jaxlora.init")
-    recorder = tracing.Recorder()
-    evaluator = tracing.Evaluator(recorder=recorder)
-    program = tracing.trace(fn, *tracing.values(((params, *args), kwargs)))
+    recorder = Recorder()
+    evaluator = Evaluator(recorder=recorder)
+    program = trace(fn, *with_trained(((params, *args), kwargs)))
 
     def run(*inputs):
         return program.evaluated(evaluator, inputs)
 
     counted = cost.count(jax.make_jaxpr(run)(*program.inputs))
-    uses: dict[str, list[tracing.Use]] = {path: [] for path in adapted}
+    uses: dict[str, list[Use]] = {path: [] for path in adapted}
     for use in recorder.uses:
         uses.setdefault(use.path, []).append(use)
-    costs = dict.fromkeys(uses, tracing.Cost())
+    costs = dict.fromkeys(uses, Cost())
     for weights, number in recorder.numbers.items():
         for path in weights:
-            costs[path] += counted.get(number, tracing.Cost()).shared(len(weights))
+            costs[path] += counted.get(number, Cost()).shared(len(weights))
     return Report({path: tuple(found) for path, found in uses.items()}, costs)

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import tracing
 from jaxlora.messages import checks, table
 from jaxlora.tracing import boundary
-from jaxlora.tracing.lowrank import LowRank
+from jaxlora.tracing.interpreter import Evaluator
+from jaxlora.tracing.program import is_array, trace
+from jaxlora.tracing.recorder import CONTRACTED, LOOKED_UP, MATERIALIZED, Recorder, Use
+from jaxlora.tracing.values.lowrank import LowRank
 from jaxlora.weights import paths, tree_checks
 from jaxlora.weights.nodes import Roles
 
@@ -37,7 +39,7 @@ class Site:
     shape: tuple[int, ...]
     dtype: Any
     roles: Roles
-    uses: tuple[tracing.Use, ...]
+    uses: tuple[Use, ...]
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -62,7 +64,7 @@ class Site:
     @property
     def is_lookup(self) -> bool:
         """Whether rows of it are looked up and it is never contracted."""
-        return all(use.kind != tracing.CONTRACTED for use in self.uses)
+        return all(use.kind != CONTRACTED for use in self.uses)
 
     @property
     def is_looked_up(self) -> bool:
@@ -70,7 +72,7 @@ class Site:
 
         An entry of a stack that is picked by an index, as an expert, is no row.
         """
-        rows = (use.in_ - {*self.roles.stack} for use in self.uses if use.kind == tracing.LOOKED_UP)
+        rows = (use.in_ - {*self.roles.stack} for use in self.uses if use.kind == LOOKED_UP)
         return any(rows)
 
 
@@ -158,10 +160,10 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
     leaves = {path: _plain(leaf) for path, leaf in leaves.items()}
     params = treedef.unflatten(leaves.values())
     unfit = {path: why for path, leaf in leaves.items() if (why := _unfit(leaf))}
-    recorder = tracing.Recorder()
-    evaluator = tracing.Evaluator(recorder=recorder)
-    program = tracing.trace(fn, (params, *args), kwargs)
-    fit = [path for path, leaf in leaves.items() if tracing.is_array(leaf)]
+    recorder = Recorder()
+    evaluator = Evaluator(recorder=recorder)
+    program = trace(fn, (params, *args), kwargs)
+    fit = [path for path, leaf in leaves.items() if is_array(leaf)]
 
     returned: set[str] = set()
 
@@ -175,7 +177,7 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
         return outs
 
     jax.eval_shape(run, *program.inputs)
-    uses: dict[str, list[tracing.Use]] = {path: [] for path in leaves}
+    uses: dict[str, list[Use]] = {path: [] for path in leaves}
     for use in recorder.uses:
         uses[use.path].append(use)
     sites, skipped, dense, states = {}, dict(unfit), {}, paths.states(params)
@@ -183,7 +185,7 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
         if path in unfit:
             continue
         shape = tuple(leaf.shape)
-        supported = tuple(use for use in uses[path] if use.kind != tracing.MATERIALIZED)
+        supported = tuple(use for use in uses[path] if use.kind != MATERIALIZED)
         if (roles := _roles(supported, leaf.ndim)) is not None:
             sites[path] = Site(path, shape, leaf.dtype, roles, supported)
             continue
@@ -202,7 +204,7 @@ def _plain(leaf: Any) -> Any:
 
 def _unfit(leaf: Any) -> str | None:
     """Return why a leaf cannot be adapted whatever the program does with it."""
-    if not tracing.is_array(leaf):
+    if not is_array(leaf):
         return f"it is no array but {type(leaf).__name__}"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"its dtype is {leaf.dtype}, not floating"
@@ -211,40 +213,40 @@ def _unfit(leaf: Any) -> str | None:
     return None
 
 
-def _roles(uses: tuple[tracing.Use, ...], ndim: int) -> Roles | None:
+def _roles(uses: tuple[Use, ...], ndim: int) -> Roles | None:
     """Return the roles of the use that decides: a lookup before a product.
 
     What is looked up along axes that are a stack in a product, as entries of experts beside those
     that are multiplied, leaves it to the product.
     """
-    stacks = [use.stack for use in uses if use.kind == tracing.CONTRACTED]
-    lookups = [use for use in uses if use.kind == tracing.LOOKED_UP]
+    stacks = [use.stack for use in uses if use.kind == CONTRACTED]
+    lookups = [use for use in uses if use.kind == LOOKED_UP]
     first = [use for use in lookups if not any(use.in_ <= stack for stack in stacks)]
-    for use in (*first, *(use for use in uses if use.kind == tracing.CONTRACTED), *lookups):
+    for use in (*first, *(use for use in uses if use.kind == CONTRACTED), *lookups):
         if found := _roles_of(use, ndim):
             return found
     return None
 
 
-def _roles_of(use: tracing.Use, ndim: int) -> Roles | None:
+def _roles_of(use: Use, ndim: int) -> Roles | None:
     every = frozenset(range(ndim))
     in_ = use.in_ & every
     out = (use.out & every) - in_
     stack = (use.stack & every) - in_ - out
     rest = every - stack - in_ - out  # axes of size 1, which no operation shows
-    if use.kind == tracing.LOOKED_UP and len(in_) > 1 and not out:  # single elements
+    if use.kind == LOOKED_UP and len(in_) > 1 and not out:  # single elements
         out = frozenset({max(in_)})
         in_ -= out
     if in_ and not out:
         out = rest
     else:
         in_ |= rest
-    if not in_ or not (out or use.kind == tracing.CONTRACTED):
+    if not in_ or not (out or use.kind == CONTRACTED):
         return None
     return Roles(*(tuple(sorted(axes)) for axes in (stack, in_, out)))
 
 
-def _dense_roles(path: str, uses: list[tracing.Use], shape: tuple[int, ...]) -> Roles | None:
+def _dense_roles(path: str, uses: list[Use], shape: tuple[int, ...]) -> Roles | None:
     """Return the roles of a weight that no rule consumes, None where it is a vector or a bias."""
     operations = {use.operation for use in uses}
     called_bias = is_bias(path) or "bias" in path.lower()
@@ -267,7 +269,7 @@ def is_matrix(sizes: Sequence[int]) -> bool:
     return sum(size > 1 for size in sizes) >= 2
 
 
-def _why(uses: list[tracing.Use], is_returned: bool) -> str:
+def _why(uses: list[Use], is_returned: bool) -> str:
     if not uses:
         return RETURNED if is_returned else UNUSED
     return "reaches " + ", ".join(sorted({use.operation for use in uses}))

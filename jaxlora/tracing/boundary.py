@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora.tracing import axes, deferred
-from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.interpreter import Evaluator
-from jaxlora.tracing.lowrank import LowRank, Origin, Role
+from jaxlora.tracing.values import axes, deferred
+from jaxlora.tracing.values.deferred import Deferred
+from jaxlora.tracing.values.lowrank import LowRank, Origin, Role
 from jaxlora.weights import blocks, magnitude
 from jaxlora.weights.nodes import LoRAWeight, Roles
 from jaxlora.weights.quantized import QuantizedWeight

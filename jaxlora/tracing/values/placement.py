@@ -11,7 +11,7 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.tracing import axes
+from jaxlora.tracing.values import axes
 from jaxlora.weights.sharding import explicit, shards
 
 

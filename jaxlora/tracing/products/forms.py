@@ -31,11 +31,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxlora.tracing import axes, placement
-from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.interpreter import Evaluation, Form
-from jaxlora.tracing.lowrank import LowRank, Role
-from jaxlora.tracing.term import Term
+from jaxlora.tracing.products.term import Term
+from jaxlora.tracing.values import axes, placement
+from jaxlora.tracing.values.deferred import Deferred
+from jaxlora.tracing.values.lowrank import LowRank, Role
 from jaxlora.weights.nodes import merge_dtype
 
 

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing import axes, compat
 from jaxlora.tracing.interpreter import Evaluation, rule
-from jaxlora.tracing.lowrank import RANK, LowRank, Role
-from jaxlora.tracing.product import contract, scaled_along
+from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.recorder import CONTRACTED
+from jaxlora.tracing.values import axes
+from jaxlora.tracing.values.chain import contract, scaled_along
+from jaxlora.tracing.values.lowrank import RANK, LowRank, Role
 
 _OWN = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxlora.tracing import compat
+from jaxlora.tracing.jaxprs import compat
 
 _HEAVY = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather")
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes, lax
 
-from jaxlora.tracing import compat
 from jaxlora.tracing.interpreter import Evaluation, rule
-from jaxlora.tracing.loops import kind
-from jaxlora.tracing.lowrank import LowRank
-from jaxlora.tracing.spmd import constrained
+from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.rules.loops import kind
+from jaxlora.tracing.rules.meshes import constrained
+from jaxlora.tracing.values.lowrank import LowRank
 
 
 @rule(*compat.JIT, passes=True)

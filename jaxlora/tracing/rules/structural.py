@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing import axes, deferred
 from jaxlora.tracing.interpreter import Evaluation, rule
-from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
+from jaxlora.tracing.values import axes, deferred
+from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Role
 
 
 @rule("convert_element_type", "reduce_precision")

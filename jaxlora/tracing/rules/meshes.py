@@ -12,10 +12,11 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.tracing import axes, compat, deferred, placement
-from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.interpreter import Evaluation, rule
-from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
+from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.values import axes, deferred, placement
+from jaxlora.tracing.values.deferred import Deferred
+from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Role
 
 
 def _placed(weight: LowRank, base: Any, sharding: Any, place: Any) -> LowRank:

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlora.tracing import axes, compat, deferred
 from jaxlora.tracing.interpreter import Evaluation, rule
-from jaxlora.tracing.lowrank import CARRIES, LowRank, Origin, Role
+from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.values import axes, deferred
+from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Origin, Role
 from jaxlora.weights.nodes import merge_dtype, scaling
 
 

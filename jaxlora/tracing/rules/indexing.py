@@ -11,9 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing import axes, compat, cuts, deferred
 from jaxlora.tracing.interpreter import Evaluation, rule
-from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
+from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.values import axes, deferred, slicing
+from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Role
 
 
 @rule("slice")
@@ -43,7 +44,7 @@ def _cut(
     Returns:
         The part, the labels of the axes of which it has a single entry, and of those it cuts.
     """
-    found = cuts.of(eqn, weight.shape, *starts)
+    found = slicing.of(eqn, weight.shape, *starts)
     if any(len(weight.dims[d]) != 1 for d, *_ in found):
         reason = "it cuts what is not one axis"
         return run.without_rule(eqn, [weight, *starts], reason)[0], frozenset(), frozenset()
@@ -63,7 +64,7 @@ def split(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
         return run.without_rule(eqn, [weight], "it splits a dimension of several axes")
     parts = []
     for start, end in zip([0, *ends], ends, strict=False):
-        parts.append(weight.along(axis, cuts.between(start, end)))
+        parts.append(weight.along(axis, slicing.between(start, end)))
     return parts
 
 

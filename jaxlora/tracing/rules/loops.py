@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing import compat, deferred
-from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.interpreter import Evaluation, rule
-from jaxlora.tracing.lowrank import CARRIES, LowRank, Role
+from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.values import deferred
+from jaxlora.tracing.values.deferred import Deferred
+from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Role
 
 
 @rule("scan", passes=True)

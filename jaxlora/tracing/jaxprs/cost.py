@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from jaxlora.tracing import compat
+from jaxlora.tracing.jaxprs import compat
 
 _SCOPE = "lora@"
 _ELEMENTWISE = ("add", "sub", "mul", "div", "add_any")

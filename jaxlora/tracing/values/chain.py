@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlora.tracing import placement
+from jaxlora.tracing.values import placement
 from jaxlora.weights.nodes import merge_dtype
 
 Name = Hashable

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxlora.tracing import compat, cuts
+from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.values import slicing
 from jaxlora.weights.quantized import QuantizedWeight, dequantized
 
 _meta = {"static": True}
@@ -218,7 +219,7 @@ def _squeeze(eqn: Any, x: Deferred) -> Deferred | None:
 
 
 def _cut(eqn: Any, x: Deferred, *starts: Any) -> Deferred:
-    for cut in cuts.of(eqn, x.shape, *starts):
+    for cut in slicing.of(eqn, x.shape, *starts):
         x = along(x, *cut)
     return x
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from jax import lax
 
-from jaxlora.tracing import axes, compat, forms
 from jaxlora.tracing.interpreter import Evaluation, rule
-from jaxlora.tracing.lowrank import CARRIES, LowRank
-from jaxlora.tracing.product import told
+from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.products import forms
+from jaxlora.tracing.products.term import Sides, Term
 from jaxlora.tracing.recorder import CONTRACTED
-from jaxlora.tracing.term import Sides, Term
+from jaxlora.tracing.values import axes
+from jaxlora.tracing.values.chain import told
+from jaxlora.tracing.values.lowrank import CARRIES, LowRank
 from jaxlora.weights.nodes import merge_dtype
 
 

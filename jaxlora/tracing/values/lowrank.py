@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.tracing import axes, deferred, placement
-from jaxlora.tracing.product import contract, scaled, scaled_along
+from jaxlora.tracing.values import axes, deferred, placement
+from jaxlora.tracing.values.chain import contract, scaled, scaled_along
 from jaxlora.weights.nodes import Roles, scaling
 
 _meta = {"static": True}

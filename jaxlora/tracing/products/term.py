@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora.tracing import axes, placement
 from jaxlora.tracing.interpreter import Evaluation
-from jaxlora.tracing.lowrank import RANK, LowRank
-from jaxlora.tracing.product import How, Name, chain, narrow, scaled_along
+from jaxlora.tracing.values import axes, placement
+from jaxlora.tracing.values.chain import How, Name, chain, narrow, scaled_along
+from jaxlora.tracing.values.lowrank import RANK, LowRank
 
 
 @dataclasses.dataclass(frozen=True)

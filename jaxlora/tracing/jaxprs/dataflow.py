@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxlora.tracing import compat
+from jaxlora.tracing.jaxprs import compat
 
 
 def values(program: Any) -> dict[Any, Any]:
