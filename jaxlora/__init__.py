@@ -24,16 +24,16 @@ from jaxlora import exporting as exporting
 from jaxlora import serialization as serialization
 from jaxlora.adapt import dropout, init
 from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
-from jaxlora.config import LoRAConfig
 from jaxlora.merging import merge, unmerge
 from jaxlora.observing import gradients, moments
 from jaxlora.optim import freeze
 from jaxlora.quantization import Quantization, dequantize, quantize
 from jaxlora.report import Report, explain
 from jaxlora.residual import to_plain
-from jaxlora.sites import Site, Sites, find_sites
-from jaxlora.skipped import SkippedWeightWarning
 from jaxlora.summary import Summary, summary
+from jaxlora.targets.config import LoRAConfig
+from jaxlora.targets.sites import Site, Sites, find_sites
+from jaxlora.targets.skipped import SkippedWeightWarning
 from jaxlora.tracing.interpreter import MaterializationWarning
 from jaxlora.tracing.jaxprs.cost import Cost
 from jaxlora.tracing.recorder import Use

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import initializers, loftq, residual
-from jaxlora.config import LoRAConfig
 from jaxlora.messages import checks
-from jaxlora.selection import Target, select, select_whole
-from jaxlora.sites import Site, find_sites
-from jaxlora.skipped import warn_of_skipped
-from jaxlora.stacking import with_stacks
+from jaxlora.targets.config import LoRAConfig
+from jaxlora.targets.selection import Target, select, select_whole
+from jaxlora.targets.sites import Site, find_sites
+from jaxlora.targets.skipped import warn_of_skipped
+from jaxlora.targets.stacking import with_stacks
 from jaxlora.weights import blocks, modules, paths, quantized, sharding, tree_checks
 from jaxlora.weights.magnitude import norms
 from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf

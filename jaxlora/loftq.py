@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from jaxlora.initializers import LoftQ
 from jaxlora.linalg import matrices, svd
-from jaxlora.selection import Target
+from jaxlora.targets.selection import Target
 from jaxlora.weights import blocks, paths, quantized, sharding
 from jaxlora.weights.nodes import LoRAWeight, Roles, scaling
 from jaxlora.weights.quantized import QuantizedWeight

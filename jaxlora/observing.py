@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import trees
-from jaxlora.config import LoRAConfig
 from jaxlora.linalg import matrices
 from jaxlora.messages import checks
-from jaxlora.selection import select
-from jaxlora.sites import find_sites
-from jaxlora.stacking import with_stacks
+from jaxlora.targets.config import LoRAConfig
+from jaxlora.targets.selection import select
+from jaxlora.targets.sites import find_sites
+from jaxlora.targets.stacking import with_stacks
 from jaxlora.tracing.transform import lora, observe
 from jaxlora.weights import blocks, paths, tree_checks
 from jaxlora.weights.nodes import LoRAWeight

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora.config import ALL_LINEAR, LoRAConfig, Targets
 from jaxlora.messages import checks
-from jaxlora.selection import select
-from jaxlora.sites import Site, find_sites
+from jaxlora.targets.config import ALL_LINEAR, LoRAConfig, Targets
+from jaxlora.targets.selection import select
+from jaxlora.targets.sites import Site, find_sites
 from jaxlora.tracing.recorder import LOOKED_UP
 from jaxlora.weights import paths, quantized, sharding, tree_checks
 from jaxlora.weights.nodes import LoRAWeight

@@ -16,7 +16,7 @@ from jax.core import Tracer
 
 from jaxlora.initializers import FromWeight
 from jaxlora.linalg import matrices
-from jaxlora.selection import Target
+from jaxlora.targets.selection import Target
 from jaxlora.trees import Adapters, check_fits
 from jaxlora.weights import blocks, fingerprints, paths, quantized, sharding, tree_checks
 from jaxlora.weights.nodes import Adapter, LoRAWeight, Roles, merge_dtype, scaling

@@ -8,7 +8,7 @@ from cases import normal
 from cases.layers_linen import linen_layers, linen_tied_embedding
 
 import jaxlora
-from jaxlora.selection import matches, select
+from jaxlora.targets.selection import matches, select
 from jaxlora.weights import blocks
 
 pytestmark = pytest.mark.once

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks, table
-from jaxlora.sites import Sites
+from jaxlora.targets.sites import Sites
 from jaxlora.trees import Adapters
 from jaxlora.weights import fingerprints, paths, quantized, sharding, tree_checks
 from jaxlora.weights.nodes import Adapter, Roles

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from jaxlora import patterns
-from jaxlora.config import LoRAConfig
 from jaxlora.messages import checks, table
-from jaxlora.sites import RETURNED, UNUSED, Sites, is_matrix
+from jaxlora.targets import patterns
+from jaxlora.targets.config import LoRAConfig
+from jaxlora.targets.sites import RETURNED, UNUSED, Sites, is_matrix
 from jaxlora.weights import paths
 
 

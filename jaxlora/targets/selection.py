@@ -10,9 +10,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlora.config import LoRAConfig, Targets
-from jaxlora.patterns import contains, ends_in, hint, layer, matched, matches, means, without_all
-from jaxlora.sites import Sites, is_bias
+from jaxlora.targets.config import LoRAConfig, Targets
+from jaxlora.targets.patterns import (
+    contains,
+    ends_in,
+    hint,
+    layer,
+    matched,
+    matches,
+    means,
+    without_all,
+)
+from jaxlora.targets.sites import Sites, is_bias
 from jaxlora.weights import blocks, paths
 
 

@@ -9,8 +9,8 @@ a loop over experts, a scan or a ragged product.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from jaxlora import patterns
-from jaxlora.sites import Site, Sites
+from jaxlora.targets import patterns
+from jaxlora.targets.sites import Site, Sites
 from jaxlora.weights import paths
 from jaxlora.weights.nodes import Roles
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxlora.config import ALL_LINEAR, Targets
+from jaxlora.targets.config import ALL_LINEAR, Targets
 from jaxlora.weights import blocks
 
 
