@@ -40,8 +40,9 @@ from jaxlora.tracing.recorder import Use
 from jaxlora.tracing.transform import lora
 from jaxlora.trees import bind, labels, mask, split
 from jaxlora.version import __version__ as __version__
-from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
+from jaxlora.weights.roles import Roles
 
 if TYPE_CHECKING:
     from jaxlora import nnx as nnx

@@ -17,9 +17,10 @@ from jaxlora.targets.selection import Target, select, select_whole
 from jaxlora.targets.sites import Site, find_sites
 from jaxlora.targets.skipped import warn_of_skipped
 from jaxlora.targets.stacking import with_stacks
-from jaxlora.weights import blocks, modules, paths, quantized, sharding, tree_checks
+from jaxlora.weights import blocks, modules, paths, placed, quantized, tree_checks
 from jaxlora.weights.magnitude import norms
 from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
+from jaxlora.weights.roles import factor_axes
 
 _ORDER = "init(key, fn, params, *args, config=config)"
 
@@ -117,8 +118,8 @@ def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRACo
         config.dtype,
         site.roles.factor_shapes(whole, rank),
     )
-    axes = sharding.factor_axes(site.roles, part)[:2]
-    a, b = sharding.make(_draw, factors, key, paths.plain(base), axes)
+    axes = factor_axes(site.roles, part)[:2]
+    a, b = placed.make(_draw, factors, key, paths.plain(base), axes)
     return LoRAWeight(base, a, b, site.roles, alpha, part)
 
 
@@ -149,8 +150,8 @@ def _with_magnitude(path: str, node: LoRAWeight) -> LoRAWeight:
     plain = node.plain
     if not hasattr(quantized.stand_in(plain), "__array__"):
         raise ValueError(f"a magnitude starts from values: {path!r} is {plain}")
-    axes = sharding.factor_axes(node.roles, node.part)
-    (magnitude,) = sharding.run(_norms, None, (node,), plain, axes[2:])
+    axes = factor_axes(node.roles, node.part)
+    (magnitude,) = placed.run(_norms, None, (node,), plain, axes[2:])
     return dataclasses.replace(node, magnitude=magnitude)
 
 
@@ -225,7 +226,7 @@ def dropout(params: Any, key: jax.Array, rate: float) -> Any:
         if isinstance(leaf, LoRAWeight):
             stack, _, _ = leaf.roles.sizes(leaf.shape)
             axes = (leaf.roles.stack,)
-            (keys,) = sharding.make(_keys, stack, _path_key(key, path), leaf.plain, axes)
+            (keys,) = placed.make(_keys, stack, _path_key(key, path), leaf.plain, axes)
             leaves[path] = dataclasses.replace(leaf, dropout_keys=keys, dropout_rate=float(rate))
     return treedef.unflatten(leaves.values())
 

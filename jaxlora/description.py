@@ -19,7 +19,8 @@ from jaxlora import storage
 from jaxlora.trees import FACTORS, Adapters
 from jaxlora.version import __version__
 from jaxlora.weights import blocks, fingerprints, paths, sharding
-from jaxlora.weights.nodes import Adapter, Replacement, Roles
+from jaxlora.weights.nodes import Adapter, Replacement
+from jaxlora.weights.roles import Roles, factor_axes
 
 VERSION = 2
 _ROLES = {"stack": "stack", "in": "in_", "out": "out"}  # as written, and as fields of `Roles`
@@ -134,7 +135,7 @@ def abstract(entry: dict[str, Any], leaves: Mapping[str, Any]) -> Adapter | Repl
     part = blocks.resolve(text, whole)
     block = blocks.shape(part, whole)
     shapes = (*roles.factor_shapes(block, entry["rank"]), roles.magnitude_shape(block))
-    placed = zip(_FACTORS, shapes, sharding.factor_axes(roles, part), strict=True)
+    placed = zip(_FACTORS, shapes, factor_axes(roles, part), strict=True)
     arrays = {f: array(f, shape, axes) for f, shape, axes in placed if f in entry["dtypes"]}
     static = {"roles": roles, "alpha": entry["alpha"], "changed": entry["changed"]}
     return Adapter(**arrays, **static, shape=whole, fingerprint=known_base)

@@ -10,8 +10,9 @@ import numpy as np
 from jax import export
 
 from jaxlora.weights.fingerprints import Fingerprint
-from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
 from jaxlora.weights.quantized import Code, QuantizedWeight
+from jaxlora.weights.roles import Roles
 
 
 def _fields(kind: type, *, static: bool) -> list[str]:

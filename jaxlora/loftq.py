@@ -15,9 +15,10 @@ from jax.core import Tracer
 from jaxlora.initializers import LoftQ
 from jaxlora.linalg import matrices, svd
 from jaxlora.targets.selection import Target
-from jaxlora.weights import blocks, paths, quantized, sharding
-from jaxlora.weights.nodes import LoRAWeight, Roles, scaling
+from jaxlora.weights import blocks, paths, placed, quantized, sharding
+from jaxlora.weights.nodes import LoRAWeight, scaling
 from jaxlora.weights.quantized import QuantizedWeight
+from jaxlora.weights.roles import Roles, factor_axes
 
 
 class _How(NamedTuple):
@@ -64,8 +65,8 @@ def start(target: Target, base: Any, roles: Roles, initializer: LoftQ, dtype: An
             f"the weight {path!r} as it was must have the shape {base.shape}: got {weight}"
         )
     how = _How(initializer.iterations, rank, alpha, roles, dtype)
-    axes = (sharding.even_axes(base, base), *sharding.factor_axes(roles)[:2], ())
-    made, a, b, finite = sharding.run(_alternated, how, (weight, base), base, axes)
+    axes = (sharding.even_axes(base, base), *factor_axes(roles)[:2], ())
+    made, a, b, finite = placed.run(_alternated, how, (weight, base), base, axes)
     if not isinstance(finite, Tracer) and not finite:
         raise ValueError(f"'loftq' needs finite values: {path!r} holds NaN or inf")
     return LoRAWeight(made, a, b, roles, alpha, changed="loftq")

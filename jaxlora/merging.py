@@ -9,7 +9,7 @@ from jax.core import Tracer
 
 from jaxlora import trees
 from jaxlora.messages import checks
-from jaxlora.weights import blocks, modules, paths, quantized, sharding, tree_checks
+from jaxlora.weights import blocks, modules, paths, placed, quantized, sharding, tree_checks
 from jaxlora.weights.magnitude import merged
 from jaxlora.weights.nodes import Adapter, LoRAWeight, TrainedLeaf, merge_dtype, scaling
 from jaxlora.weights.quantized import QuantizedWeight
@@ -147,7 +147,7 @@ def _fold(
             (),
             dict.fromkeys(("sum", *_arrays(plain, node)), ()),
         )
-        folded, error, finite = sharding.run(
+        folded, error, finite = placed.run(
             _folded_again, sign, (plain, node.over(None)), plain, axes
         )
     else:

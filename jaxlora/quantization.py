@@ -14,7 +14,7 @@ from jaxlora.targets.config import ALL_LINEAR, LoRAConfig, Targets
 from jaxlora.targets.selection import select
 from jaxlora.targets.sites import Site, find_sites
 from jaxlora.tracing.recorder import LOOKED_UP
-from jaxlora.weights import paths, quantized, sharding, tree_checks
+from jaxlora.weights import paths, placed, quantized, sharding, tree_checks
 from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import Code, Kind, QuantizedWeight
 
@@ -149,7 +149,7 @@ def _quantized(path: str, weight: Any, code: Code, axis: int) -> QuantizedWeight
     if isinstance(weight, jax.ShapeDtypeStruct):
         return shapes
     axes = (sharding.even_axes(weight, shapes), ())
-    found, finite = sharding.run(_made, (code, axis), (weight,), weight, axes)
+    found, finite = placed.run(_made, (code, axis), (weight,), weight, axes)
     if not isinstance(finite, Tracer) and not finite:
         raise ValueError(
             f"only finite weights can be quantized: {path!r} holds NaN or inf, or numbers next to "

@@ -18,9 +18,10 @@ from jaxlora.initializers import FromWeight
 from jaxlora.linalg import matrices
 from jaxlora.targets.selection import Target
 from jaxlora.trees import Adapters, check_fits
-from jaxlora.weights import blocks, fingerprints, paths, quantized, sharding, tree_checks
-from jaxlora.weights.nodes import Adapter, LoRAWeight, Roles, merge_dtype, scaling
+from jaxlora.weights import blocks, fingerprints, paths, placed, quantized, tree_checks
+from jaxlora.weights.nodes import Adapter, LoRAWeight, merge_dtype, scaling
 from jaxlora.weights.quantized import QuantizedWeight
+from jaxlora.weights.roles import Roles, factor_axes
 
 
 class _How(NamedTuple):
@@ -64,8 +65,8 @@ def take_out(
     shape = blocks.shape(target.part, plain.shape)
     data = _data(name, initializer, math.prod(roles.sizes(shape)[0]))
     _check_factors(name, initializer.name, how, shape, data)
-    axes = (tuple(range(plain.ndim)), *sharding.factor_axes(roles, target.part)[:2], ())
-    left, a, b, finite = sharding.run(_taken_out, how, (key, plain, data), plain, axes)
+    axes = (tuple(range(plain.ndim)), *factor_axes(roles, target.part)[:2], ())
+    left, a, b, finite = placed.run(_taken_out, how, (key, plain, data), plain, axes)
     if not isinstance(finite, Tracer) and not finite:
         raise ValueError(f"{initializer.name!r} needs finite values: {name!r} holds NaN or inf")
     if not initializer.changes_base:

@@ -13,7 +13,8 @@ from numpy.testing import assert_array_equal
 import jaxlora
 from jaxlora import locations
 from jaxlora.weights import fingerprints
-from jaxlora.weights.nodes import Adapter, Roles
+from jaxlora.weights.nodes import Adapter
+from jaxlora.weights.roles import Roles
 
 pytestmark = pytest.mark.once
 

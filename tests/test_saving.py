@@ -17,7 +17,8 @@ from numpy.testing import assert_array_equal
 import jaxlora
 from jaxlora import storage
 from jaxlora.weights import fingerprints
-from jaxlora.weights.nodes import Adapter, Replacement, Roles
+from jaxlora.weights.nodes import Adapter, Replacement
+from jaxlora.weights.roles import Roles
 
 pytestmark = pytest.mark.once
 

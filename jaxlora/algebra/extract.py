@@ -12,7 +12,8 @@ from jaxlora.messages import checks, table
 from jaxlora.targets.sites import Sites
 from jaxlora.trees import Adapters
 from jaxlora.weights import fingerprints, paths, quantized, sharding, tree_checks
-from jaxlora.weights.nodes import Adapter, Roles
+from jaxlora.weights.nodes import Adapter
+from jaxlora.weights.roles import Roles, factor_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _adapter(before: Any, change: Any, roles: Roles, rank: int) -> tuple[Adapter
     known, shapes = sharding.of(before), roles.factor_shapes(before.shape, rank)
     a, b = (
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=known and sharding.along(known, axes))
-        for shape, axes in zip(shapes, sharding.factor_axes(roles), strict=False)
+        for shape, axes in zip(shapes, factor_axes(roles), strict=False)
     )
     empty = Adapter(a, b, roles, float(rank), tuple(before.shape), fingerprints.take(before))
     return matrices.adapter_of_svd(empty, (u, s, v)), float(jnp.sum(s**2) / jnp.sum(change**2))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jaxlora.linalg import svd
 from jaxlora.weights import sharding, tree_checks
-from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, Roles
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement
+from jaxlora.weights.roles import Roles
 
 
 def check_linear(adapters: Mapping[str, Adapter | Replacement]) -> None:

@@ -17,7 +17,7 @@ from jaxlora.tracing.program import is_array, trace
 from jaxlora.tracing.recorder import CONTRACTED, LOOKED_UP, MATERIALIZED, Recorder, Use
 from jaxlora.tracing.values.lowrank import LowRank
 from jaxlora.weights import paths, tree_checks
-from jaxlora.weights.nodes import Roles
+from jaxlora.weights.roles import Roles
 
 UNUSED, RETURNED = "the program does not use it", "the program returns it and consumes it nowhere"
 _ADDITIONS = {"add", "add_any", "sub"}

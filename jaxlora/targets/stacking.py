@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from jaxlora.targets import patterns
 from jaxlora.targets.sites import Site, Sites
 from jaxlora.weights import paths
-from jaxlora.weights.nodes import Roles
+from jaxlora.weights.roles import Roles
 
 
 def with_stacks(sites: Sites, stack: Mapping[str, Sequence[int]]) -> Sites:

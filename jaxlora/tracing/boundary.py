@@ -11,8 +11,9 @@ from jaxlora.tracing.values import axes, deferred
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import LowRank, Origin, Role
 from jaxlora.weights import blocks, magnitude
-from jaxlora.weights.nodes import LoRAWeight, Roles
+from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import QuantizedWeight
+from jaxlora.weights.roles import Roles
 
 
 def enter(

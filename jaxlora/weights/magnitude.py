@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.weights import blocks, quantized, sharding
-from jaxlora.weights.nodes import LoRAWeight, Roles, merge_dtype
+from jaxlora.weights.nodes import LoRAWeight, merge_dtype
 from jaxlora.weights.quantized import QuantizedWeight
+from jaxlora.weights.roles import Roles
 
 
 def norms(weight: LoRAWeight) -> jax.Array:
