@@ -22,14 +22,11 @@ from typing import TYPE_CHECKING, Any
 from jaxlora import algebra, initializers, optim
 from jaxlora import exporting as exporting
 from jaxlora import serialization as serialization
-from jaxlora.adapt import dropout, init
+from jaxlora.algebra.rebasing import to_plain
 from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
-from jaxlora.merging import merge, unmerge
 from jaxlora.observing import gradients, moments
 from jaxlora.optim import freeze
-from jaxlora.quantization import Quantization, dequantize, quantize
 from jaxlora.report import Report, explain
-from jaxlora.residual import to_plain
 from jaxlora.summary import Summary, summary
 from jaxlora.targets.config import LoRAConfig
 from jaxlora.targets.sites import Site, Sites, find_sites
@@ -38,7 +35,12 @@ from jaxlora.tracing.interpreter import MaterializationWarning
 from jaxlora.tracing.jaxprs.cost import Cost
 from jaxlora.tracing.recorder import Use
 from jaxlora.tracing.transform import lora
-from jaxlora.trees import bind, labels, mask, split
+from jaxlora.trees.adapting import init
+from jaxlora.trees.binding import bind, split
+from jaxlora.trees.dropout import dropout
+from jaxlora.trees.masks import labels, mask
+from jaxlora.trees.merging import merge, unmerge
+from jaxlora.trees.quantization import Quantization, dequantize, quantize
 from jaxlora.version import __version__ as __version__
 from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight

@@ -23,13 +23,13 @@ import jax.numpy as jnp
 from jaxlora import description, directories, locations, processes, storage
 from jaxlora.description import factors
 from jaxlora.locations import PathLike
-from jaxlora.merging import merge
 from jaxlora.messages.checks import shown
 from jaxlora.processes import together
-from jaxlora.trees import Adapters, bind, changed_hint, split
+from jaxlora.trees.binding import bind, changed_hint, split
+from jaxlora.trees.merging import merge
 from jaxlora.version import __version__
 from jaxlora.weights import blocks, fingerprints, modules, paths, tree_checks
-from jaxlora.weights.nodes import Adapter, Replacement
+from jaxlora.weights.nodes import Adapter, Adapters, Replacement
 
 
 def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> None:

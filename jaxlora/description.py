@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import storage
-from jaxlora.trees import FACTORS, Adapters
 from jaxlora.version import __version__
 from jaxlora.weights import blocks, fingerprints, paths, sharding
-from jaxlora.weights.nodes import Adapter, Replacement
+from jaxlora.weights.nodes import FACTORS, Adapter, Adapters, Replacement
 from jaxlora.weights.roles import Roles, factor_axes
 
 VERSION = 2

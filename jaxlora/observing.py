@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import trees
 from jaxlora.linalg import matrices
 from jaxlora.messages import checks
 from jaxlora.targets.config import LoRAConfig
@@ -16,6 +15,7 @@ from jaxlora.targets.selection import select
 from jaxlora.targets.sites import find_sites
 from jaxlora.targets.stacking import with_stacks
 from jaxlora.tracing.transform import lora, observe
+from jaxlora.trees.binding import bind, split
 from jaxlora.weights import blocks, paths, tree_checks
 from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import QuantizedWeight
@@ -52,13 +52,13 @@ def moments(
     """
     _check("moments(fn, params, batches, config=config)", fn, params, config)
     first, batches = _peeked(batches)
-    base, adapters = trees.split(_observed(fn, params, first, config))
+    base, adapters = split(_observed(fn, params, first, config))
     run = observe(fn)
 
     @jax.jit
     def of_batch(adapters, base, args):
         def told(adapters):
-            outs = jax.tree.leaves(run(trees.bind(base, adapters), *args))
+            outs = jax.tree.leaves(run(bind(base, adapters), *args))
             floating = [x for x in outs if jnp.issubdtype(x.dtype, jnp.floating)]
             return sum(jnp.sum(x.astype(jnp.float32)) for x in floating)
 

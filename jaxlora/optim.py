@@ -20,9 +20,9 @@ import jax.numpy as jnp
 
 from jaxlora.linalg import matrices
 from jaxlora.messages import checks
-from jaxlora.trees import FACTORS, mask
+from jaxlora.trees.masks import mask
 from jaxlora.weights import modules, paths
-from jaxlora.weights.nodes import Adapter, LoRAWeight
+from jaxlora.weights.nodes import FACTORS, Adapter, LoRAWeight
 
 if TYPE_CHECKING:
     import optax

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.messages import checks, table
-from jaxlora.trees import FACTORS
 from jaxlora.weights import blocks, modules, paths, tree_checks
-from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.nodes import FACTORS, Adapter, LoRAWeight, Replacement, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
 
 

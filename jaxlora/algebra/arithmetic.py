@@ -8,10 +8,9 @@ import jax.numpy as jnp
 
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks
-from jaxlora.trees import Adapters
 from jaxlora.weights import modules, paths, quantized, tree_checks
 from jaxlora.weights.magnitude import merged
-from jaxlora.weights.nodes import Adapter, LoRAWeight, merge_dtype, scaling
+from jaxlora.weights.nodes import Adapter, Adapters, LoRAWeight, merge_dtype, scaling
 
 
 def scale(adapters: Adapters, factor: Any) -> Adapters:

@@ -11,8 +11,7 @@ from jaxlora.algebra import embedding, rules
 from jaxlora.algebra.rules import Majority, Rule
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks
-from jaxlora.trees import Adapters
-from jaxlora.weights.nodes import Adapter, scaling
+from jaxlora.weights.nodes import Adapter, Adapters, scaling
 
 Method = (
     Rule

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from jaxlora.trees import Adapters
 from jaxlora.weights import blocks
 from jaxlora.weights.blocks import Part
-from jaxlora.weights.nodes import Adapter
+from jaxlora.weights.nodes import Adapter, Adapters
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each axis
 

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks, table
 from jaxlora.targets.sites import Sites
-from jaxlora.trees import Adapters
 from jaxlora.weights import fingerprints, paths, quantized, sharding, tree_checks
-from jaxlora.weights.nodes import Adapter
+from jaxlora.weights.nodes import Adapter, Adapters
 from jaxlora.weights.roles import Roles, factor_axes
 
 

@@ -11,9 +11,8 @@ import jaxlora
 from jaxlora.messages import checks
 from jaxlora.nnx import call
 from jaxlora.nnx.frozen import freeze, restore
-from jaxlora.trees import FACTORS, Adapters
 from jaxlora.weights.fingerprints import Fingerprint
-from jaxlora.weights.nodes import Adapter, Replacement
+from jaxlora.weights.nodes import FACTORS, Adapter, Adapters, Replacement
 
 M = TypeVar("M", bound=nnx.Module)
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxlora import initializers
-from jaxlora.initializers import FromWeight, Initializer, InitializerName, LoftQ
+from jaxlora.initializers import FromWeight, LoftQ
+from jaxlora.initializers.registry import NAMED, Initializer, InitializerName
 from jaxlora.messages import checks
 from jaxlora.weights import blocks
 from jaxlora.weights.nodes import scaling
@@ -121,7 +121,7 @@ def _check_initializer(initializer: Any) -> None:
         return
     if not isinstance(initializer, str):
         raise TypeError(
-            f"initializer must be a function or one of {sorted(initializers.NAMED)}: "
+            f"initializer must be a function or one of {sorted(NAMED)}: "
             f"got {checks.shown(initializer)}"
         )
     if initializer in ("eva", "corda", "lora_ga", "loftq"):
@@ -129,10 +129,9 @@ def _check_initializer(initializer: Any) -> None:
             f"{initializer!r} starts from data: give the initializer that has it, from "
             f"jaxlora.initializers.{initializer}"
         )
-    if initializer not in initializers.NAMED:
+    if initializer not in NAMED:
         raise ValueError(
-            f"initializer must be a function or one of {sorted(initializers.NAMED)}: "
-            f"got {initializer!r}"
+            f"initializer must be a function or one of {sorted(NAMED)}: got {initializer!r}"
         )
 
 

@@ -5,7 +5,7 @@ nothing.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,22 +23,7 @@ from jaxlora.targets.patterns import (
 )
 from jaxlora.targets.sites import Sites, is_bias
 from jaxlora.weights import blocks, paths
-
-
-class Target(NamedTuple):
-    """A weight to adapt, or a part of one.
-
-    Attributes:
-        path: path of the leaf.
-        part: the block of it that is adapted, None for all of it.
-        rank: rank of its factors.
-        alpha: numerator of their scaling alpha / rank.
-    """
-
-    path: str
-    part: blocks.Part | None
-    rank: int
-    alpha: float
+from jaxlora.weights.target import Target
 
 
 def select(config: LoRAConfig, sites: Sites) -> list[Target]:

@@ -21,6 +21,7 @@ from jaxlora.weights.opaque import Opaque
 from jaxlora.weights.roles import Roles
 
 _meta = {"static": True}
+FACTORS = ("a", "b", "magnitude", "value")  # what is trained of a node
 
 _NODE = "call the function as jaxlora.lora(fn), or fold the adapters in with jaxlora.merge(params)"
 
@@ -226,6 +227,9 @@ class TrainedLeaf(Opaque):
     def shape(self) -> tuple[int, ...]:
         """Shape of the leaf."""
         return self.base.shape
+
+
+Adapters = dict[str, Any]  # an Adapter, or the Replacement of a leaf that is trained whole
 
 
 def scaling(alpha: float, rank: int) -> float:

@@ -7,6 +7,7 @@ that an NNX state, a boxed and a plain tree of one model have one set of paths.
 
 import dataclasses
 import difflib
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,11 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
             )
         leaves[path] = leaf
     return leaves, treedef
+
+
+def random_key(key: jax.Array, path: str) -> jax.Array:
+    """Return the random key of a path, which no other path changes."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 _STATES = {"BatchStat", "Cache", "Intermediate", "Perturbation", "RngState"}

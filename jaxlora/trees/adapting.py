@@ -1,26 +1,27 @@
-"""Make adapters for a program, and the per-step choice of dropout on them."""
+"""Put fresh adapters on the weights of a program."""
 
 import dataclasses
 import math
 import types
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora import initializers, loftq, residual
+from jaxlora.initializers import FromWeight, LoftQ, from_rounding, residual
+from jaxlora.initializers.registry import NAMED
 from jaxlora.messages import checks
 from jaxlora.targets.config import LoRAConfig
-from jaxlora.targets.selection import Target, select, select_whole
+from jaxlora.targets.selection import select, select_whole
 from jaxlora.targets.sites import Site, find_sites
 from jaxlora.targets.skipped import warn_of_skipped
 from jaxlora.targets.stacking import with_stacks
-from jaxlora.weights import blocks, modules, paths, placed, quantized, tree_checks
+from jaxlora.weights import blocks, paths, placed, quantized, tree_checks
 from jaxlora.weights.magnitude import norms
 from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
 from jaxlora.weights.roles import factor_axes
+from jaxlora.weights.target import Target
 
 _ORDER = "init(key, fn, params, *args, config=config)"
 
@@ -93,23 +94,18 @@ def init(
     return adapted
 
 
-def _path_key(key: jax.Array, path: str) -> jax.Array:
-    """Return the key of a path, which no other path changes."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
 def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRAConfig) -> LoRAWeight:
     _, part, rank, alpha = target
     whole = blocks.shape(part, site.shape)
     stack, in_, _ = site.roles.sizes(whole)
     initializer = config.initializer
     if isinstance(initializer, str):
-        initializer = initializers.NAMED[initializer]
-    shape, key = (math.prod(in_), rank), _path_key(key, blocks.name(site.path, part))
-    if isinstance(initializer, initializers.FromWeight):
+        initializer = NAMED[initializer]
+    shape, key = (math.prod(in_), rank), paths.random_key(key, blocks.name(site.path, part))
+    if isinstance(initializer, FromWeight):
         return residual.take_out(key, target, base, site.roles, initializer, config.dtype)
-    if isinstance(initializer, initializers.LoftQ):
-        return loftq.start(target, base, site.roles, initializer, config.dtype)
+    if isinstance(initializer, LoftQ):
+        return from_rounding.start(target, base, site.roles, initializer, config.dtype)
     _check_initializer(initializer, key, shape, config.dtype, site.path)
     factors = _Factors(
         types.MethodType(_call, initializer),  # hashable, whatever the initializer is
@@ -180,56 +176,3 @@ def _draw(key: jax.Array, factors: _Factors) -> tuple[jax.Array, jax.Array]:
     keys = jax.random.split(key, factors.entries)
     a = jax.vmap(lambda key: factors.initializer(key, factors.shape, factors.dtype))(keys)
     return a.reshape(a_shape), jnp.zeros(b_shape, factors.dtype)
-
-
-def dropout(params: Any, key: jax.Array, rate: float) -> Any:
-    """Return the parameters with dropout on the input of every low-rank product.
-
-    An element of the input is zero with probability ``rate``, and others are divided by
-    ``1 - rate``; the base's own product is not touched. It holds for the calls made with the
-    result, so use a new key for each step. Lookups have no input to drop. Each step of a scan
-    draws anew, also for a weight that all steps share; a `while_loop` does not, and neither do
-    several uses of one weight outside of a loop.
-
-    Args:
-        params: a tree with `LoRAWeight` nodes.
-        key: random key of this step.
-        rate: share dropped, in [0, 1).
-
-    Returns:
-        The same tree, to pass to a function from `jaxlora.lora`.
-
-    Raises:
-        ValueError: rate is not in [0, 1), or no leaf is adapted.
-        TypeError: params is no tree of arrays, key no random key, or rate no number.
-
-    >>> import jax, jax.numpy as jnp, jaxlora
-    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
-    >>> config = jaxlora.LoRAConfig(rank=1)
-    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
-    >>> params = jaxlora.dropout(params, jax.random.key(1), 0.1)
-    >>> jaxlora.lora(model)(params, x).shape
-    (2, 3)
-    """
-    order = "dropout(params, key, rate)"
-    checks.check_key(key, order)
-    checks.check_number(rate, "rate", "in [0, 1)")
-    instead = "pass dropout_rate to jaxlora.nnx.adapt, or call this on adapted.params()"
-    modules.refuse_adapted("params", params, instead)
-    tree_checks.check_tree(params, order)
-    leaves, treedef = paths.flatten(params)
-    if not any(isinstance(leaf, LoRAWeight) for leaf in leaves.values()):
-        raise ValueError(f"params has no adapted weight: {modules.advice(params)}")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # a key of the old kind, uint32
-        key = jax.random.wrap_key_data(key)
-    for path, leaf in leaves.items():
-        if isinstance(leaf, LoRAWeight):
-            stack, _, _ = leaf.roles.sizes(leaf.shape)
-            axes = (leaf.roles.stack,)
-            (keys,) = placed.make(_keys, stack, _path_key(key, path), leaf.plain, axes)
-            leaves[path] = dataclasses.replace(leaf, dropout_keys=keys, dropout_rate=float(rate))
-    return treedef.unflatten(leaves.values())
-
-
-def _keys(key: jax.Array, stack: tuple[int, ...]) -> tuple[jax.Array]:
-    return (jax.random.split(key, stack),)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora import trees
 from jaxlora.messages import checks
+from jaxlora.trees.binding import nodes_over
 from jaxlora.weights import blocks, modules, paths, placed, quantized, sharding, tree_checks
 from jaxlora.weights.magnitude import merged
-from jaxlora.weights.nodes import Adapter, LoRAWeight, TrainedLeaf, merge_dtype, scaling
+from jaxlora.weights.nodes import Adapter, Adapters, LoRAWeight, TrainedLeaf, merge_dtype, scaling
 from jaxlora.weights.quantized import QuantizedWeight
 
 
@@ -71,7 +71,7 @@ def merge(
     return (plain, errors) if with_error else plain
 
 
-def unmerge(plain: Any, adapters: trees.Adapters, *, check_base: bool = True) -> Any:
+def unmerge(plain: Any, adapters: Adapters, *, check_base: bool = True) -> Any:
     """Take the product of the factors out of merged weights again.
 
     What that leaves has to be the base that the adapters were made for: weights into which they
@@ -106,7 +106,7 @@ def unmerge(plain: Any, adapters: trees.Adapters, *, check_base: bool = True) ->
     leaves, treedef = paths.flatten(plain)
     tree_checks.check_leaves(leaves, plain, "unmerge(plain, adapters)", "plain")
     before = dict(leaves)
-    for path, node in trees.nodes_over(leaves, adapters, check_base=False).items():
+    for path, node in nodes_over(leaves, adapters, check_base=False).items():
         lost = "leaf" if isinstance(node, TrainedLeaf) else "magnitude"
         if isinstance(node, TrainedLeaf) or node.has_magnitude:
             raise ValueError(f"the {lost} of {path!r} cannot be unmerged: keep the base instead")

@@ -6,19 +6,52 @@ It looks for codes and factors whose sum is nearest to the weight before it was 
     Q = quantize(W - scaling * a b)        a b = the first singular vectors of (W - Q) / scaling
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora.initializers import LoftQ
 from jaxlora.linalg import matrices, svd
-from jaxlora.targets.selection import Target
-from jaxlora.weights import blocks, paths, placed, quantized, sharding
+from jaxlora.messages import checks
+from jaxlora.weights import blocks, paths, placed, quantized, sharding, tree_checks
 from jaxlora.weights.nodes import LoRAWeight, scaling
 from jaxlora.weights.quantized import QuantizedWeight
 from jaxlora.weights.roles import Roles, factor_axes
+from jaxlora.weights.target import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class LoftQ:
+    """An initializer that makes up for quantizing, see `jaxlora.initializers.loftq`.
+
+    Attributes:
+        weights: the weights by path, as they were.
+        iterations: how often the codes and the factors take turns.
+    """
+
+    weights: Mapping[str, Any] = dataclasses.field(hash=False)
+    iterations: int = 1
+
+
+def loftq(params: Any, *, iterations: int = 1) -> LoftQ:
+    """Return the start that makes up for what quantizing has rounded.
+
+    The codes are made anew and the factors with them, so that their sum is nearest to the weight as
+    it was (Li et al. 2023, arXiv:2310.08659). It is for weights from `jaxlora.quantize` alone.
+
+    Args:
+        params: the tree before it was quantized; its targets are read.
+        iterations: how often the codes and the factors take turns, at least 1.
+
+    Raises:
+        TypeError: params is no tree of weights, or iterations no int.
+        ValueError: iterations is below 1.
+    """
+    iterations = checks.check_count(iterations, "iterations")
+    return LoftQ(tree_checks.check_tree(params, "loftq(params, iterations=1)"), iterations)
 
 
 class _How(NamedTuple):
