@@ -21,6 +21,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _RANGES: dict[str, Callable[[float], bool]] = {
     "finite": math.isfinite,
     "finite and positive": lambda x: 0 < x < math.inf,
+    "finite and not negative": lambda x: 0 <= x < math.inf,
     "finite and at least 1": lambda x: 1 <= x < math.inf,
     "in [0, 1)": lambda x: 0 <= x < 1,
     "in (0, 1]": lambda x: 0 < x <= 1,
