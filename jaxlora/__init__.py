@@ -20,14 +20,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxlora import algebra, initializers, optim
-from jaxlora import exporting as exporting
-from jaxlora import serialization as serialization
 from jaxlora.algebra.rebasing import to_plain
-from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
-from jaxlora.observing import gradients, moments
+from jaxlora.calibration import gradients, moments
 from jaxlora.optim import freeze
-from jaxlora.report import Report, explain
-from jaxlora.summary import Summary, summary
+from jaxlora.reports.counts import Summary, summary
+from jaxlora.reports.usage import Report, explain
+from jaxlora.storage import export as _export  # noqa: F401  lets jax.export write nodes
+from jaxlora.storage import serialization as _serialization  # noqa: F401  and Flax too
+from jaxlora.storage.adapters import load_adapters, save_adapters
+from jaxlora.storage.merged import save_merged
 from jaxlora.targets.config import LoRAConfig
 from jaxlora.targets.sites import Site, Sites, find_sites
 from jaxlora.targets.skipped import SkippedWeightWarning

@@ -11,7 +11,7 @@ from etils import epath
 from numpy.testing import assert_array_equal
 
 import jaxlora
-from jaxlora import locations
+from jaxlora.storage import locations
 from jaxlora.weights import fingerprints
 from jaxlora.weights.nodes import Adapter
 from jaxlora.weights.roles import Roles

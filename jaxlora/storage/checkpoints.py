@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import directories, locations, processes
-from jaxlora.locations import PathLike
-from jaxlora.processes import together
+from jaxlora.storage import directories, locations, processes
+from jaxlora.storage.locations import PathLike
+from jaxlora.storage.processes import together
 from jaxlora.weights import sharding
 
 ADAPTERS, MERGED = "jaxlora.adapters", "jaxlora.merged"  # formats

@@ -1,13 +1,8 @@
-"""Save and load with Orbax: the factors alone, or merged weights as plain Orbax reads them.
+"""Save and load the factors alone.
 
 A save is written beside its destination, read again, and only then takes its place (see
-`jaxlora.storage`); so one that fails or is killed leaves the earlier one. Adapters carry what
-is needed to refuse another base and damaged files (see `jaxlora.description`).
-
-In a program of several processes each of them calls every function here, with one path on a file
-system that they share. Each writes and reads its own part of the arrays, the first alone renames
-and removes, and what goes wrong in one is raised in all.
-
+`jaxlora.storage.checkpoints`); so one that fails or is killed leaves the earlier one. Adapters
+carry what is needed to refuse another base and damaged files (see `jaxlora.storage.description`).
 """
 
 import dataclasses
@@ -20,14 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import description, directories, locations, processes, storage
-from jaxlora.description import factors
-from jaxlora.locations import PathLike
 from jaxlora.messages.checks import shown
-from jaxlora.processes import together
+from jaxlora.storage import checkpoints, description, directories, locations, processes
+from jaxlora.storage.description import factors
+from jaxlora.storage.locations import PathLike
+from jaxlora.storage.processes import together
 from jaxlora.trees.binding import bind, changed_hint, split
-from jaxlora.trees.merging import merge
-from jaxlora.version import __version__
 from jaxlora.weights import blocks, fingerprints, modules, paths, tree_checks
 from jaxlora.weights.nodes import Adapter, Adapters, Replacement
 
@@ -75,12 +68,12 @@ def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> No
         raise ValueError(f"the adapters cannot be saved: {error}") from error
 
     def check(place):
-        like = jax.tree.map(storage.like, arrays)
-        restored = together("save_adapters", lambda: storage.read(place, like))
+        like = jax.tree.map(checkpoints.like, arrays)
+        restored = together("save_adapters", lambda: checkpoints.read(place, like))
         if fingerprints.checksums(restored) != about["checksums"]:
-            raise ValueError(storage.NOT_WRITTEN)
+            raise ValueError(checkpoints.NOT_WRITTEN)
 
-    storage.write("save_adapters", path, arrays, about, check)
+    checkpoints.write("save_adapters", path, arrays, about, check)
 
 
 def load_adapters(path: PathLike, *, base: Any) -> Adapters:
@@ -114,39 +107,6 @@ def load_adapters(path: PathLike, *, base: Any) -> Adapters:
     )
 
 
-def save_merged(path: PathLike, params: Any) -> None:
-    """Merge a tree and write plain weights to a directory that plain Orbax restores.
-
-    ``orbax.checkpoint.StandardCheckpointer().restore(path)`` reads it. An earlier save of merged
-    weights there is replaced as `save_adapters` replaces adapters.
-
-    Args:
-        path: a directory, which may hold an earlier save of merged weights and nothing else, or
-            a path as `save_adapters` takes it.
-        params: a tree with `LoRAWeight` nodes.
-
-    Raises:
-        ValueError: no leaf is adapted, or a merged weight is not finite.
-        TypeError: it is called in `jax.jit`.
-        FileExistsError: the path holds something else than merged weights that were saved.
-        OSError: it cannot be written; what was saved there before is as it was.
-    """
-    instead = "save adapted.params(), or with Orbax what jaxlora.nnx.merge(adapted) returns"
-    modules.refuse_adapted("params", params, instead)
-    tree_checks.check_untraced("save_merged", params)
-    plain = merge(params)
-    about = {"format": storage.MERGED, "jaxlora": __version__}
-    wanted = storage.shapes_of(plain)
-
-    def check(place):
-        found = together("save_merged", lambda: storage.shapes(place))
-        fits = all(wanted[keys] in (None, found.get(keys)) for keys in wanted)
-        if not fits or set(found) != set(wanted):
-            raise ValueError(storage.NOT_WRITTEN)
-
-    storage.write("save_merged", path, plain, about, check)
-
-
 def _check_finite(arrays: dict[str, dict[str, Any]]) -> None:
     """Raise if a factor holds NaN or inf."""
     finite = jax.device_get(jax.tree.map(_is_finite, arrays))
@@ -177,7 +137,7 @@ def _is_finite(array: Any) -> jax.Array:
 def _load(place: Any, target: Any, leaves: dict[str, Any]) -> Adapters:
     """Return the adapters in a directory; errors name where it should be."""
     call = "load_adapters"
-    about = together(call, lambda: _description(storage.about_of(place, target), target))
+    about = together(call, lambda: _description(checkpoints.about_of(place, target), target))
     said = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     if len(set(processes.gathered(call, said))) > 1:  # it is replaced just now, or not shared
         raise ValueError(f"the processes of the program do not read the same adapters at {target}")
@@ -191,9 +151,9 @@ def _load(place: Any, target: Any, leaves: dict[str, Any]) -> Adapters:
 
     def read():
         try:
-            return storage.read(place, factors(adapters))
+            return checkpoints.read(place, factors(adapters))
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-            if number := storage.os_number(error):
+            if number := checkpoints.os_number(error):
                 text = f"cannot read the adapters at {target}: {os.strerror(number)}"
                 raise OSError(number, text) from error
             raise ValueError(f"the adapters at {target} are damaged: {error}") from error
@@ -241,7 +201,7 @@ def _known_by(name: str, adapter: Adapter | Replacement, leaves: dict[str, Any])
 
 def _description(about: dict[str, Any], target: Any) -> dict[str, Any]:
     """Return the description of adapters in the form of the present format, or raise."""
-    if about.get("format") != storage.ADAPTERS and "checksum" not in about:
+    if about.get("format") != checkpoints.ADAPTERS and "checksum" not in about:
         raise ValueError(f"no adapters at {target}: it is a checkpoint of something else")
     version = about.get("format_version")
     if isinstance(version, int) and version > description.VERSION:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import storage
+from jaxlora.storage import checkpoints
 from jaxlora.version import __version__
 from jaxlora.weights import blocks, fingerprints, paths, sharding
 from jaxlora.weights.nodes import FACTORS, Adapter, Adapters, Replacement
@@ -41,7 +41,7 @@ def describe(adapters: Adapters) -> dict[str, Any]:
     """Return the description of adapters, as JSON has it."""
     arrays = factors(adapters)
     about = {
-        "format": storage.ADAPTERS,
+        "format": checkpoints.ADAPTERS,
         "format_version": VERSION,
         "jaxlora": __version__,
         "targets": list(adapters),
