@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-import jaxlora
 from jaxlora.messages import checks
 from jaxlora.nnx.frozen import freeze
+from jaxlora.tracing.transform import lora
 from jaxlora.weights import blocks
 
 Method = Callable[..., Any] | str
@@ -78,7 +78,7 @@ def run(
     return out, nnx.from_flat_state(changed), nnx.graphdef(freeze(nodes))
 
 
-run_low_rank = jaxlora.lora(run)
+run_low_rank = lora(run)
 
 
 def write(nodes: list, changed: Any, graphdef: Any, adapted: Collection[str]) -> None:
