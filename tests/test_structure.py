@@ -13,6 +13,8 @@ ORDER = (
     ("jaxlora.version", "jaxlora.messages"),
     ("jaxlora.weights",),
     ("jaxlora.linalg",),
+    ("jaxlora.tracing.jaxprs.compat",),
+    ("jaxlora.tracing.registry",),
     ("jaxlora.tracing.jaxprs",),
     ("jaxlora.tracing.values",),
     ("jaxlora.tracing",),

@@ -1,9 +1,8 @@
 """Evaluate a program with low-rank weights among its values.
 
 The program is a jaxpr. An equation without a low-rank weight among its inputs runs as it is. One
-with goes to the rule of its primitive; a rule is a function registered here by primitive name,
-``rule(run, eqn, *values) -> list of outputs``. Where there is no rule, or the rule does not
-cover the case, the weight is made dense: correct, and never silent.
+with goes to the rule of its primitive, see `jaxlora.tracing.registry`. Where there is no rule, or
+the rule does not cover the case, the weight is made dense: correct, and never silent.
 
 A function from `jaxlora.lora` holds an `Evaluator`, which says how programs are evaluated and
 knows nothing of any of them. Each run of a program, of an inner one too, makes an `Evaluation`,
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat, cost, dataflow, sharing
 from jaxlora.tracing.recorder import LOOKED_UP, MATERIALIZED, Recorder
 from jaxlora.tracing.values import deferred
@@ -27,27 +27,11 @@ from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import LowRank
 from jaxlora.weights.nodes import merge_dtype
 
-Rule = Callable[..., list[Any]]
-_RULES: dict[str, Rule] = {}
-_PASSING: set[str] = set()  # the primitives whose rules pass on what is deferred
-
-_PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 Form = Literal["auto", "factored", "weight-side"]
 
 
 class MaterializationWarning(UserWarning):
     """An adapted weight was made dense, because an operation has no low-rank rule."""
-
-
-def rule(*primitives: str, passes: bool = False) -> Callable[[Rule], Rule]:
-    """Register the rule of the primitives of these names; it may pass on what is deferred."""
-
-    def register(function: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(primitives, function))
-        _PASSING.update(primitives if passes else ())
-        return function
-
-    return register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,27 +202,27 @@ class Evaluation:
             self.last = None
 
     def _step(self, eqn: Any, values: list[Any]) -> list[Any]:
-        kinds, name = {*map(type, values)}, eqn.primitive.name
+        kinds, known = {*map(type, values)}, registry.primitive(eqn)
         if not kinds & {LowRank, Deferred}:
             return compat.bind(eqn, values)
         if eqn.outvars and all(0 in var.aval.shape for var in eqn.outvars):  # nothing of a weight
             bases = [getattr(value, "base", value) for value in values]
             return compat.bind(eqn, [*map(deferred.now, bases)])
-        if LowRank not in kinds and name in deferred.KEPT:
+        if LowRank not in kinds and known.deferred:
             return [deferred.bind(eqn, values)]
-        if name not in _PASSING:
+        if not known.passes:
             if LowRank not in kinds:
                 return self._read(eqn, values)
             values = [*map(deferred.now, values)]
-        found = _RULES.get(name)
-        if found is None:
+        if known.rule is None:
             return self.without_rule(eqn, values, "it has no low-rank rule")
-        return found(self, eqn, *values)
+        return known.rule(self, eqn, *values)
 
     def _read(self, eqn: Any, values: list[Any]) -> list[Any]:
         """Run an equation that reads what is deferred, and no adapted weight."""
         is_deferred = [isinstance(value, Deferred) for value in values]
-        if eqn.primitive.name in _PRODUCTS and sum(is_deferred) == 1 and True in is_deferred[:2]:
+        is_product = registry.primitive(eqn).is_product
+        if is_product and sum(is_deferred) == 1 and True in is_deferred[:2]:
             side, others = is_deferred.index(True), values[2:]
 
             def function(x, w, *others):

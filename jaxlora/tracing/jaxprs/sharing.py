@@ -10,9 +10,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat
-
-_HEAVY = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +70,7 @@ def _makers(var: Any, makers: dict[Any, tuple[int, Any]], done: dict[int, Any]) 
         i, eqn = makers[atom]
         if id(eqn) in done or i in found:
             continue
-        if eqn.primitive.name in _HEAVY or eqn.effects or compat.inner_jaxprs(eqn):
+        if registry.primitive(eqn).is_heavy or eqn.effects or compat.inner_jaxprs(eqn):
             return []
         found[i] = eqn
         left += eqn.invars

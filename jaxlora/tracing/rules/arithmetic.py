@@ -16,21 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import axes, deferred
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Origin, Role
 from jaxlora.weights.nodes import merge_dtype, scaling
 
 
-@rule("neg")
+def _flops(eqn: Any) -> int:
+    return compat.size(eqn.outvars[0])
+
+
+@rule("neg", deferred=deferred.later)
 def negate(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Negate the base and ``b``."""
     base = deferred.lazily(lax.neg, weight.base)
     return [weight.replace(base=base, b=None if weight.is_probe else -weight.b)]
 
 
-@rule("add", "sub", "add_any")
+@rule("add", "sub", "add_any", flops=_flops)
 def add(run: Evaluation, eqn: Any, x: Any, y: Any) -> list[Any]:
     """Add what is no weight to the base, and to a weight another of the same axes."""
     weights = [value for value in (x, y) if isinstance(value, LowRank)]
@@ -43,7 +48,7 @@ def add(run: Evaluation, eqn: Any, x: Any, y: Any) -> list[Any]:
     return _joined(run, eqn, [x, y], parts, None)
 
 
-@rule("mul", "div")
+@rule("mul", "div", deferred=deferred.later, flops=_flops)
 def scale(run: Evaluation, eqn: Any, x: Any, y: Any) -> list[Any]:
     """Scale a weight by a number, or by a vector along the axes of one factor."""
     is_division = eqn.primitive.name == "div"
@@ -71,7 +76,7 @@ def _size(x: Any) -> int:
     return x.size if isinstance(x, LowRank) else jnp.size(x) - 1  # of equals, the weight
 
 
-@rule("reduce_sum")
+@rule("reduce_sum", flops=lambda eqn: compat.size(eqn.invars[0]))
 def sum_(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Sum along axes of the factors; the entries of a stack become so many times the rank."""
     gone = eqn.params["axes"]

@@ -5,22 +5,35 @@ dtype of the operation. The weight is never formed.
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from jax import lax
 
-from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.products import forms
 from jaxlora.tracing.products.term import Sides, Term
 from jaxlora.tracing.recorder import CONTRACTED
+from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import axes
 from jaxlora.tracing.values.chain import told
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank
 from jaxlora.weights.nodes import merge_dtype
 
 
-@rule("dot_general")
+def _flops(eqn: Any) -> int:
+    (summed, _), _ = eqn.params["dimension_numbers"]
+    return _flops_of(eqn, summed)
+
+
+def _flops_of(eqn: Any, summed: Sequence[int]) -> int:
+    sizes = compat.shape(eqn.invars[0])
+    return 2 * compat.size(eqn.outvars[0]) * math.prod(sizes[d] for d in summed)
+
+
+@rule("dot_general", is_product=True, flops=_flops)
 def dot_general(run: Evaluation, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     """Add ``x a b`` to a product with a weight on either side.
 
@@ -136,7 +149,12 @@ def _observed(run: Evaluation, y: Any, x: Any, weight: LowRank, term: Term) -> A
     return told(y, *term.narrow(run, x.astype(wide), [weight]))
 
 
-@rule("ragged_dot_general")
+def _ragged_flops(eqn: Any) -> int:
+    (summed, _), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    return _flops_of(eqn, summed)
+
+
+@rule("ragged_dot_general", is_product=True, flops=_ragged_flops)
 def ragged_dot(run: Evaluation, eqn: Any, x: Any, weight: Any, groups: Any) -> list[Any]:
     """Add two products, each ragged where its factor has an entry for each group of rows."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]

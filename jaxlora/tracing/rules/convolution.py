@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.recorder import CONTRACTED
+from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import axes
 from jaxlora.tracing.values.chain import contract, scaled_along
 from jaxlora.tracing.values.lowrank import RANK, LowRank, Role
@@ -22,7 +23,13 @@ from jaxlora.tracing.values.lowrank import RANK, LowRank, Role
 _OWN = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
 
 
-@rule("conv_general_dilated")
+def _flops(eqn: Any) -> int:
+    kernel, numbers = eqn.invars[1], eqn.params["dimension_numbers"]
+    channels = compat.shape(kernel)[numbers.rhs_spec[0]]
+    return 2 * compat.size(eqn.outvars[0]) * compat.size(kernel) // channels
+
+
+@rule("conv_general_dilated", is_product=True, flops=_flops)
 def convolution(run: Evaluation, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     """Add the convolution by the factors.
 

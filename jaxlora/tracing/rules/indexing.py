@@ -11,13 +11,21 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import axes, deferred, slicing
+from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Role
 
 
-@rule("slice")
+def _cut_deferred(eqn: Any, x: Deferred, *starts: Any) -> Deferred:
+    for cut in slicing.of(eqn, x.shape, *starts):
+        x = deferred.along(x, *cut)
+    return x
+
+
+@rule("slice", deferred=_cut_deferred)
 def slice_(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Cut a part out along some dimensions."""
     cut, picked, _ = _cut(run, eqn, weight)
@@ -26,7 +34,7 @@ def slice_(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     return [cut]
 
 
-@rule("dynamic_slice")
+@rule("dynamic_slice", deferred=_cut_deferred)
 def dynamic_slice(run: Evaluation, eqn: Any, weight: Any, *starts: Any) -> list[Any]:
     """Cut a part out along some dimensions, from where the program says."""
     cut, picked, smaller = _cut(run, eqn, weight, *starts)
@@ -68,7 +76,28 @@ def split(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     return parts
 
 
-@rule("gather")
+def _gather_deferred(eqn: Any, x: Deferred, indices: Any) -> Deferred | None:
+    """Gather from each array it is made of, where that is the same."""
+    sizes, shape = eqn.params["slice_sizes"], x.shape
+    picked = {*eqn.params["dimension_numbers"].start_index_map}
+    picked |= {dim for dim, size in enumerate(sizes) if size != shape[dim]}
+    in_order = x.order == tuple(range(x.ndim))
+    filling = eqn.params["fill_value"]
+    is_filled = filling is not None and filling == filling and filling != 0
+    if is_filled or not in_order or not all(map(x.has_whole, picked)):
+        return None
+
+    def gather(part):
+        own = [size if dim in picked else part.shape[dim] for dim, size in enumerate(sizes)]
+        params = eqn.params | {"slice_sizes": tuple(own)}
+        if not jnp.issubdtype(part.dtype, jnp.floating):
+            params["fill_value"] = 0  # where the index is out of range, the scale tells
+        return eqn.primitive.bind(part, indices, **params)
+
+    return x.on_parts(gather, tuple(range(len(compat.shape(eqn.outvars[0])))))
+
+
+@rule("gather", deferred=_gather_deferred, is_heavy=True)
 def gather(run: Evaluation, eqn: Any, weight: Any, indices: Any) -> list[Any]:
     """Pick entries, or windows, by index along some dimensions and all of the others.
 

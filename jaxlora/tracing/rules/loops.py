@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Role
 
 
-@rule("scan", passes=True)
+@rule("scan", passes=True, times=lambda eqn: eqn.params["length"])
 def scan(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
     """Scan again: stacked weights are sliced with their factors, others are closed over."""
     params = eqn.params

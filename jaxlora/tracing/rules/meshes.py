@@ -12,8 +12,9 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import axes, deferred, placement
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Role

@@ -4,6 +4,7 @@ Each runs the program's own operation on the base and does to the factors what t
 the pieces they carry. What comes out is a low-rank weight again.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.interpreter import Evaluation
+from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import axes, deferred
+from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Role
 
 
-@rule("convert_element_type", "reduce_precision")
+def _convert_deferred(eqn: Any, x: Deferred) -> Deferred:
+    return x.astype(eqn.params["new_dtype"])
+
+
+@rule("convert_element_type", deferred=_convert_deferred)
+@rule("reduce_precision")
 def convert(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Convert the base; the factors keep their dtype until a product needs them."""
     if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
@@ -24,13 +32,14 @@ def convert(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     return [weight.replace(base=deferred.bind(eqn, [weight.base]))]
 
 
-@rule("copy", "copy_p", "name")
+@rule("copy", "copy_p", deferred=deferred.later)
+@rule("name")
 def keep(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Do to the base what changes no value."""
     return [weight.replace(base=deferred.bind(eqn, [weight.base]))]
 
 
-@rule("stop_gradient")
+@rule("stop_gradient", deferred=deferred.later)
 def stop_gradient(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Stop the gradient of the factors too."""
     return [jax.tree.map(lax.stop_gradient, weight)]
@@ -79,13 +88,17 @@ def optimization_barrier(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
     return list(lax.optimization_barrier(values))
 
 
-@rule("transpose")
+def _transpose_deferred(eqn: Any, x: Deferred) -> Deferred:
+    return dataclasses.replace(x, order=tuple(x.order[dim] for dim in eqn.params["permutation"]))
+
+
+@rule("transpose", deferred=_transpose_deferred)
 def transpose(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Permute the dimensions."""
     return [weight.transposed(deferred.bind(eqn, [weight.base]), eqn.params["permutation"])]
 
 
-@rule("reshape")
+@rule("reshape", deferred=deferred.later)
 def reshape(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Split and join dimensions."""
     if (order := eqn.params["dimensions"]) is not None:  # as a vmapped convolution has it
@@ -99,7 +112,16 @@ def reshape(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     return [weight.reshaped(base, dims)]
 
 
-@rule("squeeze")
+def _squeeze_deferred(eqn: Any, x: Deferred) -> Deferred | None:
+    gone = {x.order[dim] for dim in eqn.params["dimensions"]}
+    if not x.is_aligned:
+        return None
+    kept = [axis for axis in x.order if axis not in gone]
+    order = tuple(sorted(kept).index(axis) for axis in kept)
+    return x.on_parts(lambda part: lax.squeeze(part, sorted(gone)), order)
+
+
+@rule("squeeze", deferred=_squeeze_deferred)
 def squeeze(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Drop dimensions of size 1."""
     gone = eqn.params["dimensions"]
@@ -107,7 +129,7 @@ def squeeze(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     return [weight.replace(base=deferred.bind(eqn, [weight.base]), dims=dims)]
 
 
-@rule("broadcast_in_dim")
+@rule("broadcast_in_dim", deferred=deferred.later)
 def broadcast(run: Evaluation, eqn: Any, weight: LowRank, *sizes: Any) -> list[Any]:
     """Add dimensions, and repeat the weight along those longer than 1."""
     if weight.is_rows() or sizes:
@@ -138,7 +160,7 @@ def _joined(weight: LowRank, major: axes.Dim, minor: axes.Dim) -> axes.Dim:
     return axes.merge((major + minor,))[0] if weight.is_probe else major + minor
 
 
-@rule("rev")
+@rule("rev", deferred=deferred.later)
 def rev(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     """Reverse dimensions, one after the other."""
     if any(len(weight.dims[d]) > 1 for d in eqn.params["dimensions"]):
