@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.messages import checks, table
-from jaxlora.tracing import boundary
 from jaxlora.tracing.interpreter import Evaluator
 from jaxlora.tracing.program import is_array, trace
 from jaxlora.tracing.recorder import CONTRACTED, LOOKED_UP, MATERIALIZED, Recorder, Use
-from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.tracing.values.probe import Probe
 from jaxlora.weights import paths, tree_checks
 from jaxlora.weights.roles import Roles
 
@@ -171,9 +170,9 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
         values = list(arrays)
         for i, path in enumerate(fit):
             if path not in unfit:
-                values[i] = boundary.probe(path, values[i])
+                values[i] = Probe.enter(path, values[i])
         outs = [*map(evaluator.left, evaluator.run(program.jaxpr, *values))]
-        returned.update(*(out.origin.paths for out in outs if isinstance(out, LowRank)))
+        returned.update(*(out.origin.paths for out in outs if isinstance(out, Probe)))
         return outs
 
     jax.eval_shape(run, *program.inputs)

@@ -24,7 +24,7 @@ from jaxlora.tracing.recorder import LOOKED_UP, MATERIALIZED, Recorder
 from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.chain import CHECKPOINT_NAME
 from jaxlora.tracing.values.deferred import Deferred
-from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.tracing.values.weight import Weight
 from jaxlora.weights.nodes import merge_dtype
 
 Form = Literal["auto", "factored", "weight-side"]
@@ -106,7 +106,7 @@ class Evaluator:
 
     def densify(self, eqn: Any, where: tuple[str, str], value: Any, reason: str) -> Any:
         """Return an array for a value that reaches an operation, see `Evaluation.densify`."""
-        if not isinstance(value, LowRank):
+        if not isinstance(value, Weight):
             return deferred.now(value)
         kind = LOOKED_UP if value.is_rows() else MATERIALIZED
         if self.recorder is not None:
@@ -114,8 +114,6 @@ class Evaluator:
             self.recorder.record(eqn, where, value, kind, **fields)
         if not value.is_rows():
             self.complain(where, value, reason)
-        if value.is_probe:
-            return value.base
         dtype = value.base.dtype if value.is_rows() else merge_dtype(value.base.dtype)
         with self.scope(value):
             return value.dense(dtype)
@@ -127,20 +125,20 @@ class Evaluator:
             out: an output.
             reason: why a weight cannot leave as one.
         """
-        if isinstance(out, LowRank) and (reason or out.is_rows()):
+        if isinstance(out, Weight) and (reason or out.is_rows()):
             return self.densify(None, compat.where(None), out, reason)
         return out
 
-    def scope(self, *weights: LowRank) -> Any:
+    def scope(self, *weights: Weight) -> Any:
         """Return the name scope of what is added to a program for some weights."""
         if self.recorder is None:
             return jax.named_scope(CHECKPOINT_NAME)
         paths = tuple(path for weight in weights for path in weight.origin.paths)
         return jax.named_scope(cost.scope(self.recorder.number(paths)))
 
-    def complain(self, where: tuple[str, str], weight: LowRank, reason: str) -> None:
+    def complain(self, where: tuple[str, str], weight: Weight, reason: str) -> None:
         """Warn that a weight is made dense, once for each line, or raise if that is asked for."""
-        if weight.is_probe or self.recorder is not None:
+        if self.recorder is not None:
             return
         path = " + ".join(weight.origin.paths)
         what = f"the weight {path!r} reaches {where[0]!r} at {where[1]}, and {reason}"
@@ -202,16 +200,17 @@ class Evaluation:
             self.last = None
 
     def _step(self, eqn: Any, values: list[Any]) -> list[Any]:
-        kinds, known = {*map(type, values)}, registry.primitive(eqn)
-        if not kinds & {LowRank, Deferred}:
+        has_weight = any(isinstance(value, Weight) for value in values)
+        if not has_weight and not any(isinstance(value, Deferred) for value in values):
             return compat.bind(eqn, values)
+        known = registry.primitive(eqn)
         if eqn.outvars and all(0 in var.aval.shape for var in eqn.outvars):  # nothing of a weight
             bases = [getattr(value, "base", value) for value in values]
             return compat.bind(eqn, [*map(deferred.now, bases)])
-        if LowRank not in kinds and known.deferred:
+        if not has_weight and known.deferred:
             return [deferred.bind(eqn, values)]
         if not known.passes:
-            if LowRank not in kinds:
+            if not has_weight:
                 return self._read(eqn, values)
             values = [*map(deferred.now, values)]
         if known.rule is None:
@@ -270,17 +269,17 @@ class Evaluation:
 
     def made(self, eqn: Any, value: Any) -> Any:
         """Return a value that is not deferred; say so, for it will be kept as it is made here."""
-        if isinstance(value, LowRank) and isinstance(value.base, Deferred):
+        if isinstance(value, Weight) and isinstance(value.base, Deferred):
             reason = "it is dequantized for a function with its own derivative"
             self.evaluator.complain(self.where(eqn), value, reason)
             return value.replace(base=deferred.now(value.base))
         return value
 
-    def scope(self, *weights: LowRank) -> Any:
+    def scope(self, *weights: Weight) -> Any:
         """Return the name scope of what is added to the program for some weights."""
         return self.evaluator.scope(*weights)
 
-    def record(self, eqn: Any, weight: LowRank, kind: str, **fields: Any) -> None:
+    def record(self, eqn: Any, weight: Weight, kind: str, **fields: Any) -> None:
         """Write down a use of a weight, see `Recorder.record`."""
         if (recorder := self.evaluator.recorder) is not None:
             recorder.record(eqn, self.where(eqn), weight, kind, **fields)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.tracing.values.weight import Weight
 
 CONTRACTED, LOOKED_UP, MATERIALIZED = "contracted", "looked up", "materialized"
 
@@ -55,7 +55,7 @@ class Recorder:
         return self.numbers.setdefault(paths, len(self.numbers))
 
     def record(
-        self, eqn: Any, where: tuple[str, str], weight: LowRank, kind: str, **fields: Any
+        self, eqn: Any, where: tuple[str, str], weight: Weight, kind: str, **fields: Any
     ) -> None:
         """Write down a use of a weight; a lookup tells its axes from what was picked.
 
@@ -68,10 +68,10 @@ class Recorder:
         """
         if kind == LOOKED_UP:
             where, every = weight.picked_at, weight.labels(*range(len(weight.dims)))
-            out = every - weight.picked - weight.scanned
+            out = every - weight.picked - weight.known_stack()
             fields |= {"in_": weight.picked, "out": out, "stack": frozenset()}
         if "stack" in fields:
-            fields["stack"] |= weight.scanned
+            fields["stack"] |= weight.known_stack()
         for path in weight.origin.paths:
             own: dict[str, Any] = {
                 name: _axes_of(path, value) if isinstance(value, frozenset) else value

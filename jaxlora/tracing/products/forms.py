@@ -35,7 +35,8 @@ from jaxlora.tracing.interpreter import Evaluation, Form
 from jaxlora.tracing.products.term import Term
 from jaxlora.tracing.values import axes, placement
 from jaxlora.tracing.values.deferred import Deferred
-from jaxlora.tracing.values.lowrank import LowRank, Role
+from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.tracing.values.weight import Role
 from jaxlora.weights.nodes import merge_dtype
 
 

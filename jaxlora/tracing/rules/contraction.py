@@ -20,6 +20,8 @@ from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import axes
 from jaxlora.tracing.values.chain import told
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank
+from jaxlora.tracing.values.probe import Probe
+from jaxlora.tracing.values.weight import Weight
 from jaxlora.weights.nodes import merge_dtype
 
 
@@ -39,33 +41,32 @@ def dot_general(run: Evaluation, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
 
     With ``m`` tokens the low-rank term costs 2·m·rank·(in + out) operations.
     """
-    values = [_weight_or_array(run, eqn, 0, lhs, rhs)]
-    values.append(_weight_or_array(run, eqn, 1, rhs, values[0]))
+    values = [_operand(run, eqn, 0, lhs, rhs)]
+    values.append(_operand(run, eqn, 1, rhs, values[0]))
     for side, value in enumerate(values):
         if isinstance(value, LowRank):
             return [_product(run, eqn, values[1 - side], value, side)]
     return compat.bind(eqn, values)
 
 
-def _weight_or_array(run: Evaluation, eqn: Any, side: int, value: Any, other: Any) -> Any:
-    """Return the weight if the product can take it as one, else an array; tell a probe's use."""
-    if not isinstance(value, LowRank):
+def _operand(run: Evaluation, eqn: Any, side: int, value: Any, other: Any) -> Any:
+    """Return an operand as the weight that the product takes as one, or as an array."""
+    if not isinstance(value, Weight):
         return value
     in_, out, stack = _axes_used(eqn, side, value)
-    if value.is_probe:
-        is_row = bool(value.indexed) and not (in_ and out)
-    else:
-        is_picked = bool(value.indexed & (in_ | out))
-        is_row = is_picked and value.is_rows() and not value.has_matrices()
-    if is_row:
+    if value.is_rows_to(in_, out):
         return run.densify(eqn, value, "")
-    is_lesser = isinstance(other, LowRank) and not other.is_rows() and other.size >= value.size
-    if is_lesser or (isinstance(other, LowRank) and value.is_rows()):
+    if isinstance(other, Weight) and _gives_way(value, other):
         return run.densify(eqn, value, "both operands are adapted weights")
-    if not value.is_probe:
+    if isinstance(value, LowRank):
         return value
     run.record(eqn, value, CONTRACTED, in_=in_, out=out, stack=stack)
     return value.base
+
+
+def _gives_way(weight: Weight, other: Weight) -> bool:
+    """Tell whether of two weights that are multiplied this is made dense: rows, or the smaller."""
+    return weight.is_rows() or (not other.is_rows() and other.size >= weight.size)
 
 
 def _narrowed(
@@ -96,14 +97,14 @@ def _narrowed(
     return run.narrowed.pop(id(eqn))
 
 
-def _axes_used(eqn: Any, side: int, weight: LowRank) -> tuple[frozenset, frozenset, frozenset]:
+def _axes_used(eqn: Any, side: int, weight: Weight) -> tuple[frozenset, frozenset, frozenset]:
     """Return the labels of a weight that are summed, free, and in the batch or picked.
 
     Entries that were picked are a stack, wherever the axes of the indices go.
     """
     groups = Sides.of(eqn, side).weight
     in_, free, batch = (weight.labels(*dims) for dims in groups)
-    if weight.is_probe:
+    if isinstance(weight, Probe):
         in_, free = in_ - weight.indexed, free - weight.indexed
     out = free - in_
     return in_, out, (batch - in_ - free) | (weight.indexed - in_ - out)
@@ -160,7 +161,7 @@ def ragged_dot(run: Evaluation, eqn: Any, x: Any, weight: Any, groups: Any) -> l
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_summed, summed), (x_batch, _) = numbers.dot_dimension_numbers
     x = run.densify(eqn, x, "it is multiplied with other weights in groups")
-    if not isinstance(weight, LowRank):
+    if not isinstance(weight, LowRank | Probe):
         return compat.bind(eqn, [x, weight, groups])
     free = [d for d in range(x.ndim) if d not in x_summed]
     if x_batch or list(numbers.lhs_ragged_dimensions) != free:
@@ -170,16 +171,16 @@ def ragged_dot(run: Evaluation, eqn: Any, x: Any, weight: Any, groups: Any) -> l
     labels: dict[str, Any] = {"stack": weight.labels(*group), "in_": weight.labels(*summed)}
     labels["out"] = weight.labels(*out)
     names = ("a", "b") if labels["in_"] <= CARRIES["a"] else ("b", "a")
-    if not weight.is_probe:
+    if isinstance(weight, LowRank):
         fits = labels["in_"] <= CARRIES[names[0]] and labels["out"] <= CARRIES[names[1]]
         if not fits or len(labels["stack"]) > 1 or axes.REPEATED in labels["stack"]:
             reason = "its axes have other roles elsewhere"
             return run.without_rule(eqn, [x, weight, groups], reason)
-    if weight.gain is not None:
-        return run.without_rule(eqn, [x, weight, groups], "it has a magnitude")
+        if weight.gain is not None:
+            return run.without_rule(eqn, [x, weight, groups], "it has a magnitude")
     run.record(eqn, weight, CONTRACTED, **labels)
     y = run.product(lambda *values: compat.bind(eqn, values)[0], x, weight.base, groups)
-    if weight.is_probe:
+    if isinstance(weight, Probe):
         return [y]
     weight = weight.transposed(weight.base, [*group, *summed, *out])
     with run.scope(weight):
