@@ -25,7 +25,7 @@ from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.chain import CHECKPOINT_NAME
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.weight import Weight
-from jaxlora.weights.nodes import merge_dtype
+from jaxlora.weights.adapters import merge_dtype
 
 Form = Literal["auto", "factored", "weight-side"]
 

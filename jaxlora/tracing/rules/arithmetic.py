@@ -19,7 +19,7 @@ from jaxlora.tracing.values import axes, deferred
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank
 from jaxlora.tracing.values.probe import Probe
 from jaxlora.tracing.values.weight import Role, Weight
-from jaxlora.weights.nodes import scaling
+from jaxlora.weights.adapters import scaling
 
 
 def elementwise(eqn: Any) -> int:

@@ -22,7 +22,7 @@ from jaxlora.tracing.values.chain import told
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank
 from jaxlora.tracing.values.probe import Probe
 from jaxlora.tracing.values.weight import Weight
-from jaxlora.weights.nodes import merge_dtype
+from jaxlora.weights.adapters import merge_dtype
 
 
 def _flops(eqn: Any) -> int:

@@ -20,7 +20,7 @@ from jaxlora.tracing.values import axes, deferred
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank
 from jaxlora.tracing.values.probe import Probe
 from jaxlora.tracing.values.weight import Origin, Role, W, Weight
-from jaxlora.weights.nodes import merge_dtype
+from jaxlora.weights.adapters import merge_dtype
 
 
 @rule("add", "sub", "add_any", flops=elementwise)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxlora.tracing.values import axes, deferred, placement
 from jaxlora.tracing.values.chain import contract, scaled, scaled_along
 from jaxlora.tracing.values.weight import Role, Weight
-from jaxlora.weights.nodes import scaling
+from jaxlora.weights.adapters import scaling
 
 CARRIES: Mapping[str, frozenset[Role]] = types.MappingProxyType(
     {
