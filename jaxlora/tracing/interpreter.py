@@ -13,14 +13,15 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat, cost, dataflow, sharing
-from jaxlora.tracing.recorder import LOOKED_UP, MATERIALIZED, Recorder
+from jaxlora.tracing.jaxprs.compat import Eqn
+from jaxlora.tracing.recorder import Facts, Kind, Recorder
 from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.chain import CHECKPOINT_NAME
 from jaxlora.tracing.values.deferred import Deferred
@@ -108,13 +109,14 @@ class Evaluator:
         """Return an array for a value that reaches an operation, see `Evaluation.densify`."""
         if not isinstance(value, Weight):
             return deferred.now(value)
-        kind = LOOKED_UP if value.is_rows() else MATERIALIZED
-        if self.recorder is not None:
-            fields = {} if value.is_rows() else {"reason": reason, "stack": frozenset()}
-            self.recorder.record(eqn, where, value, kind, **fields)
-        if not value.is_rows():
+        is_rows, dtype = value.is_rows(), value.base.dtype
+        if self.recorder is not None and is_rows:
+            self.recorder.record_lookup(eqn, value)
+        elif self.recorder is not None:
+            self.recorder.record(eqn, where, value, Kind.MATERIALIZED, reason=reason)
+        if not is_rows:
             self.complain(where, value, reason)
-        dtype = value.base.dtype if value.is_rows() else merge_dtype(value.base.dtype)
+            dtype = merge_dtype(dtype)
         with self.scope(value):
             return value.dense(dtype)
 
@@ -159,36 +161,35 @@ class Evaluation:
         evaluator: how it is evaluated.
         options: those of the evaluator.
         env: values of the variables, as long as they are read.
-        readers: the products that read one input, see `sharing.Plan`.
+        plan: the products that read one input, see `sharing.Plan`.
         values: what the variables stand for, see `dataflow.values`.
         varying: along which dimensions predicates vary, see `dataflow.varying`.
         last: the last product with a weight that was made for it, see `deferred.product`.
-        narrowed: by id of an equation, the product of its input and the first factor, and how
-            many equations share that, where it was made for several.
+        narrowed: by product, that of its input and the first factor, and how many products share
+            it, where it was made for several at the first of them.
     """
 
     def __init__(
         self, evaluator: Evaluator, program: Any, consts: Sequence[Any], args: Any, line: str
     ):
         self.evaluator, self.options, self._line = evaluator, evaluator.options, line
-        self._program, self._plan = program, sharing.plan(program)
+        self._program, self.plan = program, sharing.plan(program)
         self.env = dict(zip(program.constvars, consts, strict=True))
         self.env.update(zip(program.invars, args, strict=True))
-        self.readers = self._plan.readers
         self.values, self.varying = dataflow.values(program), dataflow.varying(program)
         self.last: Any = None
-        self.narrowed: dict[int, tuple[Any, int]] = {}
+        self.narrowed: dict[Eqn, tuple[Any, int]] = {}
 
     def outputs(self) -> list[Any]:
         """Run every equation, and return the outputs; what was computed on the way is let go."""
         env, outvars = self.env, self._program.outvars
-        last = dataflow.last_uses(self._plan.eqns, outvars)
+        last = dataflow.last_uses(self.plan.eqns, outvars)
 
         def read(atom):
             return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
         try:
-            for i, eqn in enumerate(self._plan.eqns):
+            for i, eqn in enumerate(self.plan.eqns):
                 values = [read(atom) for atom in eqn.invars]
                 with compat.scope(eqn):
                     env.update(zip(eqn.outvars, self._step(eqn, values), strict=True))
@@ -279,7 +280,7 @@ class Evaluation:
         """Return the name scope of what is added to the program for some weights."""
         return self.evaluator.scope(*weights)
 
-    def record(self, eqn: Any, weight: Weight, kind: str, **fields: Any) -> None:
-        """Write down a use of a weight, see `Recorder.record`."""
+    def record(self, eqn: Any, weight: Weight, kind: Kind, **facts: Unpack[Facts]) -> None:
+        """Record a use of a weight, see `Recorder.record`."""
         if (recorder := self.evaluator.recorder) is not None:
-            recorder.record(eqn, self.where(eqn), weight, kind, **fields)
+            recorder.record(eqn, self.where(eqn), weight, kind, **facts)

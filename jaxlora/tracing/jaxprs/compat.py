@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 from jax.extend import core, source_info_util
-from jax.extend.core import Literal, Var
+from jax.extend.core import Jaxpr, Literal, Var
 
 JIT = ("jit", "pjit")
 REMAT = ("checkpoint", "remat", "remat2")
@@ -28,7 +28,7 @@ def consts(jaxpr: Any) -> Sequence[Any]:
     return getattr(jaxpr, "consts", ())
 
 
-def opened(jaxpr: Any) -> Any:
+def opened(jaxpr: Any) -> Jaxpr:
     """Return the jaxpr without its constants, where a version parts the two."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 

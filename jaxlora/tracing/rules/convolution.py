@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
-from jaxlora.tracing.recorder import CONTRACTED
+from jaxlora.tracing.recorder import Kind
 from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import axes
 from jaxlora.tracing.values.chain import contract, scaled_along
@@ -55,7 +55,7 @@ def convolution(run: Evaluation, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     if isinstance(kernel, LowRank) and kernel.gain is not None and _runs_back(kernel, numbers):
         return run.without_rule(eqn, [x, kernel], "it sums columns that have magnitudes")
     stack |= kernel.indexed - (in_ | out)  # entries that were picked are a stack
-    run.record(eqn, kernel, CONTRACTED, in_=in_, out=out, stack=stack)
+    run.record(eqn, kernel, Kind.CONTRACTED, in_=in_, out=out, stack=stack)
     y = run.product(lambda *values: compat.bind(eqn, values)[0], x, kernel.base)
     if isinstance(kernel, Probe):
         return [y]

@@ -66,7 +66,7 @@ def while_loop(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
         values[ends[1] :],
     )
 
-    is_batched = compat.opened(params["cond_jaxpr"]).outvars[0].aval.ndim > 0
+    is_batched = compat.shape(compat.opened(params["cond_jaxpr"]).outvars[0]) != ()
 
     def goes_on(carry):
         return run.inner(eqn, params["cond_jaxpr"], *cond_consts, *carry)[0]
