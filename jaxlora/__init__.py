@@ -19,9 +19,8 @@ and merges them back into plain weights.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxlora import algebra, initializers, optim
+from jaxlora import algebra, calibration, initializers, optim
 from jaxlora.algebra.rebasing import to_plain
-from jaxlora.calibration import gradients, moments
 from jaxlora.optim import freeze
 from jaxlora.reports.counts import Summary, summary
 from jaxlora.reports.usage import Report, explain
@@ -70,12 +69,12 @@ __all__ = [
     "Use",
     "algebra",
     "bind",
+    "calibration",
     "dequantize",
     "dropout",
     "explain",
     "find_sites",
     "freeze",
-    "gradients",
     "init",
     "initializers",
     "labels",
@@ -83,7 +82,6 @@ __all__ = [
     "lora",
     "mask",
     "merge",
-    "moments",
     "optim",
     "quantize",
     "save_adapters",

@@ -76,13 +76,14 @@ def test_wrong_argument_is_refused_by_a_message_of_ours(name, tmp_path, monkeypa
 
 
 def test_every_function_has_a_row():
-    modules = (jaxlora, jaxlora.algebra, jaxlora.initializers, jaxlora.optim, jaxlora.nnx)
+    inner = (jaxlora.algebra, jaxlora.initializers, jaxlora.optim)
+    modules = dict.fromkeys((jaxlora, *inner), "")
+    modules |= {jaxlora.calibration: "calibration.", jaxlora.nnx: "nnx."}
     found = set()
-    for module in modules:
-        prefix = "nnx." if module is jaxlora.nnx else ""
-        public = {name for name in vars(module) if not name.startswith("_")}
-        found |= {prefix + name for name in public if inspect.isfunction(vars(module)[name])}
-    assert found - {name.rpartition("optim.")[2] for name in CALLS} == {"mask", "labels"}
+    for module, prefix in modules.items():
+        public = {name for name in module.__all__ if inspect.isfunction(getattr(module, name))}
+        found |= {prefix + name for name in public}
+    assert found - {*CALLS} == {"mask", "labels"}
 
 
 def test_mask_and_labels_take_any_tree():
@@ -132,15 +133,17 @@ def test_mask_and_labels_take_any_tree():
             r"got 0.1; .* the order is dropout\(params, key, rate\)",
         ),
         (
-            lambda: jaxlora.moments(model, PARAMS, (X,), config=CONFIG),  # pyright: ignore
+            lambda: jaxlora.calibration.moments(model, PARAMS, (X,), config=CONFIG),  # pyright: ignore
             "batches must be tuples, .* got an array of shape .* for one; put it in a tuple",
         ),
         (
-            lambda: jaxlora.gradients(model, PARAMS, [(X,)], config=CONFIG),
+            lambda: jaxlora.calibration.gradients(model, PARAMS, [(X,)], config=CONFIG),
             r"loss must return one floating number: got float32 of shape \(5, 8\)",
         ),
         (
-            lambda: jaxlora.moments(model, jax.eval_shape(lambda: PARAMS), [(X,)], config=CONFIG),
+            lambda: jaxlora.calibration.moments(
+                model, jax.eval_shape(lambda: PARAMS), [(X,)], config=CONFIG
+            ),
             "is the shape of an array: moments needs its values",
         ),
         (

@@ -93,13 +93,13 @@ CALLS = {
     "lora": (jaxlora.lora, {"fn": model}, {"strict": False, "form": "auto"}),
     "quantize": (jaxlora.quantize, {"fn": model, "params": PARAMS, "x": X}, {"config": CODES}),
     "dequantize": (jaxlora.dequantize, {"params": PARAMS}, {}),
-    "moments": (
-        jaxlora.moments,
+    "calibration.moments": (
+        jaxlora.calibration.moments,
         {"fn": model, "params": PARAMS, "batches": [(X,)]},
         {"config": CONFIG},
     ),
-    "gradients": (
-        jaxlora.gradients,
+    "calibration.gradients": (
+        jaxlora.calibration.gradients,
         {"fn": loss, "params": PARAMS, "batches": [(X,)]},
         {"config": CONFIG},
     ),

@@ -199,7 +199,7 @@ def test_corda_takes_out_the_same(keep):
     config = start_config(init_lora_weights="corda", corda_config=method)
     preprocess_corda(model, config, run_model=lambda: model.up(x))
     batches = [(jnp.asarray(x.numpy()),)]
-    found = jaxlora.moments(lambda p, x: x @ p["up"], kernel, batches, config=CONFIG)
+    found = jaxlora.calibration.moments(lambda p, x: x @ p["up"], kernel, batches, config=CONFIG)
     compared(model, config, jaxlora.initializers.corda(found, keep=keep))
 
 
@@ -224,7 +224,7 @@ def test_lora_ga_takes_out_the_same():
         return jnp.sin(x @ params["up"] + bias[None]).sum()
 
     batches = [(jnp.asarray(x.numpy()),)]
-    found = jaxlora.gradients(loss, kernel, batches, config=CONFIG)
+    found = jaxlora.calibration.gradients(loss, kernel, batches, config=CONFIG)
     compared(model, config, jaxlora.initializers.lora_ga(found))
 
 
@@ -257,7 +257,7 @@ def test_eva_gives_the_same_ranks_and_directions(power, found_ranks):
         return jnp.tanh(x @ params["up"]) @ params["down"]
 
     batch, config = jnp.asarray(x.numpy()), jaxlora.LoRAConfig(rank=3)
-    found = jaxlora.moments(ours, weights, [(batch,)], config=config)
+    found = jaxlora.calibration.moments(ours, weights, [(batch,)], config=config)
     ranks = jaxlora.initializers.eva_ranks(found, 3)
     start = jaxlora.initializers.eva(found)
     config = jaxlora.LoRAConfig(targets=tuple(ranks), rank_pattern=ranks, initializer=start)

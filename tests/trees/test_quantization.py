@@ -243,7 +243,7 @@ def test_magnitudes_over_quantized_weights(name):
 def test_moments_are_those_of_the_weights_it_stands_for():
     params = jaxlora.quantize(model, weights(), X, config=Quantization())
     config = jaxlora.LoRAConfig(rank=4)
-    found = jaxlora.moments(model, params, [(X,)], config=config)
+    found = jaxlora.calibration.moments(model, params, [(X,)], config=config)
     assert_allclose(found["up"][0], X.T @ X, rtol=1e-5, atol=1e-5)
     start = jaxlora.initializers.eva(found)
     config = jaxlora.LoRAConfig(rank=4, initializer=start)
@@ -383,7 +383,7 @@ def test_what_quantized_weights_cannot_do():
         return jnp.sum(model(params, x))
 
     with pytest.raises(ValueError, match="'down' is quantized and has no gradient"):
-        jaxlora.gradients(loss, params, [(X,)], config=jaxlora.LoRAConfig(rank=2))
+        jaxlora.calibration.gradients(loss, params, [(X,)], config=jaxlora.LoRAConfig(rank=2))
 
 
 @pytest.mark.parametrize("targets", [("up",), ("down",)])
