@@ -20,7 +20,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxlora import algebra, calibration, initializers, optim
-from jaxlora.algebra.rebasing import to_plain
 from jaxlora.optim import freeze
 from jaxlora.reports.counts import Summary, summary
 from jaxlora.reports.usage import Report, explain
@@ -88,7 +87,6 @@ __all__ = [
     "save_merged",
     "split",
     "summary",
-    "to_plain",
     "unmerge",
 ]
 

@@ -192,8 +192,8 @@ def test_mask_and_labels_take_any_tree():
             r"moments must be arrays \(stack, .* got an array of shape \(8, 6\), float32 for 'up'",
         ),
         (
-            lambda: jaxlora.to_plain(ADAPTERS, ADAPTERS, base=ADAPTED),
-            "'down' is adapted already: to_plain needs a plain tree",
+            lambda: jaxlora.algebra.rebase(ADAPTERS, ADAPTERS, base=ADAPTED),
+            "'down' is adapted already: rebase needs a plain tree",
         ),
     ],
 )

@@ -133,8 +133,8 @@ CALLS = {
     ),
     "load_adapters": (jaxlora.load_adapters, {"path": SAVED}, {"base": BASE}),
     "save_merged": (jaxlora.save_merged, {"path": "merged", "adapted": ADAPTED}, {}),
-    "to_plain": (
-        jaxlora.to_plain,
+    "rebase": (
+        jaxlora.algebra.rebase,
         {"adapters": INITIAL, "initial": INITIAL},
         {"base": PARAMS},
     ),

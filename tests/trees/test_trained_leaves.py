@@ -156,7 +156,7 @@ def test_adapters_stay_what_they_are_in_algebra_where_that_has_a_meaning():
     for changed in (
         jaxlora.algebra.pad(adapters, 4),
         jaxlora.algebra.truncate(adapters, 1),
-        jaxlora.to_plain(adapters, adapters, base=PARAMS),
+        jaxlora.algebra.rebase(adapters, adapters, base=PARAMS),
     ):
         assert_array_equal(changed[NORM[0]].value, adapters[NORM[0]].value)
     scale, add = jaxlora.algebra.scale, jaxlora.algebra.add

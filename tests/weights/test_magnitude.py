@@ -128,7 +128,7 @@ def test_adapters_with_magnitudes_are_saved_and_turned_plain(tmp_path, initializ
     assert jax.tree.structure(loaded) == jax.tree.structure(adapters)
     assert_close(loaded, adapters, 0, 0)
     if initializer == "pissa":
-        plain = jaxlora.to_plain(adapters, initial, base={"w": normal(0, 8, 6)})
+        plain = jaxlora.algebra.rebase(adapters, initial, base={"w": normal(0, 8, 6)})
         merged = jaxlora.merge(jaxlora.bind({"w": normal(0, 8, 6)}, plain))
         assert_allclose(
             merged["w"], jaxlora.merge(jaxlora.bind(base, adapters))["w"], rtol=1e-3, atol=1e-4
