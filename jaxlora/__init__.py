@@ -39,7 +39,7 @@ from jaxlora.trees.binding import bind, split
 from jaxlora.trees.dropout import dropout
 from jaxlora.trees.masks import labels, mask
 from jaxlora.trees.merging import merge, unmerge
-from jaxlora.trees.quantization import Quantization, dequantize, quantize
+from jaxlora.trees.quantization import QuantizationConfig, dequantize, quantize
 from jaxlora.version import __version__ as __version__
 from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
@@ -55,7 +55,7 @@ __all__ = [
     "LoRAConfig",
     "LoRAWeight",
     "MaterializationWarning",
-    "Quantization",
+    "QuantizationConfig",
     "QuantizedWeight",
     "Replacement",
     "Report",

@@ -118,11 +118,11 @@ def test_mask_and_labels_take_any_tree():
         ),
         (
             lambda: jaxlora.init(KEY, model, PARAMS, X, config=CODES),  # pyright: ignore
-            "config must be a jaxlora.LoRAConfig: got Quantization",
+            "config must be a jaxlora.LoRAConfig: got QuantizationConfig",
         ),
         (
             lambda: jaxlora.quantize(model, PARAMS, X, config=CONFIG),  # pyright: ignore
-            "config must be a jaxlora.Quantization: got LoRAConfig",
+            "config must be a jaxlora.QuantizationConfig: got LoRAConfig",
         ),
         (
             lambda: jaxlora.init(KEY, model, ADAPTERS, X, config=CONFIG),

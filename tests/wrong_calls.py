@@ -15,7 +15,7 @@ from jaxlora import algebra, initializers
 X, KEY = normal(0, 5, 8), jax.random.key(0)
 PARAMS = {"up": normal(1, 8, 6), "down": normal(2, 6, 8)}
 CONFIG = jaxlora.LoRAConfig(rank=2)
-CODES = jaxlora.Quantization("int8", 2, double=False)
+CODES = jaxlora.QuantizationConfig("int8", 2, double=False)
 
 
 def model(params, x):
@@ -112,7 +112,7 @@ CALLS = {
     "scale_rates.init": (jaxlora.optim.scale_rates().init, {"factors": ADAPTERS}, {}),
     "precondition.init": (jaxlora.optim.precondition().init, {"factors": ADAPTERS}, {}),
     "LoRAConfig": (jaxlora.LoRAConfig, {}, vars(CONFIG)),
-    "Quantization": (jaxlora.Quantization, {}, vars(CODES)),
+    "QuantizationConfig": (jaxlora.QuantizationConfig, {}, vars(CODES)),
     "split": (jaxlora.split, {"adapted": ADAPTED}, {}),
     "bind": (jaxlora.bind, {"base": BASE, "adapters": ADAPTERS}, {"check_base": True}),
     "merge": (

@@ -34,7 +34,7 @@ def made(seed=0, plain=PLAIN, **config) -> Any:
 
 
 def quantized():
-    return jaxlora.quantize(model, PLAIN, X, config=jaxlora.Quantization(block_size=4))
+    return jaxlora.quantize(model, PLAIN, X, config=jaxlora.QuantizationConfig(block_size=4))
 
 
 def same(got, wanted):

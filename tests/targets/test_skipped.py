@@ -252,7 +252,7 @@ def test_entries_picked_from_a_stack_are_no_lookup():
 
 
 def test_quantize_is_silent_of_what_it_leaves_as_it_is():
-    nf4 = jaxlora.Quantization("int8", 4, double=False)
+    nf4 = jaxlora.QuantizationConfig("int8", 4, double=False)
     found = jaxlora.quantize(everything, EVERYTHING, X, config=nf4)
     assert isinstance(found["scan"]["w"], jaxlora.QuantizedWeight)
     assert not isinstance(found["embed"], jaxlora.QuantizedWeight)

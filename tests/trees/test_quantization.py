@@ -21,7 +21,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from test_laws import assert_close, loss, parameters
 
 import jaxlora
-from jaxlora import Quantization
+from jaxlora import QuantizationConfig
 from jaxlora.weights import paths
 from jaxlora.weights.quantized import Code, Kind, values
 from jaxlora.weights.quantized import quantized as quantized_weight
@@ -37,7 +37,7 @@ def all_sites(case) -> tuple[str, ...]:
 
 def quantized(case) -> Any:
     """Return the parameters of a case with every site quantized, also those without adapters."""
-    config = Quantization(block_size=8, targets=all_sites(case))
+    config = QuantizationConfig(block_size=8, targets=all_sites(case))
     return jaxlora.quantize(case.fn, case.params, *case.args, config=config)
 
 
@@ -105,7 +105,7 @@ GRIDS = {"nf4": NF4, "int4": np.arange(-8, 8) / 7.5, "int8": np.arange(-128, 128
 @pytest.mark.parametrize("block", [16, 64])
 def test_each_element_is_the_nearest_of_its_block(kind, block):
     params, grid = weights(), np.float64(GRIDS[kind])
-    config = Quantization(kind, block_size=block, double=False)
+    config = QuantizationConfig(kind, block_size=block, double=False)
     made = jaxlora.dequantize(jaxlora.quantize(model, params, X, config=config))
     for name, weight in params.items():
         blocks, got = (np.float64(x).reshape(-1, block, x.shape[1]) for x in (weight, made[name]))
@@ -118,7 +118,9 @@ def test_each_element_is_the_nearest_of_its_block(kind, block):
 def test_logarithms_of_scales_are_quantized_to_a_part_in_254_of_theirs():
     single, double = (
         jaxlora.dequantize(
-            jaxlora.quantize(model, weights(), X, config=Quantization(block_size=8, double=double))
+            jaxlora.quantize(
+                model, weights(), X, config=QuantizationConfig(block_size=8, double=double)
+            )
         )
         for double in (False, True)
     )
@@ -153,7 +155,7 @@ def test_any_shape_is_near_and_tells_its_axis(shape, axis, code, seed):
 def test_weights_of_half_precision_keep_their_dtype():
     params = weights(jnp.bfloat16)
     x = X.astype(jnp.bfloat16)
-    made = jaxlora.quantize(model, params, x, config=Quantization())
+    made = jaxlora.quantize(model, params, x, config=QuantizationConfig())
     assert jaxlora.dequantize(made)["up"].dtype == made["up"].dtype == jnp.bfloat16
     assert jaxlora.lora(model)(made, x).dtype == jnp.bfloat16
 
@@ -164,7 +166,7 @@ def test_bytes_are_those_of_codes_and_scales():
     x = jnp.ones((1, 4096))
     bits = {}
     for kind, double in itertools.product(typing.get_args(Kind), (False, True)):
-        made = jaxlora.quantize(fn, params, x, config=Quantization(kind, double=double))
+        made = jaxlora.quantize(fn, params, x, config=QuantizationConfig(kind, double=double))
         bits[kind, double] = 8 * jaxlora.summary(made).total_bytes / params["w"].size
     assert bits["nf4", False] == bits["int4", False] == 4 + 32 / 64
     assert bits["int8", False] == 8 + 32 / 64
@@ -172,7 +174,7 @@ def test_bytes_are_those_of_codes_and_scales():
 
 
 def test_merge_makes_plain_or_quantizes_again_with_its_error():
-    params = jaxlora.quantize(model, weights(), X, config=Quantization())
+    params = jaxlora.quantize(model, weights(), X, config=QuantizationConfig())
     config = jaxlora.LoRAConfig(rank=4, targets=("up",))
     base, adapters = jaxlora.split(jaxlora.init(jax.random.key(0), model, params, X, config=config))
     params = jaxlora.bind(base, drawn(jax.random.key(0), adapters))
@@ -189,7 +191,7 @@ def test_merge_makes_plain_or_quantizes_again_with_its_error():
 
 
 def test_donated_codes_are_deleted():
-    params = jaxlora.quantize(model, weights(), X, config=Quantization())
+    params = jaxlora.quantize(model, weights(), X, config=QuantizationConfig())
     config = jaxlora.LoRAConfig(rank=4)
     adapted = jaxlora.init(jax.random.key(0), model, params, X, config=config)
     jaxlora.merge(adapted, donate=True)
@@ -198,7 +200,7 @@ def test_donated_codes_are_deleted():
 
 def test_loftq_comes_nearer_to_the_weights_as_they_were():
     before = weights()
-    params = jaxlora.quantize(model, before, X, config=Quantization())
+    params = jaxlora.quantize(model, before, X, config=QuantizationConfig())
     errors = [jnp.linalg.norm(jaxlora.dequantize(params)["up"] - before["up"])]
     for iterations in (1, 5):
         start = jaxlora.initializers.loftq(before, iterations=iterations)
@@ -217,7 +219,7 @@ def test_loftq_comes_nearer_to_the_weights_as_they_were():
 
 def test_pissa_then_quantize_comes_nearer_too():
     config = jaxlora.LoRAConfig(rank=8, initializer="pissa")
-    before, how = weights(), Quantization()
+    before, how = weights(), QuantizationConfig()
     started = jaxlora.init(jax.random.key(0), model, before, X, config=config)
     adapted = jaxlora.quantize(model, started, X, config=how)
     assert_array_equal(adapted["up"].a, started["up"].a)
@@ -241,7 +243,7 @@ def test_magnitudes_over_quantized_weights(name):
 
 
 def test_moments_are_those_of_the_weights_it_stands_for():
-    params = jaxlora.quantize(model, weights(), X, config=Quantization())
+    params = jaxlora.quantize(model, weights(), X, config=QuantizationConfig())
     config = jaxlora.LoRAConfig(rank=4)
     found = jaxlora.calibration.moments(model, params, [(X,)], config=config)
     assert_allclose(found["up"][0], X.T @ X, rtol=1e-5, atol=1e-5)
@@ -252,7 +254,7 @@ def test_moments_are_those_of_the_weights_it_stands_for():
 
 
 def test_saved_adapters_are_for_the_quantized_base(tmp_path):
-    params = jaxlora.quantize(model, weights(), X, config=Quantization())
+    params = jaxlora.quantize(model, weights(), X, config=QuantizationConfig())
     made = jaxlora.init(jax.random.key(0), model, params, X, config=jaxlora.LoRAConfig(rank=4))
     base, adapters = jaxlora.split(made)
     jaxlora.save_adapters(tmp_path / "adapters", adapters)
@@ -261,7 +263,7 @@ def test_saved_adapters_are_for_the_quantized_base(tmp_path):
     with pytest.raises(ValueError, match=r"'up' must be nf4.*got float32"):
         jaxlora.load_adapters(tmp_path / "adapters", base=weights())
     others = jaxlora.quantize(
-        model, {"up": -weights()["up"], "down": weights()["down"]}, X, config=Quantization()
+        model, {"up": -weights()["up"], "down": weights()["down"]}, X, config=QuantizationConfig()
     )
     with pytest.raises(ValueError, match="'up' holds other values"):
         jaxlora.load_adapters(tmp_path / "adapters", base=others)
@@ -313,7 +315,7 @@ def test_one_dequantized_weight_at_a_time(fn, targets, compiled):
 
         return temp(jaxlora.lora(fn), adapted, x), temp(jax.grad(loss), adapters, base, x)
 
-    small = jaxlora.quantize(fn, plain, x, config=Quantization())
+    small = jaxlora.quantize(fn, plain, x, config=QuantizationConfig())
     for quantized, usual in zip(programs(small), programs(plain), strict=True):
         assert quantized - usual <= 1.1 * LARGEST
 
@@ -329,12 +331,12 @@ def test_one_dequantized_weight_at_a_time(fn, targets, compiled):
 )
 def test_bad_choices(arguments, error, message):
     with pytest.raises(error, match=message):
-        Quantization(**arguments)
+        QuantizationConfig(**arguments)
 
 
 def test_what_cannot_be_quantized():
     def quantize(params, **choices):
-        return jaxlora.quantize(model, params, X, config=Quantization(**choices))
+        return jaxlora.quantize(model, params, X, config=QuantizationConfig(**choices))
 
     done = quantize(weights())
     with pytest.raises(ValueError, match="'down' is quantized already"):
@@ -354,7 +356,7 @@ def test_what_cannot_be_quantized():
 
 
 def test_what_quantized_weights_cannot_do():
-    params = jaxlora.quantize(model, weights(), X, config=Quantization())
+    params = jaxlora.quantize(model, weights(), X, config=QuantizationConfig())
 
     def init(initializer, params=params, **choices):
         config = jaxlora.LoRAConfig(rank=2, initializer=initializer, **choices)
@@ -392,7 +394,7 @@ def test_what_scales_a_quantized_weight_gets_its_gradient(targets):
         return jnp.tanh(x @ (params["up"] * params["scale"])) @ params["down"]
 
     params = weights() | {"scale": jnp.linspace(1, 2, 256)[None]}
-    params = jaxlora.quantize(normalized, params, X, config=Quantization())
+    params = jaxlora.quantize(normalized, params, X, config=QuantizationConfig())
     config = jaxlora.LoRAConfig(rank=2, targets=targets)
     params = jaxlora.init(jax.random.key(0), normalized, params, X, config=config)
 
@@ -407,7 +409,7 @@ def test_what_scales_a_quantized_weight_gets_its_gradient(targets):
 
 
 def test_what_is_trained_stays_when_the_rest_is_dequantized():
-    params = jaxlora.quantize(model, weights(), X, config=Quantization())
+    params = jaxlora.quantize(model, weights(), X, config=QuantizationConfig())
     config = jaxlora.LoRAConfig(rank=2, targets=("up",), rows={"down": (3,)})
     params = jaxlora.init(jax.random.key(0), model, params, X, config=config)
     params["down"] = dataclasses.replace(params["down"], value=params["down"].value + 1)
@@ -418,7 +420,7 @@ def test_what_is_trained_stays_when_the_rest_is_dequantized():
 
 def test_shapes_of_quantized_weights_become_plain_shapes():
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights())
-    made = jaxlora.quantize(model, shapes, X, config=Quantization())
+    made = jaxlora.quantize(model, shapes, X, config=QuantizationConfig())
     assert jaxlora.dequantize(made) == shapes
 
 
@@ -430,13 +432,13 @@ def test_a_part_of_a_block_from_where_the_program_says(inner):
         return x[:, :8] @ cut(params["up"], start) + x @ rolled
 
     params, start = {"up": weights()["up"]}, jnp.int32(13)
-    params = jaxlora.quantize(fn, params, X, start, config=Quantization(targets=("up",)))
+    params = jaxlora.quantize(fn, params, X, start, config=QuantizationConfig(targets=("up",)))
     got = jax.jit(jaxlora.lora(fn))(params, X, start)
     assert_allclose(got, fn(jaxlora.dequantize(params), X, start), atol=1e-5)
 
 
 def test_freeze_leaves_codes_as_they_are():
-    params = jaxlora.quantize(model, weights(), X, config=Quantization())
+    params = jaxlora.quantize(model, weights(), X, config=QuantizationConfig())
     params = jaxlora.init(jax.random.key(0), model, params, X, config=jaxlora.LoRAConfig(rank=2))
     tx = jaxlora.freeze(optax.sgd(1.0))
     grads = jax.grad(lambda p: loss(jaxlora.lora(model), p, X), allow_int=True)(params)
@@ -450,14 +452,14 @@ def test_freeze_leaves_codes_as_they_are():
 
 
 def test_merging_under_jit_donates_nothing_that_is_traced():
-    params = jaxlora.quantize(model, weights(), X, config=Quantization())
+    params = jaxlora.quantize(model, weights(), X, config=QuantizationConfig())
     params = jaxlora.init(jax.random.key(0), model, params, X, config=jaxlora.LoRAConfig(rank=2))
     merged = jax.jit(lambda params: jaxlora.merge(params, donate=True))(params)
     assert_allclose(merged["up"], jaxlora.dequantize(params)["up"].base, atol=1e-6)
 
 
 def test_extracted_adapters_make_up_for_the_rounding():
-    params = jaxlora.quantize(model, weights(), X, config=Quantization())
+    params = jaxlora.quantize(model, weights(), X, config=QuantizationConfig())
     tuned = {name: w + 0.01 * normal(3, *w.shape) for name, w in weights().items()}
     plain, errors = jaxlora.dequantize(params), []
     for rank in (4, 32, 128):
@@ -479,7 +481,7 @@ def test_scales_far_apart_are_kept():
 
 def test_weights_times_a_number_have_another_fingerprint():
     def digest(params):
-        params = jaxlora.quantize(model, params, X, config=Quantization())
+        params = jaxlora.quantize(model, params, X, config=QuantizationConfig())
         config = jaxlora.LoRAConfig(rank=2)
         params = jaxlora.init(jax.random.key(0), model, params, X, config=config)
         return jaxlora.split(params)[1]["up"].fingerprint.digest
@@ -501,4 +503,4 @@ def test_a_function_with_its_own_derivative_tells_that_it_keeps_the_weight():
 def test_without_qwix_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ImportError, match=r"install jaxlora\[quantized\]"):
-        jaxlora.quantize(model, weights(), X, config=Quantization())
+        jaxlora.quantize(model, weights(), X, config=QuantizationConfig())

@@ -206,7 +206,7 @@ def test_some_layers_of_a_stack_have_magnitudes(initializer, is_quantized, tmp_p
     fields: dict[str, Any] = {"layers": (0, 2, 3), "magnitude": True}
     config = jaxlora.LoRAConfig(rank=2, initializer=initializer, **fields)
     if is_quantized:
-        how = jaxlora.Quantization(block_size=4)
+        how = jaxlora.QuantizationConfig(block_size=4)
         params = jaxlora.quantize(fn, params, x, config=how)
     adapted = jaxlora.init(jax.random.key(0), fn, params, x, config=config)
     plain = jaxlora.dequantize(params) if is_quantized else params
