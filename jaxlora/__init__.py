@@ -38,7 +38,7 @@ from jaxlora.trees.adapting import init
 from jaxlora.trees.binding import bind, split
 from jaxlora.trees.dropout import dropout
 from jaxlora.trees.masks import labels, mask
-from jaxlora.trees.merging import merge, unmerge
+from jaxlora.trees.merging import merge, merge_error, unmerge
 from jaxlora.trees.quantization import QuantizationConfig, dequantize, quantize
 from jaxlora.version import __version__ as __version__
 from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
@@ -81,6 +81,7 @@ __all__ = [
     "lora",
     "mask",
     "merge",
+    "merge_error",
     "optim",
     "quantize",
     "save_adapters",

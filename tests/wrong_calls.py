@@ -118,8 +118,9 @@ CALLS = {
     "merge": (
         jaxlora.merge,
         {"adapted": ADAPTED},
-        {"with_error": False, "donate": False, "requantize": False},
+        {"donate": False, "requantize": False},
     ),
+    "merge_error": (jaxlora.merge_error, {"adapted": ADAPTED}, {"requantize": False}),
     "unmerge": (
         jaxlora.unmerge,
         {"plain": jaxlora.merge(ADAPTED), "adapters": ADAPTERS},
@@ -203,7 +204,7 @@ FITTING = {
     "load_adapters.base": {"params", "adapted params"},
     **{name: {"adapters"} for name in ("adapters", "initial")},
     "a set of adapters": {"adapters", "an empty dict"},
-    **{name: {"a bool"} for name in ("check_base", "with_error", "donate", "requantize", "keep")},
+    **{name: {"a bool"} for name in ("check_base", "donate", "requantize", "keep")},
     **{name: {"a string"} for name in ("path", "name", "FromWeight.name")},
     "delta.adapted": {"adapted params"},
     "number": NUMBERS,

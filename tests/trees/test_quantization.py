@@ -178,12 +178,13 @@ def test_merge_makes_plain_or_quantizes_again_with_its_error():
     config = jaxlora.LoRAConfig(rank=4, targets=("up",))
     base, adapters = jaxlora.split(jaxlora.init(jax.random.key(0), model, params, X, config=config))
     params = jaxlora.bind(base, drawn(jax.random.key(0), adapters))
-    plain, errors = jaxlora.merge(params, with_error=True)
+    plain, errors = jaxlora.merge(params), jaxlora.merge_error(params)
     delta = params["up"].delta()
     assert_allclose(plain["up"], values(base["up"]) + delta, rtol=1e-6, atol=1e-6)
     assert_allclose(plain["down"], values(base["down"]), rtol=1e-6)
     assert errors["up"] < 1e-6
-    again, errors = jaxlora.merge(params, with_error=True, requantize=True)
+    again = jaxlora.merge(params, requantize=True)
+    errors = jaxlora.merge_error(params, requantize=True)
     assert again["down"] is base["down"]
     assert (again["up"].code, again["up"].dtype) == (base["up"].code, base["up"].dtype)
     assert_allclose(jnp.abs(values(again["up"]) - plain["up"]).max(), errors["up"], rtol=1e-5)
