@@ -29,6 +29,7 @@ ORDER = (
         "jaxlora.reports",
         "jaxlora.storage",
     ),
+    ("jaxlora.formats",),
     ("jaxlora.nnx",),
     ("jaxlora",),
 )

@@ -34,6 +34,7 @@ from wrong_calls import (
 
 import jaxlora
 import jaxlora.nnx
+from jaxlora.formats import peft
 
 pytestmark = pytest.mark.once
 
@@ -78,7 +79,7 @@ def test_wrong_argument_is_refused_by_a_message_of_ours(name, tmp_path, monkeypa
 def test_every_function_has_a_row():
     inner = (jaxlora.algebra, jaxlora.initializers, jaxlora.optim)
     modules = dict.fromkeys((jaxlora, *inner), "")
-    modules |= {jaxlora.calibration: "calibration.", jaxlora.nnx: "nnx."}
+    modules |= {jaxlora.calibration: "calibration.", jaxlora.nnx: "nnx.", peft: "peft."}
     found = set()
     for module, prefix in modules.items():
         public = {name for name in module.__all__ if inspect.isfunction(getattr(module, name))}

@@ -11,6 +11,7 @@ from flax import nnx
 import jaxlora
 import jaxlora.nnx
 from jaxlora import algebra, initializers
+from jaxlora.formats import peft
 
 X, KEY = normal(0, 5, 8), jax.random.key(0)
 PARAMS = {"up": normal(1, 8, 6), "down": normal(2, 6, 8)}
@@ -146,8 +147,18 @@ CALLS = {
     "delta": (algebra.delta, {"adapted": ADAPTED, "name": "up"}, {}),
     "combine": (
         algebra.combine,
-        {"sets": [ADAPTERS], "weights": [1.0], "method": "dare_ties_svd"},
-        {"rank": 1, "density": 0.5, "majority": "total", "key": KEY},
+        {"sets": [ADAPTERS], "weights": [1.0], "combining": algebra.Concatenation()},
+        {},
+    ),
+    "MagnitudePruning": (algebra.MagnitudePruning, {"density": 0.5}, {}),
+    "Ties": (algebra.Ties, {"density": 0.5}, {"majority": "total"}),
+    "DareLinear": (algebra.DareLinear, {"density": 0.5, "key": KEY}, {}),
+    "DareTies": (algebra.DareTies, {"density": 0.5, "key": KEY}, {"majority": "total"}),
+    "Svd": (algebra.Svd, {}, {"rule": algebra.Linear(), "rank": 1}),
+    "peft.combine": (
+        peft.combine,
+        {"sets": [ADAPTERS], "weights": [1.0], "combination_type": "dare_ties_svd"},
+        {"svd_rank": 1, "density": 0.5, "majority_sign_method": "total", "key": KEY},
     ),
     "extract": (
         algebra.extract,
@@ -208,8 +219,8 @@ FITTING = {
     **{name: {"a string"} for name in ("path", "name", "FromWeight.name")},
     "delta.adapted": {"adapted params"},
     "number": NUMBERS,
-    "combine.rank": {"None", "an int"},
-    "majority": {"None"},
+    **{name: {"None", "an int"} for name in ("Svd.rank", "svd_rank")},
+    "rule": {"None"},
     "sites": {"None"},
     "factors": ADAPTED_TREES,
     "FromWeight.factors": FUNCTIONS,

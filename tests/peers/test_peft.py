@@ -10,7 +10,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 import jaxlora
-from jaxlora import Adapter, Roles, algebra, optim
+from jaxlora import Adapter, Roles, optim
+from jaxlora.formats.peft import combine
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -18,7 +19,6 @@ with warnings.catch_warnings():
     torch = pytest.importorskip("torch", reason=REASON)
     peft = pytest.importorskip("peft", reason=REASON)
 
-combine: Any = algebra.combine
 WEIGHTS = [0.9, -0.4, 0.3]
 LAYERS = ("up", "down")
 
@@ -69,13 +69,13 @@ def adapters_of(model, name, field="data"):
         ("cat", {}),
         ("linear", {}),
         ("svd", {}),
-        ("svd", {"rank": 2}),
+        ("svd", {"svd_rank": 2}),
         ("magnitude_prune", {"density": 0.7}),
         ("ties", {"density": 0.7}),
-        ("ties", {"density": 0.7, "majority": "frequency"}),
+        ("ties", {"density": 0.7, "majority_sign_method": "frequency"}),
         ("magnitude_prune_svd", {"density": 0.7}),
-        ("ties_svd", {"density": 0.7, "rank": 2}),
-        ("ties_svd", {"density": 0.7, "majority": "frequency"}),
+        ("ties_svd", {"density": 0.7, "svd_rank": 2}),
+        ("ties_svd", {"density": 0.7, "majority_sign_method": "frequency"}),
         ("dare_linear", {"density": 1.0}),
         ("dare_ties", {"density": 1.0}),
     ],
@@ -85,14 +85,12 @@ def test_combined_product_is_that_of_peft(method, options):
     uses_factors = not method.endswith("svd") and method != "cat"
     model = adapted((3, 3, 3) if uses_factors else (2, 3, 4))
     ours = [adapters_of(model, str(i)) for i in range(3)]
-    renamed = {"rank": "svd_rank", "majority": "majority_sign_method"}
-    their_options: Any = {renamed.get(name, name): value for name, value in options.items()}
     model.add_weighted_adapter(
         ["0", "1", "2"],
         WEIGHTS,
         "combined",
         combination_type=method,
-        **their_options,
+        **options,
     )
     key = jax.random.key(0) if method.startswith("dare") else None
     combined = combine(ours, WEIGHTS, method, key=key, **options)

@@ -1,0 +1,1 @@
+"""What other libraries call things: their names and layouts, read and written here alone."""
