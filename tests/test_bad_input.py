@@ -241,7 +241,7 @@ def test_adapters_that_overlap_are_refused():
 
 
 def test_replacement_of_a_part_is_refused():
-    value = jaxlora.Replacement(jnp.ones(6), (6,))
+    value = jaxlora.weights.Replacement(jnp.ones(6), (6,))
     with pytest.raises(ValueError, match=r"whole leaf or for rows of it: got 'bias\[0:3\]'"):
         jaxlora.bind(BASE, {"bias[0:3]": value})
 

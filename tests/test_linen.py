@@ -212,7 +212,7 @@ def test_module_equals_that_of_merged_weights(make, key):
 
 def test_ensemble_has_factors_for_each_member(key):
     _, adapters = jaxlora.split(each_of_an_ensemble().init(key))
-    assert adapters["params/projection/kernel"].roles == jaxlora.Roles((1,), (0,), (2,))
+    assert adapters["params/projection/kernel"].roles == jaxlora.weights.Roles((1,), (0,), (2,))
 
 
 def test_normalized_weight_is_taken_dense_and_told(key):

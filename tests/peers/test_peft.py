@@ -10,8 +10,9 @@ import pytest
 from numpy.testing import assert_allclose
 
 import jaxlora
-from jaxlora import Adapter, Roles, optim
+from jaxlora import Adapter, optim
 from jaxlora.formats.peft import combine
+from jaxlora.weights import Roles
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

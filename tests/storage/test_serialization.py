@@ -106,9 +106,9 @@ import sys
 names = [type(finder).__name__ for finder in sys.meta_path]
 if "flax" in sys.modules:
     import jax.numpy as jnp
-    leaf = jaxlora.TrainedLeaf(jnp.zeros(3), jnp.ones(3))
+    leaf = jaxlora.weights.TrainedLeaf(jnp.zeros(3), jnp.ones(3))
     back = serialization.from_bytes(leaf, serialization.to_bytes(leaf))
-    assert isinstance(back, jaxlora.TrainedLeaf) and (back.value == 1).all()
+    assert isinstance(back, jaxlora.weights.TrainedLeaf) and (back.value == 1).all()
     assert "_WhenImported" not in names
     import inspect
     assert "to_state_dict" in inspect.getsource(serialization)

@@ -361,7 +361,7 @@ def test_bias_of_unrolled_layers_is_no_site():
     params = {"w": normal(0, 2, 8, 8), "bias": normal(1, 2, 8)}
     sites = jaxlora.find_sites(fn, params, X)
     assert [site.path for site in sites] == ["w"]
-    assert sites["w"].roles == jaxlora.Roles((0,), (1,), (2,))
+    assert sites["w"].roles == jaxlora.weights.Roles((0,), (1,), (2,))
 
 
 def test_fields_named_value_have_paths_of_their_own():

@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
 import jaxlora.nnx
-from jaxlora import Replacement, TrainedLeaf
+from jaxlora.weights import Replacement, TrainedLeaf
 
 
 class Block(nn.Module):
