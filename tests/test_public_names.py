@@ -28,8 +28,7 @@ PUBLIC = {
 }
 
 
-def test_root_is_small_and_lists_itself_alone():
-    assert len(jaxlora.__all__) <= 34
+def test_root_lists_its_names_alone():
     assert {name for name in dir(jaxlora) if not name.startswith("__")} == {*jaxlora.__all__}
     assert sorted(jaxlora.__all__) == jaxlora.__all__
 
