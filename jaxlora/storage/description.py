@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ from jaxlora.weights.nodes import FACTORS, Adapter, Adapters, Replacement
 from jaxlora.weights.roles import Roles, factor_axes
 
 VERSION = 2
-_ROLES = {"stack": "stack", "in": "in_", "out": "out"}  # as written, and as fields of `Roles`
+# as written, and as fields of `Roles`
+_ROLES = MappingProxyType({"stack": "stack", "in": "in_", "out": "out"})
 _FACTORS = ("a", "b", "magnitude")
 
 

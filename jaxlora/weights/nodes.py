@@ -10,6 +10,7 @@ kernel of any shape. Which axes have which role is read off the program (`jaxlor
 """
 
 import dataclasses
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jaxlora.weights.fingerprints import Fingerprint
 from jaxlora.weights.opaque import Opaque
 from jaxlora.weights.roles import Roles
 
-_meta = {"static": True}
+_meta = MappingProxyType({"static": True})
 FACTORS = ("a", "b", "magnitude", "value")  # what is trained of a node
 
 _NODE = "call the function as jaxlora.lora(fn), or fold the adapters in with jaxlora.merge(params)"
