@@ -7,6 +7,7 @@ reads it makes it for itself alone: in a derivative it is made again and not kep
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.weights.quantized import QuantizedWeight, dequantized
 
-_meta = {"static": True}
+_meta = MappingProxyType({"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -6,8 +6,8 @@ operation on one dimension of the weight is an operation on one axis of the fact
 """
 
 import dataclasses
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -18,14 +18,8 @@ from jaxlora.tracing.values.chain import contract, scaled, scaled_along
 from jaxlora.tracing.values.weight import Role, Weight
 from jaxlora.weights.adapters import scaling
 
-CARRIES: Mapping[str, frozenset[Role]] = types.MappingProxyType(
-    {
-        "a": frozenset({Role.STACK, Role.IN}),
-        "b": frozenset({Role.STACK, Role.OUT}),
-        "keys": frozenset({Role.STACK}),
-        "gain": frozenset({Role.STACK, Role.OUT}),
-    }
-)
+_IN, _OUT = frozenset({Role.STACK, Role.IN}), frozenset({Role.STACK, Role.OUT})
+CARRIES = MappingProxyType({"a": _IN, "b": _OUT, "keys": frozenset({Role.STACK}), "gain": _OUT})
 RANK = -1
 
 

@@ -10,6 +10,7 @@ import abc
 import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlora.tracing.values import axes, deferred, placement
 from jaxlora.weights.roles import Roles
 
-STATIC = {"static": True}
+STATIC = MappingProxyType({"static": True})
 W = TypeVar("W", bound="Weight")
 
 
@@ -63,7 +64,7 @@ class Weight(abc.ABC):
         picked_at: operation and source line of the last picking.
     """
 
-    carries: ClassVar[Mapping[str, frozenset[Role]]] = {}
+    carries: ClassVar[Mapping[str, frozenset[Role]]] = MappingProxyType({})
 
     base: Any
     dims: axes.Dims = dataclasses.field(metadata=STATIC)
