@@ -1,7 +1,6 @@
 """Where weights enter a program and leave it: nodes of a tree outside, low-rank values inside."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ def enter(
     are one, joined by rank.
     """
     if isinstance(weight, QuantizedWeight):
-        return Deferred.of(weight)
+        return Deferred.from_quantized(weight)
     roles, shape = weight.roles, tuple(weight.shape)
     stack, in_side, out_side = roles.stack, (*roles.stack, *roles.in_), (*roles.stack, *roles.out)
     terms, factors = weight.terms, [jnp.moveaxis(term.b, len(stack), -1) for term in weight.terms]
@@ -40,7 +39,7 @@ def enter(
     keys, base = weight.dropout_keys, weight.base
     is_quantized = isinstance(base, QuantizedWeight)
     value = LowRank(
-        base=Deferred.of(base) if is_quantized else jax.lax.stop_gradient(base),
+        base=Deferred.from_quantized(base) if is_quantized else jax.lax.stop_gradient(base),
         a=_to_axis_order(a, in_side, shape),
         b=_to_axis_order(b, out_side, shape),
         keys=None if keys is None else _to_axis_order(keys, stack, shape),
@@ -53,7 +52,7 @@ def enter(
         return value.replace(gain=_to_axis_order(magnitude.gain(weight), out_side, shape))
 
 
-def _whole(term: Adapter, factor: Any, axes_of: Sequence[int]) -> Any:
+def _whole(term: Adapter, factor: jax.Array, axes_of: Sequence[int]) -> jax.Array:
     """Return a factor with the rank last, with zeros outside of the block that it is for."""
     around = blocks.padding(term.block, term.shape)
     return jnp.pad(factor, [*(around[axis] for axis in axes_of), (0, 0)])
@@ -89,7 +88,7 @@ def leave(weight: LowRank) -> LoRAWeight | None:
     )
 
 
-def _to_axis_order(factor: Any, axes_of: Sequence[int], shape: Sequence[int]) -> Any:
+def _to_axis_order(factor: jax.Array, axes_of: Sequence[int], shape: Sequence[int]) -> jax.Array:
     """Sort the leading axes of a factor by the weight's axes, and drop those of size 1."""
     order = sorted(range(len(axes_of)), key=axes_of.__getitem__)
     if order != list(range(len(order))):
@@ -100,7 +99,7 @@ def _to_axis_order(factor: Any, axes_of: Sequence[int], shape: Sequence[int]) ->
     return factor.reshape(*sizes, *factor.shape[len(order) :])
 
 
-def _to_role_order(factor: Any, axes_of: Sequence[int], shape: Sequence[int]) -> Any:
+def _to_role_order(factor: jax.Array, axes_of: Sequence[int], shape: Sequence[int]) -> jax.Array:
     """Undo `_to_axis_order`."""
     in_order = sorted(axes_of)
     dropped = sum(shape[i] == 1 for i in in_order)

@@ -9,26 +9,29 @@ knows nothing of any of them. Each run of a program, of an inner one too, makes 
 which is handed to the rules and ends with the run. So one function serves many threads.
 """
 
+import contextlib
 import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat, cost, dataflow, sharing
-from jaxlora.tracing.jaxprs.compat import Eqn
+from jaxlora.tracing.jaxprs.compat import Var
 from jaxlora.tracing.recorder import Facts, Kind, Recorder
+from jaxlora.tracing.types import Base, Eqn, Jaxpr, Value, Values
 from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.chain import CHECKPOINT_NAME
 from jaxlora.tracing.values.deferred import Deferred
-from jaxlora.tracing.values.weight import Weight
+from jaxlora.tracing.values.weight import Weight, base_of
 from jaxlora.weights.adapters import merge_dtype
 
 Form = Literal["auto", "factored", "weight-side"]
+WarningKey = str | tuple[str, type[Warning], int]  # of `warnings`
 
 
 class MaterializationWarning(UserWarning):
@@ -60,17 +63,19 @@ class Evaluator:
     Attributes:
         options: how programs are evaluated.
         recorder: what writes down the uses of weights, or None where they are not wanted.
-        told: the registry of `warnings`: each line is told of once.
+        warned: the registry of `warnings`: each line is warned of once.
         compiled: by inner program the function that evaluates it under `jax.jit`, so that it is
             compiled once; it goes when the program goes.
     """
 
     options: Options = Options()
     recorder: Recorder | None = None
-    told: dict[Any, Any] = dataclasses.field(default_factory=dict)
-    compiled: Any = dataclasses.field(default_factory=weakref.WeakKeyDictionary)
+    warned: dict[WarningKey, int] = dataclasses.field(default_factory=dict)
+    compiled: weakref.WeakKeyDictionary[Jaxpr, Callable[..., Values]] = dataclasses.field(
+        default_factory=weakref.WeakKeyDictionary
+    )
 
-    def run(self, jaxpr: Any, *args: Any, line: str = "") -> list[Any]:
+    def run(self, jaxpr: Jaxpr, *args: Value, line: str = "") -> list[Value]:
         """Evaluate a jaxpr on arrays and low-rank weights.
 
         Args:
@@ -80,21 +85,23 @@ class Evaluator:
         """
         return self.run_open(jaxpr, compat.consts(jaxpr), *args, line=line)
 
-    def run_open(self, jaxpr: Any, consts: Sequence[Any], *args: Any, line: str = "") -> list[Any]:
+    def run_open(self, jaxpr: Jaxpr, consts: Values, *args: Value, line: str = "") -> list[Value]:
         """Evaluate a jaxpr on other constants than its own."""
         return Evaluation(self, compat.opened(jaxpr), consts, args, line).outputs()
 
-    def jitted(self, jaxpr: Any, name: str, line: str) -> Callable[..., Any]:
+    def jitted(self, jaxpr: Jaxpr, name: str, line: str) -> Callable[..., Values]:
         """Return a function of the constants and inputs of a jaxpr that is compiled by `jax.jit`.
 
         The constants are inputs of it, so that no compiled program has a copy of them.
         """
         found = self.compiled.get(jaxpr)
         if found is None:
-            known = weakref.ref(jaxpr)  # there whenever it is called: the caller has it
+            known = weakref.ref(jaxpr)
 
             def evaluate(consts, *values):
-                return self.run_open(known(), consts, *values, line=line)
+                program = known()
+                assert program is not None  # whoever calls this has it
+                return self.run_open(program, consts, *values, line=line)
 
             evaluate.__name__ = evaluate.__qualname__ = name
             found = self.compiled.setdefault(jaxpr, jax.jit(evaluate))
@@ -105,7 +112,9 @@ class Evaluator:
         options = dataclasses.replace(self.options, is_linear=True, observes=False)
         return dataclasses.replace(self, options=options, compiled=weakref.WeakKeyDictionary())
 
-    def densify(self, eqn: Any, where: tuple[str, str], value: Any, reason: str) -> Any:
+    def densify(
+        self, eqn: Eqn | None, where: tuple[str, str], value: Value, reason: str
+    ) -> jax.Array:
         """Return an array for a value that reaches an operation, see `Evaluation.densify`."""
         if not isinstance(value, Weight):
             return deferred.now(value)
@@ -120,7 +129,7 @@ class Evaluator:
         with self.scope(value):
             return value.dense(dtype)
 
-    def left(self, out: Any, reason: str = "") -> Any:
+    def left(self, out: Value, reason: str = "") -> Value:
         """Return what leaves a program, an array for rows, and for a weight if there is a reason.
 
         Args:
@@ -131,7 +140,7 @@ class Evaluator:
             return self.densify(None, compat.where(None), out, reason)
         return out
 
-    def scope(self, *weights: Weight) -> Any:
+    def scope(self, *weights: Weight) -> contextlib.AbstractContextManager[object]:
         """Return the name scope of what is added to a program for some weights."""
         if self.recorder is None:
             return jax.named_scope(CHECKPOINT_NAME)
@@ -150,7 +159,7 @@ class Evaluator:
             f"{what}: it is materialized there",
             MaterializationWarning,
             *compat.file_and_number(where[1]),
-            registry=self.told,
+            registry=self.warned,
         )
 
 
@@ -170,17 +179,17 @@ class Evaluation:
     """
 
     def __init__(
-        self, evaluator: Evaluator, program: Any, consts: Sequence[Any], args: Any, line: str
+        self, evaluator: Evaluator, program: Jaxpr, consts: Values, args: Values, line: str
     ):
         self.evaluator, self.options, self._line = evaluator, evaluator.options, line
         self._program, self.plan = program, sharing.plan(program)
-        self.env = dict(zip(program.constvars, consts, strict=True))
+        self.env: dict[Var, Value] = dict(zip(program.constvars, consts, strict=True))
         self.env.update(zip(program.invars, args, strict=True))
         self.values, self.varying = dataflow.values(program), dataflow.varying(program)
-        self.last: Any = None
-        self.narrowed: dict[Eqn, tuple[Any, int]] = {}
+        self.last: jax.Array | None = None
+        self.narrowed: dict[Eqn, tuple[jax.Array, int]] = {}
 
-    def outputs(self) -> list[Any]:
+    def outputs(self) -> list[Value]:
         """Run every equation, and return the outputs; what was computed on the way is let go."""
         env, outvars = self.env, self._program.outvars
         last = dataflow.last_uses(self.plan.eqns, outvars)
@@ -200,47 +209,55 @@ class Evaluation:
             env.clear()
             self.last = None
 
-    def _step(self, eqn: Any, values: list[Any]) -> list[Any]:
-        has_weight = any(isinstance(value, Weight) for value in values)
-        if not has_weight and not any(isinstance(value, Deferred) for value in values):
-            return compat.bind(eqn, values)
+    def _step(self, eqn: Eqn, values: list[Value]) -> Values:
+        weights = [value for value in values if isinstance(value, Weight)]
+        others = [value for value in values if not isinstance(value, Weight)]
+        arrays = [value for value in others if not isinstance(value, Deferred)]
+        if len(arrays) == len(values):
+            return compat.bind(eqn, arrays)
         known = registry.primitive(eqn)
-        if eqn.outvars and all(0 in var.aval.shape for var in eqn.outvars):  # nothing of a weight
-            bases = [getattr(value, "base", value) for value in values]
+        if eqn.outvars and all(
+            0 in compat.shape(var) for var in eqn.outvars
+        ):  # nothing of a weight
+            bases = [base_of(value) for value in values]
             return compat.bind(eqn, [*map(deferred.now, bases)])
-        if not has_weight and known.deferred:
-            return [deferred.bind(eqn, values)]
+        if not weights and known.deferred:
+            return [deferred.bind(eqn, others)]
+        if not weights and not known.passes:
+            return self._read(eqn, others)
         if not known.passes:
-            if not has_weight:
-                return self._read(eqn, values)
-            values = [*map(deferred.now, values)]
+            values = [deferred.now(v) if isinstance(v, Deferred) else v for v in values]
         if known.rule is None:
             return self.without_rule(eqn, values, "it has no low-rank rule")
         return known.rule(self, eqn, *values)
 
-    def _read(self, eqn: Any, values: list[Any]) -> list[Any]:
+    def _read(self, eqn: Eqn, values: Sequence[Base]) -> list[jax.Array]:
         """Run an equation that reads what is deferred, and no adapted weight."""
-        is_deferred = [isinstance(value, Deferred) for value in values]
-        is_product = registry.primitive(eqn).is_product
-        if is_product and sum(is_deferred) == 1 and True in is_deferred[:2]:
-            side, others = is_deferred.index(True), values[2:]
-
-            def function(x, w, *others):
-                return compat.bind(eqn, [w, x, *others] if side == 0 else [x, w, *others])[0]
-
-            return [self.product(function, values[1 - side], values[side], *others)]
+        arrays = [value for value in values if not isinstance(value, Deferred)]
+        if registry.primitive(eqn).is_product and len(arrays) == len(values) - 1:
+            for side, value in enumerate(values[:2]):
+                if isinstance(value, Deferred):
+                    return [self._read_by_product(eqn, side, value, *arrays)]
         return deferred.read(lambda *values: compat.bind(eqn, values), *values)
 
-    def inner(self, eqn: Any, jaxpr: Any, *args: Any) -> list[Any]:
+    def _read_by_product(
+        self, eqn: Eqn, side: int, w: Deferred, x: jax.Array, *others: jax.Array
+    ) -> jax.Array:
+        def function(x, w, *others):
+            return compat.bind(eqn, [w, x, *others] if side == 0 else [x, w, *others])[0]
+
+        return self.product(function, x, w, *others)
+
+    def inner(self, eqn: Eqn, jaxpr: Jaxpr, *args: Value) -> list[Value]:
         """Evaluate a program that stands in an equation of this."""
         return self.evaluator.run(jaxpr, *args, line=self.where(eqn)[1])
 
-    def jitted(self, eqn: Any, jaxpr: Any, *args: Any) -> list[Any]:
+    def jitted(self, eqn: Eqn, jaxpr: Jaxpr, *args: Value) -> Values:
         """Do as `inner` does, under `jax.jit` and the name of the equation."""
         evaluate = self.evaluator.jitted(jaxpr, eqn.params["name"], self.where(eqn)[1])
         return evaluate(compat.consts(jaxpr), *args)
 
-    def where(self, eqn: Any) -> tuple[str, str]:
+    def where(self, eqn: Eqn) -> tuple[str, str]:
         """Return the operation of an equation, and the user's line that runs it.
 
         In a function of JAX, whose equations know the line that called it first, that calls it now.
@@ -253,22 +270,24 @@ class Evaluation:
         """Name a rank-sized product, so that a policy of `jax.checkpoint` can keep it."""
         return h if self.options.is_linear else checkpoint_name(h, CHECKPOINT_NAME)
 
-    def without_rule(self, eqn: Any, values: Sequence[Any], reason: str) -> list[Any]:
+    def without_rule(self, eqn: Eqn, values: Values, reason: str) -> list[jax.Array]:
         """Run an equation with every low-rank weight among its inputs made dense."""
         return compat.bind(eqn, [self.densify(eqn, value, reason) for value in values])
 
-    def densify(self, eqn: Any, value: Any, reason: str) -> Any:
+    def densify(self, eqn: Eqn, value: Value, reason: str) -> jax.Array:
         """Return an array for a value; say so if that is a weight and not rows of it."""
         return self.evaluator.densify(eqn, self.where(eqn), value, reason)
 
-    def product(self, function: Callable[..., Any], x: Any, w: Any, *others: Any) -> Any:
+    def product(
+        self, function: Callable[..., jax.Array], x: jax.Array, w: Base, *others: jax.Array
+    ) -> jax.Array:
         """Return a function, linear in x, of it and a weight, which is made for it if deferred."""
         if not isinstance(w, Deferred):
             return function(x, w, *others)
         self.last = deferred.product(function, x, w, *others, after=self.last)
         return self.last
 
-    def made(self, eqn: Any, value: Any) -> Any:
+    def made(self, eqn: Eqn, value: Value) -> Value:
         """Return a value that is not deferred; say so, for it will be kept as it is made here."""
         if isinstance(value, Weight) and isinstance(value.base, Deferred):
             reason = "it is dequantized for a function with its own derivative"
@@ -276,11 +295,11 @@ class Evaluation:
             return value.replace(base=deferred.now(value.base))
         return value
 
-    def scope(self, *weights: Weight) -> Any:
+    def scope(self, *weights: Weight) -> contextlib.AbstractContextManager[object]:
         """Return the name scope of what is added to the program for some weights."""
         return self.evaluator.scope(*weights)
 
-    def record(self, eqn: Any, weight: Weight, kind: Kind, **facts: Unpack[Facts]) -> None:
+    def record(self, eqn: Eqn, weight: Weight, kind: Kind, **facts: Unpack[Facts]) -> None:
         """Record a use of a weight, see `Recorder.record`."""
         if (recorder := self.evaluator.recorder) is not None:
             recorder.record(eqn, self.where(eqn), weight, kind, **facts)

@@ -13,12 +13,13 @@ import numpy as np
 
 from jaxlora.tracing import boundary
 from jaxlora.tracing.interpreter import Evaluator
+from jaxlora.tracing.types import Jaxpr, Value
 from jaxlora.weights import paths
 from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: object) -> bool:
     """Tell whether a leaf is traced: an array or the shape and dtype of one."""
     if isinstance(leaf, np.ndarray):
         return leaf.dtype.kind not in "OSU"
@@ -36,12 +37,12 @@ class Program:
         rebuild: makes the result of the function from the outputs of the program.
     """
 
-    jaxpr: Any
+    jaxpr: Jaxpr
     inputs: list[Any]
     paths: list[str]
-    rebuild: Callable[[list[Any]], Any]
+    rebuild: Callable[[Sequence[object]], Any]
 
-    def evaluated(self, evaluator: Evaluator, inputs: Sequence[Any]) -> list[Any]:
+    def evaluated(self, evaluator: Evaluator, inputs: Sequence[Any]) -> list[Value]:
         """Return the outputs for some inputs, in which adapted weights are low-rank."""
         pairs = zip(self.paths, inputs, strict=True)
         entered = [boundary.enter(evaluator, p, x) if is_weight(x) else x for p, x in pairs]
@@ -88,6 +89,6 @@ def with_trained(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.now if is_whole(x) else x, tree, is_leaf=is_whole)
 
 
-def is_weight(leaf: Any) -> bool:
+def is_weight(leaf: object) -> bool:
     """Tell whether a leaf stands for a weight that an evaluation takes as a value of its own."""
     return isinstance(leaf, LoRAWeight | QuantizedWeight)

@@ -11,12 +11,12 @@ those files are imported, and not changed afterwards.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from jaxlora.tracing.jaxprs.compat import Eqn
 
-Rule = Callable[..., list[Any]]
+Rule = Callable[..., Sequence[Any]]
 F = TypeVar("F", bound=Rule)
 
 

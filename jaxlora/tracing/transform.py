@@ -12,8 +12,10 @@ from jaxlora.tracing import boundary
 from jaxlora.tracing import rules as rules  # which registers them
 from jaxlora.tracing.interpreter import Evaluator, Form, Options
 from jaxlora.tracing.program import is_weight, trace, with_trained
+from jaxlora.tracing.types import Value
 from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.tracing.values.weight import Weight
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,9 +87,9 @@ def _low_rank(fn: F, options: Options) -> F:
     return fn_lora  # pyright: ignore[reportReturnType]
 
 
-def _left(evaluator: Evaluator, out: Any) -> Any:
+def _left(evaluator: Evaluator, out: Value) -> object:
     """Return an output as the caller gets it: an array, or the node of a weight passed through."""
-    if not isinstance(out, LowRank):
+    if not isinstance(out, Weight):
         return deferred.left(out)
-    node = boundary.leave(out)
+    node = boundary.leave(out) if isinstance(out, LowRank) else None
     return evaluator.left(out, "it leaves the function") if node is None else node

@@ -8,10 +8,11 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core, source_info_util
 from jax.extend.core import Jaxpr, Literal, Var
 
@@ -20,15 +21,16 @@ REMAT = ("checkpoint", "remat", "remat2")
 
 Eqn = core.JaxprEqn
 Atom = Var | Literal
+Params = Mapping[str, Any]  # of an equation
 _JAX = os.path.dirname(jax.__file__) + os.sep
 
 
-def consts(jaxpr: Any) -> Sequence[Any]:
+def consts(jaxpr: Jaxpr) -> Sequence[jax.Array]:
     """Return the constants of a jaxpr; an open one has none."""
     return getattr(jaxpr, "consts", ())
 
 
-def opened(jaxpr: Any) -> Jaxpr:
+def opened(jaxpr: Jaxpr) -> Jaxpr:
     """Return the jaxpr without its constants, where a version parts the two."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
@@ -43,14 +45,25 @@ def size(atom: Atom) -> int:
     return math.prod(shape(atom))
 
 
-def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+def dtype(atom: Atom) -> np.dtype | None:
+    """Return the dtype of an input or an output of an equation, None for what is no array."""
+    return getattr(atom.aval, "dtype", None)
+
+
+def nbytes(atom: Atom) -> int:
+    """Return the bytes of an input or an output of an equation, none for what is no array."""
+    found = dtype(atom)
+    return 0 if found is None else size(atom) * found.itemsize
+
+
+def bind(eqn: Eqn, values: Sequence[jax.Array]) -> list[jax.Array]:
     """Run one equation on these values, and return its outputs as a list."""
     outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
 @contextlib.contextmanager
-def scope(eqn: Any) -> Iterator[None]:
+def scope(eqn: Eqn) -> Iterator[None]:
     """Run what stands inside under the name scope, the source line and the settings of eqn."""
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with (
@@ -60,7 +73,7 @@ def scope(eqn: Any) -> Iterator[None]:
         yield
 
 
-def where(eqn: Any) -> tuple[str, str]:
+def where(eqn: Eqn | None) -> tuple[str, str]:
     """Return the operation and the user's line of an equation, empty where it is unknown.
 
     None is the end of the program.
@@ -71,7 +84,7 @@ def where(eqn: Any) -> tuple[str, str]:
     return eqn.primitive.name, line
 
 
-def is_of_jax(program: Any) -> bool:
+def is_of_jax(program: Jaxpr) -> bool:
     """Tell whether a program is that of a function of JAX itself, which it traces once for all."""
     source = getattr(program.debug_info, "func_filename", None) or ""
     return source.startswith(_JAX)
@@ -83,19 +96,19 @@ def file_and_number(line: str) -> tuple[str, int]:
     return (found[1], int(found[2])) if found else ("<program>", 1)
 
 
-def inner_jaxprs(eqn: Any) -> list[Any]:
+def inner_jaxprs(eqn: Eqn) -> list[Jaxpr]:
     """Return the programs among the parameters of an equation."""
     values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else [p])]
     return [v for v in values if hasattr(opened(v), "eqns")]
 
 
-def varying(x: Any) -> frozenset:
+def varying(x: object) -> frozenset[str]:
     """Return the axes of a mesh over which an array is known to vary, inside of `shard_map`."""
     aval = jax.typeof(x)
     return aval.mat.varying if hasattr(aval, "mat") else aval.vma
 
 
-def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+def scan_counts(params: Params) -> tuple[int, int]:
     """Return the number of constants and of carried values of a scan."""
     if "num_carry" in params:
         return params["num_consts"], params["num_carry"]

@@ -5,13 +5,12 @@ weight. So the cost is counted on the program that runs, whatever form a rule ha
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.jaxprs.compat import Eqn, Jaxpr
 
 _SCOPE = "lora@"
 
@@ -45,7 +44,7 @@ def scope(number: int) -> str:
     return f"{_SCOPE}{number}"
 
 
-def count(jaxpr: Any) -> dict[int, Cost]:
+def count(jaxpr: Jaxpr) -> dict[int, Cost]:
     """Return the cost of what stands under the scope of each number."""
     costs: dict[int, Cost] = {}
     for number, cost in _costs(compat.opened(jaxpr), None):
@@ -53,7 +52,7 @@ def count(jaxpr: Any) -> dict[int, Cost]:
     return costs
 
 
-def _costs(program: Any, outer: int | None) -> Iterator[tuple[int, Cost]]:
+def _costs(program: Jaxpr, outer: int | None) -> Iterator[tuple[int, Cost]]:
     for eqn in program.eqns:
         found = re.findall(rf"{_SCOPE}(\d+)", str(eqn.source_info.name_stack))
         number = int(found[-1]) if found else outer
@@ -66,7 +65,6 @@ def _costs(program: Any, outer: int | None) -> Iterator[tuple[int, Cost]]:
             yield number, Cost(flops, _bytes(eqn))
 
 
-def _bytes(eqn: Any) -> int:
-    atoms = {id(atom): atom.aval for atom in (*eqn.invars, *eqn.outvars)}
-    arrays = [aval for aval in atoms.values() if hasattr(aval, "dtype")]
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays)
+def _bytes(eqn: Eqn) -> int:
+    atoms = {id(atom): atom for atom in (*eqn.invars, *eqn.outvars)}
+    return sum(compat.nbytes(atom) for atom in atoms.values())

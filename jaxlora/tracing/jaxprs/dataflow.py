@@ -1,12 +1,12 @@
 """What the variables of a program stand for, and when each is read for the last time."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.jaxprs.compat import Atom, Eqn, Jaxpr, Literal, Var
 
 
-def values(program: Any) -> dict[Any, Any]:
+def values(program: Jaxpr) -> dict[Atom, Atom]:
     """Return what the variables of a program stand for, for those that select between them.
 
     Two that stand for one have equal values and equal derivatives: a variable and what stops its
@@ -18,10 +18,10 @@ def values(program: Any) -> dict[Any, Any]:
     """
     if all(eqn.primitive.name != "select_n" for eqn in program.eqns):
         return {}
-    found: dict[Any, Any] = {}
-    first: dict[Any, Any] = {}
+    found: dict[Atom, Atom] = {}
+    first: dict[Hashable, Var] = {}
     for eqn in program.eqns:
-        has_literal = any(isinstance(atom, compat.Literal) for atom in eqn.invars)
+        has_literal = any(isinstance(atom, Literal) for atom in eqn.invars)
         if has_literal or eqn.effects or compat.inner_jaxprs(eqn):
             continue
         name = eqn.primitive.name
@@ -34,7 +34,7 @@ def values(program: Any) -> dict[Any, Any]:
     return found
 
 
-def varying(program: Any) -> dict[Any, tuple[int, ...]]:
+def varying(program: Jaxpr) -> dict[Atom, tuple[int, ...]]:
     """Return for the predicates that a program selects by along which dimensions each varies."""
     selected_by = [eqn.invars[0] for eqn in program.eqns if eqn.primitive.name == "select_n"]
     if not selected_by:
@@ -42,27 +42,27 @@ def varying(program: Any) -> dict[Any, tuple[int, ...]]:
     makers = {var: eqn for eqn in program.eqns for var in eqn.outvars}
     found = {}
     for which in selected_by:
-        if isinstance(which, compat.Literal):
+        if isinstance(which, Literal):
             continue
         maker = makers.get(which)
-        found[which] = tuple(range(which.aval.ndim))
+        found[which] = tuple(range(len(compat.shape(which))))
         if maker is not None and maker.primitive.name == "broadcast_in_dim":
             kept = zip(
-                maker.params["broadcast_dimensions"], maker.invars[0].aval.shape, strict=True
+                maker.params["broadcast_dimensions"], compat.shape(maker.invars[0]), strict=True
             )
             found[which] = tuple(d for d, size in kept if size != 1)
     return found
 
 
-def last_uses(eqns: Sequence[Any], outvars: Sequence[Any]) -> dict[int, list[Any]]:
+def last_uses(eqns: Sequence[Eqn], outvars: Sequence[Atom]) -> dict[int, list[Var]]:
     """Return the variables that no later equation reads, by index of equation."""
-    kept = {atom for atom in outvars if not isinstance(atom, compat.Literal)}
-    last = {}
+    kept = {atom for atom in outvars if not isinstance(atom, Literal)}
+    last: dict[Var, int] = {}
     for i, eqn in enumerate(eqns):
         for atom in (*eqn.invars, *eqn.outvars):
-            if not isinstance(atom, compat.Literal) and atom not in kept:
+            if not isinstance(atom, Literal) and atom not in kept:
                 last[atom] = i
-    by_index: dict[int, list[Any]] = {}
+    by_index: dict[int, list[Var]] = {}
     for var, i in last.items():
         by_index.setdefault(i, []).append(var)
     return by_index

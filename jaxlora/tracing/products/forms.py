@@ -25,7 +25,6 @@ always moves more than that, and its backward pass has to be parted again for W 
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +32,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxlora.tracing.interpreter import Evaluation, Form
 from jaxlora.tracing.products.term import Term
+from jaxlora.tracing.types import Base
 from jaxlora.tracing.values import axes, placement
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import LowRank
@@ -79,8 +79,13 @@ def _moves_less(tokens: int, in_: int, out: int, *, is_shared: bool) -> bool:
 
 
 def weight_side(
-    run: Evaluation, x: Any, weight: LowRank, h: Any, bind: Callable[[Any, Any], Any], term: Term
-) -> Any:
+    run: Evaluation,
+    x: jax.Array,
+    weight: LowRank,
+    h: jax.Array | None,
+    bind: Callable[[jax.Array, Base], jax.Array],
+    term: Term,
+) -> jax.Array:
     """Return the product of x with a weight that is made for it.
 
     Args:
@@ -135,16 +140,18 @@ def weight_side(
     return product(x, weight.base, weight.a, weight.b, h)
 
 
-def with_term(run: Evaluation, y: Any, x: Any, weight: LowRank, h: Any, term: Term) -> Any:
+def with_term(
+    run: Evaluation, y: jax.Array, x: jax.Array, weight: LowRank, h: jax.Array | None, term: Term
+) -> jax.Array:
     """Return the product with the base plus the low-rank term."""
     with run.scope(weight):
         return jax.lax.add(y, _like(term(run, x, weight, h), y))
 
 
-def _moves(tangent: Any) -> bool:
+def _moves(tangent: object) -> bool:
     return not isinstance(tangent, SymbolicZero)
 
 
-def _like(product: Any, y: Any) -> Any:
+def _like(product: jax.Array, y: jax.Array) -> jax.Array:
     product = placement.like(product, y)
     return product if product.dtype == y.dtype else product.astype(y.dtype)

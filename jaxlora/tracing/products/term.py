@@ -7,16 +7,23 @@ that the term is two products of arrays with named axes, whatever the program di
 import dataclasses
 import enum
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
 
 from jaxlora.tracing.interpreter import Evaluation
+from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.types import Eqn
 from jaxlora.tracing.values import axes, placement
 from jaxlora.tracing.values.chain import How, Name, chain, narrow, scaled_along
 from jaxlora.tracing.values.lowrank import RANK, LowRank
+
+Names = list[list[Name]]  # of the pieces of each dimension
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +39,13 @@ class Sides:
     x: tuple[Sequence[int], Sequence[int], Sequence[int]]
 
     @classmethod
-    def of(cls, eqn: Any, side: int) -> "Sides":
+    def from_equation(cls, eqn: Eqn, side: int) -> "Sides":
         """Return the dimensions where the weight is the operand of this position."""
         summed, batch = eqn.params["dimension_numbers"]
         groups = []
         for at in (side, 1 - side):
             taken = (*summed[at], *batch[at])
-            free = [d for d in range(len(eqn.invars[at].aval.shape)) if d not in taken]
+            free = [d for d in range(len(compat.shape(eqn.invars[at]))) if d not in taken]
             groups.append((summed[at], free, batch[at]))
         return cls(*groups)
 
@@ -68,7 +75,7 @@ class Gain:
     dims: Sequence[Sequence[Name]] = ()
     sizes: Sequence[Sequence[int]] = ()
 
-    def scale(self, x: Any, gain: Any) -> jax.Array:
+    def scale(self, x: jax.Array, gain: jax.Array) -> jax.Array:
         """Return the input or the result of the product times a gain."""
         return scaled_along(x, self.dims, self.sizes, gain, self.names)
 
@@ -98,14 +105,14 @@ class Term:
     names: tuple[tuple[Name, ...], ...]
     out_sizes: tuple[int, ...]
     out_kept: tuple[int, ...]
-    precision: Any
-    dtype: Any
+    precision: lax.PrecisionLike
+    dtype: DTypeLike
     gain: Gain | None = None
 
     @classmethod
-    def of(cls, eqn: Any, side: int, weight: LowRank, x: Any) -> "Term":
+    def from_equation(cls, eqn: Eqn, side: int, weight: LowRank, x: jax.Array) -> "Term":
         """Return the term of a product whose operand of this position is the weight."""
-        sides = Sides.of(eqn, side)
+        sides = Sides.from_equation(eqn, side)
         w_names, x_names, x_sizes = _names(sides, weight, x)
         free = [[w_names[d] for d in sides.weight[1]], [x_names[d] for d in sides.x[1]]]
         batch = [w_names[d] for d in sides.weight[2]]
@@ -126,7 +133,7 @@ class Term:
         taken = math.prod(weight.shape[d] for group in sides.weight[1:] for d in group)
         return cls(
             order,
-            math.prod(eqn.outvars[0].aval.shape) // taken,
+            compat.size(eqn.outvars[0]) // taken,
             tuple(map(tuple, x_sizes)),
             tuple(i for i, n in enumerate(names) if n not in known),
             tuple(map(tuple, (x_kept, first, h, second, [out[i] for i in kept]))),
@@ -137,7 +144,7 @@ class Term:
             _gain(weight, w_names, (x_names, x_sizes), out_dims, sizes),
         )
 
-    def start(self, weight: LowRank) -> Any:
+    def start(self, weight: LowRank) -> Hashable:
         """Return what is equal in terms whose rank-sized products can be made as one."""
         first = getattr(weight, self.order[0])
         how = (self.precision, self.dtype, weight.base.dtype, weight.has_dropout)
@@ -149,7 +156,9 @@ class Term:
         """Whether the input is scaled for this weight, so that no other product has the same."""
         return self.gain is not None and self.gain.scaled is Scaled.INPUT
 
-    def narrow(self, run: Evaluation, x: Any, weights: Sequence[LowRank]) -> Sequence[jax.Array]:
+    def narrow(
+        self, run: Evaluation, x: jax.Array, weights: Sequence[LowRank]
+    ) -> Sequence[jax.Array]:
         """Return the products of the input with the first factor of each weight, made as one."""
         return narrow(
             self._input(weights[0], x),
@@ -160,7 +169,12 @@ class Term:
         )
 
     def __call__(
-        self, run: Evaluation, x: Any, weight: LowRank, h: Any = None, moving: str = ""
+        self,
+        run: Evaluation,
+        x: jax.Array,
+        weight: LowRank,
+        h: jax.Array | None = None,
+        moving: str = "",
     ) -> jax.Array:
         """Return the term.
 
@@ -182,7 +196,7 @@ class Term:
         )
         return placement.repeated(product, self.out_kept, self.out_sizes)
 
-    def _input(self, weight: LowRank, x: Any) -> Any:
+    def _input(self, weight: LowRank, x: jax.Array) -> jax.Array:
         x = placement.reshape(weight.input(x), self.x_sizes)
         return x.sum(self.repeated) if self.repeated else x
 
@@ -193,24 +207,22 @@ class Term:
         """
         return (weight.scale, 1.0) if self.order == ("b", "a") else (1.0, weight.scale)
 
-    def _how(self, run: Evaluation, weight: LowRank, x: Any, tangent: int | None = None) -> How:
+    def _how(
+        self, run: Evaluation, weight: LowRank, x: jax.Array, tangent: int | None = None
+    ) -> How:
         is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
         factor_dtype = x.dtype if is_complex else weight.base.dtype
         return How(self.precision, self.dtype, factor_dtype, not run.options.is_linear, tangent)
 
 
-def _names(
-    sides: Sides, weight: LowRank, x: Any
-) -> tuple[list[list[Name]], list[list[Name]], list[list[int]]]:
+def _names(sides: Sides, weight: LowRank, x: jax.Array) -> tuple[Names, Names, list[list[int]]]:
     """Return names for the pieces of the weight and of x, and the sizes of those of x.
 
     Dimensions that meet in the product have the same pieces, and their names are those of x, so
     that weights of other dimensions have the same names there.
     """
-    of_weight: list[list[Name]] = [
-        [("w", d, i) for i in range(len(dim))] for d, dim in enumerate(weight.dims)
-    ]
-    of_x: list[list[Name]] = [[("x", d, 0)] for d in range(x.ndim)]
+    of_weight: Names = [[("w", d, i) for i in range(len(dim))] for d, dim in enumerate(weight.dims)]
+    of_x: Names = [[("x", d, 0)] for d in range(x.ndim)]
     x_sizes = [[size] for size in x.shape]
     for group in (0, 2):
         for d, dim in zip(sides.x[group], sides.weight[group], strict=True):
@@ -220,7 +232,11 @@ def _names(
 
 
 def _gain(
-    weight: LowRank, w_names: Any, x_dims: tuple[Any, Any], out_dims: Any, sizes: dict[Name, int]
+    weight: LowRank,
+    w_names: Names,
+    x_dims: tuple[Names, list[list[int]]],
+    out_dims: Names,
+    sizes: dict[Name, int],
 ) -> Gain | None:
     """Return how the gain of a weight meets a product."""
     if weight.gain is None:
@@ -233,5 +249,5 @@ def _gain(
     return Gain(Scaled.WEIGHT, names)
 
 
-def _flat(*groups: Sequence[Sequence[Any]]) -> list[Any]:
-    return [name for group in groups for names in group for name in names]
+def _flat(groups: Iterable[Iterable[T]]) -> list[T]:
+    return [item for group in groups for item in group]

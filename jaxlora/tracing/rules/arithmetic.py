@@ -6,35 +6,37 @@ A scale along in axes scales ``a``, one along out axes scales ``b``.
 import dataclasses
 import math
 import operator
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.registry import rule
+from jaxlora.tracing.types import Eqn, Operand, Values
 from jaxlora.tracing.values import axes, deferred
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank
 from jaxlora.tracing.values.probe import Probe
-from jaxlora.tracing.values.weight import Role, Weight
+from jaxlora.tracing.values.weight import Role, Weight, base_of
 from jaxlora.weights.adapters import scaling
 
 
-def elementwise(eqn: Any) -> int:
+def elementwise(eqn: Eqn) -> int:
     """Return the operations of an equation that does one for each element of its result."""
     return compat.size(eqn.outvars[0])
 
 
 @rule("neg", deferred=deferred.later)
-def negate(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def negate(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Negate the base and ``b``."""
     return [weight.replace(base=deferred.lazily(lax.neg, weight.base)).negated()]
 
 
 @rule("mul", "div", deferred=deferred.later, flops=elementwise)
-def scale(run: Evaluation, eqn: Any, x: Any, y: Any) -> list[Any]:
+def scale(run: Evaluation, eqn: Eqn, x: Operand, y: Operand) -> Values:
     """Scale a weight by a number, or by a vector along the axes of one factor."""
     is_division = eqn.primitive.name == "div"
     is_first = is_division or _is_scaled(x, y)
@@ -47,21 +49,21 @@ def scale(run: Evaluation, eqn: Any, x: Any, y: Any) -> list[Any]:
     is_elementwise = jnp.size(vector) == weight.size > 1
     if is_elementwise or compat.shape(eqn.outvars[0]) != weight.base.shape:
         return run.without_rule(eqn, values, "it does not scale whole axes")
-    base = deferred.bind(eqn, [getattr(value, "base", value) for value in values])
+    base = deferred.bind(eqn, [base_of(value) for value in values])
     scaled = weight.scaled_by(operator.truediv if is_division else operator.mul, vector, along)
     if scaled is None:
         return run.without_rule(eqn, values, "it scales along axes of both factors")
     return [scaled.replace(base=base)]
 
 
-def _is_scaled(x: Any, y: Any) -> bool:
+def _is_scaled(x: Operand, y: Operand) -> bool:
     """Tell whether a product scales its first operand: the larger one, or of equals the weight."""
     x_size, y_size = (v.size if isinstance(v, Weight) else jnp.size(v) for v in (x, y))
     return isinstance(x, Weight) if x_size == y_size else x_size > y_size
 
 
 @rule("reduce_sum", flops=lambda eqn: compat.size(eqn.invars[0]))
-def sum_(run: Evaluation, eqn: Any, weight: LowRank | Probe) -> list[Any]:
+def sum_(run: Evaluation, eqn: Eqn, weight: LowRank | Probe) -> Values:
     """Sum along axes of the factors; the entries of a stack become so many times the rank."""
     gone = eqn.params["axes"]
     kept = [d for d in range(len(weight.dims)) if d not in gone]
@@ -74,25 +76,27 @@ def sum_(run: Evaluation, eqn: Any, weight: LowRank | Probe) -> list[Any]:
     if weight.gain is not None and weight.labels(*gone) & CARRIES["gain"]:
         return run.without_rule(eqn, [weight], "it sums columns that have magnitudes")
     base = deferred.bind(eqn, [weight.base])
-    fields: dict[str, Any] = {"base": base, "dims": tuple(weight.dims[d] for d in kept)}
+    dims = tuple(weight.dims[d] for d in kept)
     weight = weight.transposed(weight.base, [*kept, *gone])
     summed_pieces = axes.pieces(weight.dims[len(kept) :])
     times = math.prod(size for label, size in summed_pieces if label is axes.REPEATED)
     weight = weight.replace(b=weight.b * times) if times != 1 else weight
+    factors = {}
     for name in ("a", "b"):
         factor, carries = getattr(weight, name), CARRIES[name]
-        first = sum(label in carries for label, _ in axes.pieces(fields["dims"]))
+        first = sum(label in carries for label, _ in axes.pieces(dims))
         summed = [label for label, _ in summed_pieces if label in carries]
         own = tuple(first + i for i, label in enumerate(summed) if label != Role.STACK)
-        fields[name] = factor.sum(own).reshape(*factor.shape[:first], -1)
+        factors[name] = factor.sum(own).reshape(*factor.shape[:first], -1)
+    origin = weight.origin
     if sums_stack:
-        alpha = scaling(weight.origin.alpha, weight.rank) * fields["a"].shape[-1]
-        fields["origin"] = dataclasses.replace(weight.origin, roles=None, alpha=alpha)
-    return [weight.replace(**fields)]
+        alpha = scaling(origin.alpha, weight.rank) * factors["a"].shape[-1]
+        origin = dataclasses.replace(origin, roles=None, alpha=alpha)
+    return [weight.replace(base=base, dims=dims, origin=origin, **factors)]
 
 
 @rule("pad")
-def pad(run: Evaluation, eqn: Any, weight: Any, filling: Any) -> list[Any]:
+def pad(run: Evaluation, eqn: Eqn, weight: Operand, filling: Operand) -> Values:
     """Pad the base as the program does, and the factors with zeros."""
     config = eqn.params["padding_config"]
     grown = [d for d, amounts in enumerate(config) if any(amounts)]
@@ -110,7 +114,7 @@ def pad(run: Evaluation, eqn: Any, weight: Any, filling: Any) -> list[Any]:
     return [weight]
 
 
-def padded(x: Any, axis: int, amounts: Any, filling: Any) -> Any:
+def padded(x: jax.Array, axis: int, amounts: tuple[int, int, int], filling: ArrayLike) -> jax.Array:
     """Return an array padded along one axis: before, after, and between its entries."""
     config = [(0, 0, 0)] * x.ndim
     config[axis] = amounts

@@ -7,51 +7,58 @@ dtype of the operation. The weight is never formed.
 import dataclasses
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any
 
+import jax
 from jax import lax
 
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
-from jaxlora.tracing.jaxprs.compat import Eqn
+from jaxlora.tracing.jaxprs.compat import Params, Var
 from jaxlora.tracing.jaxprs.sharing import Reader
 from jaxlora.tracing.products import forms
 from jaxlora.tracing.products.term import Scaled, Sides, Term
 from jaxlora.tracing.recorder import Facts, Kind
 from jaxlora.tracing.registry import rule
-from jaxlora.tracing.values import axes
+from jaxlora.tracing.types import Eqn, Operand, Values
+from jaxlora.tracing.values import axes, deferred
 from jaxlora.tracing.values.chain import told
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank
 from jaxlora.tracing.values.probe import Probe
 from jaxlora.tracing.values.weight import Weight
 from jaxlora.weights.adapters import merge_dtype
 
+_BOTH = "both operands are adapted weights"
 
-def _flops(eqn: Any) -> int:
+
+def _flops(eqn: Eqn) -> int:
     (summed, _), _ = eqn.params["dimension_numbers"]
     return _flops_of(eqn, summed)
 
 
-def _flops_of(eqn: Any, summed: Sequence[int]) -> int:
+def _flops_of(eqn: Eqn, summed: Sequence[int]) -> int:
     sizes = compat.shape(eqn.invars[0])
     return 2 * compat.size(eqn.outvars[0]) * math.prod(sizes[d] for d in summed)
 
 
 @rule("dot_general", is_product=True, flops=_flops)
-def dot_general(run: Evaluation, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
+def dot_general(run: Evaluation, eqn: Eqn, lhs: Operand, rhs: Operand) -> Values:
     """Add ``x a b`` to a product with a weight on either side.
 
     With ``m`` tokens the low-rank term costs 2·m·rank·(in + out) operations.
     """
-    values = [_operand(run, eqn, 0, lhs, rhs)]
-    values.append(_operand(run, eqn, 1, rhs, values[0]))
-    for side, value in enumerate(values):
-        if isinstance(value, LowRank):
-            return [_product(run, eqn, values[1 - side], value, side)]
-    return compat.bind(eqn, values)
+    lhs = _operand(run, eqn, 0, lhs, rhs)
+    rhs = _operand(run, eqn, 1, rhs, lhs)
+    if isinstance(lhs, LowRank):
+        x = run.densify(eqn, rhs, _BOTH)  # an array already: of two weights one is left
+        return [_product(run, eqn, x, lhs, 0)]
+    if isinstance(rhs, LowRank):
+        return [_product(run, eqn, lhs, rhs, 1)]
+    return compat.bind(eqn, [lhs, rhs])
 
 
-def _operand(run: Evaluation, eqn: Any, side: int, value: Any, other: Any) -> Any:
+def _operand(
+    run: Evaluation, eqn: Eqn, side: int, value: Operand, other: Operand
+) -> jax.Array | LowRank:
     """Return an operand as the weight that the product takes as one, or as an array."""
     if not isinstance(value, Weight):
         return value
@@ -59,11 +66,11 @@ def _operand(run: Evaluation, eqn: Any, side: int, value: Any, other: Any) -> An
     if value.is_rows_to(in_, out):
         return run.densify(eqn, value, "")
     if isinstance(other, Weight) and _gives_way(value, other):
-        return run.densify(eqn, value, "both operands are adapted weights")
+        return run.densify(eqn, value, _BOTH)
     if isinstance(value, LowRank):
         return value
     run.record(eqn, value, Kind.CONTRACTED, in_=in_, out=out, stack=stack)
-    return value.base
+    return deferred.now(value.base)
 
 
 def _gives_way(weight: Weight, other: Weight) -> bool:
@@ -72,8 +79,8 @@ def _gives_way(weight: Weight, other: Weight) -> bool:
 
 
 def _narrowed(
-    run: Evaluation, eqn: Eqn, side: int, term: Term, weight: LowRank, x: Any
-) -> tuple[Any, int]:
+    run: Evaluation, eqn: Eqn, side: int, term: Term, weight: LowRank, x: jax.Array
+) -> tuple[jax.Array | None, int]:
     """Return the product of the input and the first factor, and how many products share it.
 
     It is made at the first of them, for all at once; a product that shares nothing has None.
@@ -92,25 +99,26 @@ def _narrowed(
     return run.narrowed.pop(eqn)
 
 
-def _sharing(run: Evaluation, reader: Reader, x: Any, start: Hashable) -> dict[Eqn, LowRank]:
+def _sharing(run: Evaluation, reader: Reader, x: jax.Array, start: Hashable) -> dict[Eqn, LowRank]:
     """Return the weights of the later products of an input whose terms start the same."""
     found: dict[Eqn, LowRank] = {}
     for other in run.plan.readers_after(reader):
         side = 1 - other.operand
-        weight = run.env.get(other.eqn.invars[side])
+        atom = other.eqn.invars[side]
+        weight = run.env.get(atom) if isinstance(atom, Var) else None
         if not isinstance(weight, LowRank) or weight.is_rows():
             continue
-        if Term.of(other.eqn, side, weight, x).start(weight) == start:
+        if Term.from_equation(other.eqn, side, weight, x).start(weight) == start:
             found[other.eqn] = weight
     return found
 
 
-def _axes_used(eqn: Any, side: int, weight: Weight) -> tuple[frozenset, frozenset, frozenset]:
+def _axes_used(eqn: Eqn, side: int, weight: Weight) -> tuple[frozenset, frozenset, frozenset]:
     """Return the labels of a weight that are summed, free, and in the batch or picked.
 
     Entries that were picked are a stack, wherever the axes of the indices go.
     """
-    groups = Sides.of(eqn, side).weight
+    groups = Sides.from_equation(eqn, side).weight
     in_, free, batch = (weight.labels(*dims) for dims in groups)
     if isinstance(weight, Probe):
         in_, free = in_ - weight.indexed, free - weight.indexed
@@ -118,21 +126,26 @@ def _axes_used(eqn: Any, side: int, weight: Weight) -> tuple[frozenset, frozense
     return in_, out, (batch - in_ - free) | (weight.indexed - in_ - out)
 
 
-def _product(run: Evaluation, eqn: Any, x: Any, weight: LowRank, side: int) -> Any:
+def _product(run: Evaluation, eqn: Eqn, x: jax.Array, weight: LowRank, side: int) -> jax.Array:
     """Return the product of x and a weight, in the form that is cheaper."""
 
     def bind(x, w):
         return run.product(lambda x, w: compat.bind(eqn, [x, w] if side else [w, x])[0], x, w)
 
-    term = Term.of(eqn, side, weight, x)
+    term = Term.from_equation(eqn, side, weight, x)
     if run.options.observes:
         return _observed(run, bind(x, weight.base), x, weight, term)
     if (gain := term.gain) is not None and gain.scaled is Scaled.WEIGHT:
         return bind(x, run.densify(eqn, weight, "its magnitude is along summed and other axes"))
     columns, weight = weight.gain, weight.replace(gain=None)
-    if gain is not None and gain.scaled is Scaled.INPUT:
+
+    def scaled(value, what):
+        if gain is None or columns is None or gain.scaled is not what:
+            return value
         with run.scope(weight):
-            x = gain.scale(x, columns)
+            return gain.scale(value, columns)
+
+    x = scaled(x, Scaled.INPUT)
     h, sharing = _narrowed(run, eqn, side, term, weight, x)
     form = forms.choose(run, weight, term, is_shared=h is not None)
     in_, out, stack = _axes_used(eqn, side, weight)
@@ -142,13 +155,12 @@ def _product(run: Evaluation, eqn: Any, x: Any, weight: LowRank, side: int) -> A
         y = forms.weight_side(run, x, weight, h, bind, term)
     else:
         y = forms.with_term(run, bind(x, weight.base), x, weight, h, term)
-    if gain is None or gain.scaled is not Scaled.RESULT:
-        return y
-    with run.scope(weight):
-        return gain.scale(y, columns)
+    return scaled(y, Scaled.RESULT)
 
 
-def _observed(run: Evaluation, y: Any, x: Any, weight: LowRank, term: Term) -> Any:
+def _observed(
+    run: Evaluation, y: jax.Array, x: jax.Array, weight: LowRank, term: Term
+) -> jax.Array:
     """Return the product y, whose gradients tell of the input, in float32 or wider."""
     if term.order != ("a", "b"):  # it sums over the columns: what goes in is no input of ``a``
         return y
@@ -158,18 +170,18 @@ def _observed(run: Evaluation, y: Any, x: Any, weight: LowRank, term: Term) -> A
     return told(y, *term.narrow(run, x.astype(wide), [weight]))
 
 
-def _ragged_flops(eqn: Any) -> int:
+def _ragged_flops(eqn: Eqn) -> int:
     (summed, _), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
     return _flops_of(eqn, summed)
 
 
 @rule("ragged_dot_general", is_product=True, flops=_ragged_flops)
-def ragged_dot(run: Evaluation, eqn: Any, x: Any, weight: Any, groups: Any) -> list[Any]:
+def ragged_dot(run: Evaluation, eqn: Eqn, x: Operand, weight: Operand, groups: jax.Array) -> Values:
     """Add two products, each ragged where its factor has an entry for each group of rows."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_summed, summed), (x_batch, _) = numbers.dot_dimension_numbers
     x = run.densify(eqn, x, "it is multiplied with other weights in groups")
-    if not isinstance(weight, LowRank | Probe):
+    if not isinstance(weight, Weight):
         return compat.bind(eqn, [x, weight, groups])
     free = [d for d in range(x.ndim) if d not in x_summed]
     if x_batch or list(numbers.lhs_ragged_dimensions) != free:
@@ -187,7 +199,7 @@ def ragged_dot(run: Evaluation, eqn: Any, x: Any, weight: Any, groups: Any) -> l
             return run.without_rule(eqn, [x, weight, groups], "it has a magnitude")
     run.record(eqn, weight, Kind.CONTRACTED, stack=stack, in_=in_, out=out_)
     y = run.product(lambda *values: compat.bind(eqn, values)[0], x, weight.base, groups)
-    if isinstance(weight, Probe):
+    if not isinstance(weight, LowRank):
         return [y]
     weight = weight.transposed(weight.base, [*group, *summed, *out])
     with run.scope(weight):
@@ -201,18 +213,20 @@ def ragged_dot(run: Evaluation, eqn: Any, x: Any, weight: Any, groups: Any) -> l
         return [y + product.reshape(y.shape).astype(y.dtype)]
 
 
-def _in_order(names: tuple[str, str], weight: LowRank) -> list[Any]:
+def _in_order(names: tuple[str, str], weight: LowRank) -> list[jax.Array]:
     factors = dict(zip("ab", weight.factors(weight.base.dtype), strict=True))
     return [factors[name] for name in names]
 
 
-def _of_each_group(name: str, factor: Any, weight: LowRank, label: frozenset, count: int) -> Any:
+def _of_each_group(
+    name: str, factor: jax.Array, weight: LowRank, label: frozenset, count: int
+) -> jax.Array:
     """Return a factor ``(groups, size, rank)``, or ``(size, rank)`` where all groups have one."""
     leading = (count,) if label and label <= CARRIES[name] else ()
     return factor.reshape(*leading, -1, weight.rank)
 
 
-def _ragged(x: Any, factor: Any, groups: Any, params: dict[str, Any]) -> Any:
+def _ragged(x: jax.Array, factor: jax.Array, groups: jax.Array, params: Params) -> jax.Array:
     """Return the product of the rows of x with the matrix of their group, or of all."""
     how = {name: params[name] for name in ("precision", "preferred_element_type")}
     if factor.ndim == 2:

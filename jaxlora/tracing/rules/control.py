@@ -5,8 +5,7 @@ public functions of JAX rebuild them, so that differentiation, batching and comp
 JAX's own.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,14 @@ from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.registry import rule
 from jaxlora.tracing.rules.loops import kind
 from jaxlora.tracing.rules.meshes import constrained
+from jaxlora.tracing.types import Eqn, Value, Values
+from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.tracing.values.weight import Weight, base_of
 
 
 @rule(*compat.JIT, passes=True)
-def jit(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
+def jit(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     """Compile the inner program again, under its name and with its shardings."""
     params = eqn.params
     values = tuple(map(constrained, values, params["in_shardings"]))
@@ -31,13 +33,13 @@ def jit(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
 
 
 @rule("closed_call", "core_call", passes=True)
-def call(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
+def call(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     """Run the inner program in place."""
     return run.inner(eqn, eqn.params["call_jaxpr"], *values)
 
 
 @rule(*compat.REMAT, passes=True)
-def remat(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
+def remat(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     """Rematerialize the evaluation of the inner program, with the same policy."""
     params = eqn.params
 
@@ -49,7 +51,7 @@ def remat(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
 
 
 @rule("custom_jvp_call")
-def custom_jvp_call(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
+def custom_jvp_call(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     """Keep the function's own derivative, evaluated with low-rank weights as well.
 
     The tangent of a low-rank weight is the sum of two, ``da b`` and ``a db``.
@@ -97,33 +99,36 @@ def custom_jvp_call(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
     return function(list(values))
 
 
-def _base(value: Any) -> Any:
-    return value.base if isinstance(value, LowRank) else jnp.asarray(value)
+def _base(value: Value) -> jax.Array:
+    base = deferred.now(base_of(value))
+    return base if isinstance(value, Weight) else jnp.asarray(base)
 
 
-def _tangents(pairs: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
+def _tangents(pairs: Sequence[tuple[Value, Value]]) -> list[Values]:
     """Return tangents whose sum is that of the values, each linear in what moves.
 
     The tangent of ``a b`` is ``da b + a db``: two weights of the same rank, for a derivative that
     has to stay linear.
     """
     first = [
-        dot.replace(b=value.b, keys=None) if isinstance(value, LowRank) else dot
+        dot.replace(b=value.b, keys=None)
+        if isinstance(value, LowRank) and isinstance(dot, LowRank)
+        else dot
         for value, dot in pairs
     ]
     if not any(isinstance(value, LowRank) for value, _ in pairs):
         return [first]
     second = [
         dot.replace(base=jnp.zeros_like(value.base), a=value.a, keys=None)
-        if isinstance(value, LowRank)
-        else jnp.zeros_like(dot)
+        if isinstance(value, LowRank) and isinstance(dot, LowRank)
+        else jnp.zeros_like(deferred.now(base_of(dot)))
         for value, dot in pairs
     ]
     return [first, second]
 
 
 @rule("cond", passes=True)
-def cond(run: Evaluation, eqn: Any, index: Any, *operands: Any) -> list[Any]:
+def cond(run: Evaluation, eqn: Eqn, index: Value, *operands: Value) -> Values:
     """Switch again; a weight leaves it as one if it does so from every branch."""
     branches = [
         lambda *operands, jaxpr=jaxpr: run.inner(eqn, jaxpr, *operands)
@@ -143,7 +148,9 @@ def cond(run: Evaluation, eqn: Any, index: Any, *operands: Any) -> list[Any]:
     branches = [agreeing(branch) for branch in branches]
     if (platforms := eqn.params.get("branches_platforms")) is None:
         return lax.switch(index, branches, *operands)
-    chosen: dict[str, Any] = {}  # by `lax.platform_dependent`, where each is lowered for its own
+    chosen: dict[
+        str, Callable[..., Values]
+    ] = {}  # by `lax.platform_dependent`, where each is lowered for its own
     for names, branch in zip(platforms, branches, strict=True):
         chosen |= dict.fromkeys(names or ["default"], branch)
     return lax.platform_dependent(*operands, **chosen)

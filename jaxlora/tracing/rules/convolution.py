@@ -6,7 +6,7 @@ where a convolution runs the other way, as in a decoder that shares its kernel w
 the input is multiplied with ``b`` and the result convolved with ``a``.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +14,29 @@ from jax import lax
 
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.jaxprs.compat import Params
 from jaxlora.tracing.recorder import Kind
 from jaxlora.tracing.registry import rule
+from jaxlora.tracing.types import Eqn, Operand, Values
 from jaxlora.tracing.values import axes
-from jaxlora.tracing.values.chain import contract, scaled_along
+from jaxlora.tracing.values.chain import Name, contract, scaled_along
 from jaxlora.tracing.values.lowrank import RANK, LowRank
-from jaxlora.tracing.values.probe import Probe
-from jaxlora.tracing.values.weight import Role
+from jaxlora.tracing.values.weight import Role, Weight
 
 _OWN = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
 
 
-def _flops(eqn: Any) -> int:
+def _flops(eqn: Eqn) -> int:
     kernel, numbers = eqn.invars[1], eqn.params["dimension_numbers"]
     channels = compat.shape(kernel)[numbers.rhs_spec[0]]
     return 2 * compat.size(eqn.outvars[0]) * compat.size(kernel) // channels
 
 
+Names = Sequence[Name]
+
+
 @rule("conv_general_dilated", is_product=True, flops=_flops)
-def convolution(run: Evaluation, eqn: Any, x: Any, kernel: Any) -> list[Any]:
+def convolution(run: Evaluation, eqn: Eqn, x: Operand, kernel: Operand) -> Values:
     """Add the convolution by the factors.
 
     With groups, each group's input is convolved with the same ``a`` and multiplied with its own
@@ -41,7 +45,7 @@ def convolution(run: Evaluation, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     """
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
     x = run.densify(eqn, x, "the weight is convolved with, not by")
-    if not isinstance(kernel, LowRank | Probe):
+    if not isinstance(kernel, Weight):
         return compat.bind(eqn, [x, kernel])
     out_dim, in_dim, *window = numbers.rhs_spec
     groups = params["feature_group_count"]
@@ -49,21 +53,24 @@ def convolution(run: Evaluation, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     in_ = kernel.labels(in_dim, *window)
     if params["batch_group_count"] != 1:
         return run.without_rule(eqn, [x, kernel], "it has batch groups")
-    fits = not (in_ & out) if isinstance(kernel, Probe) else _fits(kernel, numbers, groups)
+    is_sought = not isinstance(kernel, LowRank)
+    fits = not (in_ & out) if is_sought else _fits(kernel, numbers, groups)
     if not fits:
         return run.without_rule(eqn, [x, kernel], "its axes have other roles elsewhere")
-    if isinstance(kernel, LowRank) and kernel.gain is not None and _runs_back(kernel, numbers):
+    if not is_sought and kernel.gain is not None and _runs_back(kernel, numbers):
         return run.without_rule(eqn, [x, kernel], "it sums columns that have magnitudes")
     stack |= kernel.indexed - (in_ | out)  # entries that were picked are a stack
     run.record(eqn, kernel, Kind.CONTRACTED, in_=in_, out=out, stack=stack)
     y = run.product(lambda *values: compat.bind(eqn, values)[0], x, kernel.base)
-    if isinstance(kernel, Probe):
+    if is_sought:
         return [y]
     with run.scope(kernel):
         return [_with_term(run, params, x, kernel, y)]
 
 
-def _with_term(run: Evaluation, params: Any, x: Any, kernel: LowRank, y: Any) -> Any:
+def _with_term(
+    run: Evaluation, params: Params, x: jax.Array, kernel: LowRank, y: jax.Array
+) -> jax.Array:
     """Return the convolution y by the base plus that by the factors, times the gain."""
     numbers = params["dimension_numbers"]
     order, channel = numbers.rhs_spec, numbers.out_spec[1]
@@ -80,9 +87,7 @@ def _with_term(run: Evaluation, params: Any, x: Any, kernel: LowRank, y: Any) ->
     return scaled_along(y, names, sizes, kernel.gain.reshape(-1), [channel])
 
 
-def _stack_and_out(
-    kernel: LowRank | Probe, out_dim: int, groups: int
-) -> tuple[frozenset, frozenset]:
+def _stack_and_out(kernel: Weight, out_dim: int, groups: int) -> tuple[frozenset, frozenset]:
     """Return the labels of the kernel's channels: those of a group each, and the others."""
     labels, count, stack = kernel.labels(out_dim), 1, frozenset()
     if isinstance(kernel, LowRank):
@@ -93,7 +98,7 @@ def _stack_and_out(
     return stack, labels - stack
 
 
-def _fits(kernel: LowRank, numbers: Any, groups: int) -> bool:
+def _fits(kernel: LowRank, numbers: lax.ConvDimensionNumbers, groups: int) -> bool:
     """Tell whether the factors are those of a convolution and a product, in either order."""
     out_dim, in_dim, *window = numbers.rhs_spec
     stack, rest = _first_piece(kernel.dims[out_dim], Role.STACK)
@@ -106,7 +111,7 @@ def _fits(kernel: LowRank, numbers: Any, groups: int) -> bool:
     return ends and kernel.labels(*window) <= {Role.IN}
 
 
-def _runs_back(kernel: LowRank, numbers: Any) -> bool:
+def _runs_back(kernel: LowRank, numbers: lax.ConvDimensionNumbers) -> bool:
     """Tell whether a convolution runs from the out channels of a kernel to its in channels."""
     out_dim, in_dim, *_ = numbers.rhs_spec
     labels = kernel.labels(in_dim)  # none where each group has one channel
@@ -118,7 +123,13 @@ def _first_piece(dim: axes.Dim, role: Role) -> tuple[int, axes.Dim]:
     return (dim[0][1], dim[1:]) if dim and dim[0][0] == role else (1, dim)
 
 
-def _to_rank(run: Evaluation, params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
+def _to_rank(
+    run: Evaluation,
+    params: Params,
+    numbers: lax.ConvDimensionNumbers,
+    x: jax.Array,
+    kernel: LowRank,
+) -> jax.Array:
     """Return the product of ``b`` with the convolution of ``x`` by ``a``."""
     groups, channel = params["feature_group_count"], numbers.out_spec[1]
     stack, _ = _first_piece(kernel.dims[0], Role.STACK)
@@ -128,7 +139,7 @@ def _to_rank(run: Evaluation, params: Any, numbers: Any, x: Any, kernel: LowRank
     a = jnp.broadcast_to(a, (stack, copies, kernel.rank, *window)).reshape(-1, *window)
     h = run.named(_convolved(params, numbers, x, a))
     h = h.reshape(*h.shape[:channel], stack, copies, -1, *h.shape[channel + 1 :])
-    names: list[Any] = [("h", i) for i in range(h.ndim)]
+    names: list[Name] = [("h", i) for i in range(h.ndim)]
     names[channel : channel + 3] = ["stack", "copy", RANK]
     wanted = [name if name != RANK else "out" for name in names]
     b = b.reshape(stack, copies, -1, kernel.rank)
@@ -136,14 +147,20 @@ def _to_rank(run: Evaluation, params: Any, numbers: Any, x: Any, kernel: LowRank
     return y.reshape(*y.shape[:channel], -1, *y.shape[channel + 3 :])
 
 
-def _from_rank(run: Evaluation, params: Any, numbers: Any, x: Any, kernel: LowRank) -> Any:
+def _from_rank(
+    run: Evaluation,
+    params: Params,
+    numbers: lax.ConvDimensionNumbers,
+    x: jax.Array,
+    kernel: LowRank,
+) -> jax.Array:
     """Return the convolution by ``a`` of the product of ``x`` and ``b``."""
     groups, channel = params["feature_group_count"], numbers.lhs_spec[1]
     stack, _ = _first_piece(kernel.dims[0], Role.STACK)
     window = kernel.base.shape[2:]
     a, b = kernel.factors(kernel.base.dtype)
     x = x.reshape(*x.shape[:channel], groups, -1, *x.shape[channel + 1 :])
-    names: list[Any] = [("x", i) for i in range(x.ndim)]
+    names: list[Name] = [("x", i) for i in range(x.ndim)]
     names[channel : channel + 2] = ["group", "in"]
     wanted = [name if name != "in" else RANK for name in names]
     h = _mixed(params, x, names, b.reshape(groups, -1, kernel.rank), ["group", "in", RANK], wanted)
@@ -153,12 +170,16 @@ def _from_rank(run: Evaluation, params: Any, numbers: Any, x: Any, kernel: LowRa
     return _convolved(params, numbers, h.astype(a.dtype), a)
 
 
-def _mixed(params: Any, x: Any, x_names: Any, b: Any, b_names: Any, out_names: Any) -> Any:
+def _mixed(
+    params: Params, x: jax.Array, x_names: Names, b: jax.Array, b_names: Names, out_names: Names
+) -> jax.Array:
     how = params["precision"], params["preferred_element_type"]
     return contract(x.astype(b.dtype), x_names, b, b_names, out_names, *how)
 
 
-def _convolved(params: Any, numbers: Any, x: Any, kernel: Any) -> Any:
+def _convolved(
+    params: Params, numbers: lax.ConvDimensionNumbers, x: jax.Array, kernel: jax.Array
+) -> jax.Array:
     return lax.conv_general_dilated(
         x,
         kernel,

@@ -6,34 +6,37 @@ is an entry of both.
 """
 
 import itertools
-from typing import Any
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.registry import rule
+from jaxlora.tracing.types import Base, Eqn, Operand, Values
 from jaxlora.tracing.values import axes, deferred, slicing
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.weight import Role, Weight
 
 
-def _cut_deferred(eqn: Any, x: Deferred, *starts: Any) -> Deferred:
-    for cut in slicing.of(eqn, x.shape, *starts):
-        x = deferred.along(x, *cut)
-    return x
+def _cut_deferred(eqn: Eqn, x: Deferred, *starts: jax.Array) -> Base:
+    cut: Base = x
+    for dim, change, *operands in slicing.cuts(eqn, x.shape, *starts):
+        cut = deferred.along(cut, dim, change, *operands)
+    return cut
 
 
 @rule("slice", deferred=_cut_deferred)
-def slice_(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def slice_(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Cut a part out along some dimensions."""
     cut, picked, _ = _cut(run, eqn, weight)
     return [cut.scanned_over(picked) if isinstance(cut, Weight) else cut]  # as a loop takes it
 
 
 @rule("dynamic_slice", deferred=_cut_deferred)
-def dynamic_slice(run: Evaluation, eqn: Any, weight: Any, *starts: Any) -> list[Any]:
+def dynamic_slice(run: Evaluation, eqn: Eqn, weight: Weight, *starts: jax.Array) -> Values:
     """Cut a part out along some dimensions, from where the program says."""
     cut, picked, smaller = _cut(run, eqn, weight, *starts)
     if not isinstance(cut, Weight):
@@ -43,19 +46,19 @@ def dynamic_slice(run: Evaluation, eqn: Any, weight: Any, *starts: Any) -> list[
 
 
 def _cut(
-    run: Evaluation, eqn: Any, weight: Weight, *starts: Any
-) -> tuple[Any, frozenset, frozenset]:
+    run: Evaluation, eqn: Eqn, weight: Weight, *starts: jax.Array
+) -> tuple[Operand, frozenset, frozenset]:
     """Cut a weight along every dimension that gets smaller.
 
     Returns:
         The part, the labels of the axes of which it has a single entry, and of those it cuts.
     """
-    found = slicing.of(eqn, weight.shape, *starts)
+    found = slicing.cuts(eqn, weight.shape, *starts)
     if any(len(weight.dims[d]) != 1 for d, *_ in found):
         reason = "it cuts what is not one axis"
         return run.without_rule(eqn, [weight, *starts], reason)[0], frozenset(), frozenset()
     smaller = [d for d, *_ in found]
-    picked = [d for d in smaller if eqn.outvars[0].aval.shape[d] == 1]
+    picked = [d for d in smaller if compat.shape(eqn.outvars[0])[d] == 1]
     labels = weight.labels(*picked), weight.labels(*smaller)
     for cut in found:
         weight = weight.along(*cut)
@@ -63,7 +66,7 @@ def _cut(
 
 
 @rule("split")
-def split(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def split(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Cut a dimension into parts, each a low-rank weight."""
     axis, ends = eqn.params["axis"], list(itertools.accumulate(eqn.params["sizes"]))
     if len(weight.dims[axis]) != 1:
@@ -74,7 +77,7 @@ def split(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     return parts
 
 
-def _gather_deferred(eqn: Any, x: Deferred, indices: Any) -> Deferred | None:
+def _gather_deferred(eqn: Eqn, x: Deferred, indices: jax.Array) -> Deferred | None:
     """Gather from each array it is made of, where that is the same."""
     sizes, shape = eqn.params["slice_sizes"], x.shape
     picked = {*eqn.params["dimension_numbers"].start_index_map}
@@ -96,7 +99,7 @@ def _gather_deferred(eqn: Any, x: Deferred, indices: Any) -> Deferred | None:
 
 
 @rule("gather", deferred=_gather_deferred, is_heavy=True)
-def gather(run: Evaluation, eqn: Any, weight: Any, indices: Any) -> list[Any]:
+def gather(run: Evaluation, eqn: Eqn, weight: Operand, indices: jax.Array) -> Values:
     """Pick entries, or windows, by index along some dimensions and all of the others.
 
     The dimensions of the indices carry the role of what they pick: rows looked up of
@@ -121,6 +124,10 @@ def gather(run: Evaluation, eqn: Any, weight: Any, indices: Any) -> list[Any]:
     return [weight.replace(indexed=indexed, windows=windows, **fields)]
 
 
+Name = tuple[int | str, int]  # a dimension and its piece, or "index" and an axis of the indices
+Named = tuple[axes.Label, int, Name]  # a piece: its label, its size and its name
+
+
 class _Pick:
     """What a ``gather`` takes, by dimension of its operand and by axis of its indices.
 
@@ -130,7 +137,7 @@ class _Pick:
         batching: for each dimension that goes along with an axis of the indices, that axis.
     """
 
-    def __init__(self, eqn: Any, weight: Weight, indices: Any):
+    def __init__(self, eqn: Eqn, weight: Weight, indices: jax.Array):
         numbers, self.mode = eqn.params["dimension_numbers"], eqn.params["mode"]
         shape, self.sizes = weight.base.shape, tuple(eqn.params["slice_sizes"])
         is_checked = self.mode == lax.GatherScatterMode.FILL_OR_DROP
@@ -167,13 +174,13 @@ class _Pick:
                 return "it picks other entries for each entry of another axis"
         return ""
 
-    def _label(self, axis: int) -> Any:
+    def _label(self, axis: int) -> axes.Label:
         """Return the label of an axis of the indices: of what it goes along with, or picks."""
         dims = [d for d, i in self.batching.items() if i == axis] or list(self.columns)
         found = {label for d in dims for label, _ in self.weight.dims[d]}
         return next(iter(found)) if len(found) == 1 else self.weight.shared_label(found)
 
-    def _names(self, kept: Any) -> list[list[Any]]:
+    def _names(self, kept: Callable[[axes.Label], bool]) -> list[list[Named]]:
         """Return for each dimension of the result the kept pieces, each with name and size."""
         windows, index_axes = iter(self.window_dims), iter(range(self.indices.ndim - 1))
         names = []
@@ -195,10 +202,12 @@ class _Pick:
         named = self._names(lambda label: True)
         return tuple(self.weight.dim((label, size) for label, size, _ in dim) for dim in named)
 
-    def of_factor(self, factor: Any, carries: frozenset) -> Any:
+    def of_factor(self, factor: jax.Array, carries: frozenset) -> jax.Array:
         """Return what is picked of a factor, in the order of the result."""
         dims = enumerate(self.weight.dims)
-        have = [(d, j) for d, dim in dims for j, piece in enumerate(dim) if piece[0] in carries]
+        have: list[Name] = [
+            (d, j) for d, dim in dims for j, piece in enumerate(dim) if piece[0] in carries
+        ]
         columns = [(have.index((d, 0)), k) for d, k in self.columns.items() if (d, 0) in have]
         batching = [(have.index((d, 0)), i) for d, i in self.batching.items() if (d, 0) in have]
         sizes = list(factor.shape)
@@ -220,8 +229,13 @@ class _Pick:
         return picked.transpose(order).reshape(*shape, *picked.shape[len(names) :])
 
     def _gathered(
-        self, factor: Any, have: list[Any], columns: Any, batching: Any, sizes: list[int]
-    ) -> tuple[Any, list[Any]]:
+        self,
+        factor: jax.Array,
+        have: list[Name],
+        columns: list[tuple[int, int]],
+        batching: list[tuple[int, int]],
+        sizes: list[int],
+    ) -> tuple[jax.Array, list[Name]]:
         """Return the gathered factor, the axes of the indices first, and the names of its axes."""
         lead = self.indices.ndim - 1
         collapsed = [axis for axis, (d, _) in enumerate(have) if d in self.collapsed]

@@ -8,40 +8,41 @@ Weights side by side along an axis are one low-rank weight whose rank is the sum
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.registry import rule
 from jaxlora.tracing.rules.arithmetic import elementwise, padded
+from jaxlora.tracing.types import Base, Eqn, Operand, Values
 from jaxlora.tracing.values import axes, deferred
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank
 from jaxlora.tracing.values.probe import Probe
-from jaxlora.tracing.values.weight import Origin, Role, W, Weight
+from jaxlora.tracing.values.weight import Origin, Role, W, Weight, base_of
 from jaxlora.weights.adapters import merge_dtype
 
 
 @rule("add", "sub", "add_any", flops=elementwise)
-def add(run: Evaluation, eqn: Any, x: Any, y: Any) -> list[Any]:
+def add(run: Evaluation, eqn: Eqn, x: Operand, y: Operand) -> Values:
     """Add what is no weight to the base, and to a weight another of the same axes."""
     weights = [value for value in (x, y) if isinstance(value, Weight)]
     shape = compat.shape(eqn.outvars[0])
     if any(weight.is_rows() or weight.shape != shape for weight in weights):
         return run.without_rule(eqn, [x, y], "it is added to what is no weight")
-    is_negated = eqn.primitive.name == "sub" and isinstance(y, Weight)
-    parts = [x, y.negated() if is_negated else y]
-    return _joined(run, eqn, [x, y], parts, None)
+    if eqn.primitive.name == "sub" and isinstance(y, Weight):
+        return _joined(run, eqn, [x, y], [x, y.negated()], None)
+    return _joined(run, eqn, [x, y], [x, y], None)
 
 
 @rule("stack")
-def stack(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
+def stack(run: Evaluation, eqn: Eqn, *values: Operand) -> Values:
     """Put weights on top of each other along a new axis."""
     axis = eqn.params["axis"]
 
     def expanded(value):
-        base = deferred.lazily(lambda x: jnp.expand_dims(x, axis), getattr(value, "base", value))
+        base = deferred.lazily(lambda x: jnp.expand_dims(x, axis), base_of(value))
         if not isinstance(value, Weight):
             return base
         dims = (*value.dims[:axis], (), *value.dims[axis:])
@@ -51,29 +52,27 @@ def stack(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
 
 
 @rule("concatenate")
-def concatenate(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
+def concatenate(run: Evaluation, eqn: Eqn, *values: Operand) -> Values:
     """Put weights side by side along an axis; what has no size along it adds nothing."""
     axis = eqn.params["dimension"]
     parts = [value for value in values if value.shape[axis] != 0]
     return parts if len(parts) == 1 else _joined(run, eqn, values, parts, axis)
 
 
-def _joined(
-    run: Evaluation, eqn: Any, values: Sequence[Any], parts: Sequence[Any], axis: int | None
-) -> list[Any]:
+def _joined(run: Evaluation, eqn: Eqn, values: Values, parts: Values, axis: int | None) -> Values:
     """Return one weight for parts along an axis, or for a sum, or an array where none can be."""
     probes = [part for part in parts if isinstance(part, Probe)]
     weights = [part for part in parts if isinstance(part, LowRank)]
     reason = _probes_obstacle(parts, probes, axis) if probes else _obstacle(weights, axis)
     if reason:
         return run.without_rule(eqn, values, reason)
-    base = deferred.bind(eqn, [getattr(value, "base", value) for value in values])
+    base = deferred.bind(eqn, [base_of(value) for value in values])
     if probes:
         return [_joined_probes(_with_books(probes, base), probes, axis)]
     return [_joined_weights(_with_books(weights, base), parts, axis)]
 
 
-def _with_books(weights: Sequence[W], base: Any) -> W:
+def _with_books(weights: Sequence[W], base: Base) -> W:
     """Return the first of some weights with another base, and what is known of all."""
     paths = dict.fromkeys(path for weight in weights for path in weight.origin.paths)
     rate = weights[0].origin.dropout_rate
@@ -85,7 +84,7 @@ def _with_books(weights: Sequence[W], base: Any) -> W:
     )
 
 
-def _probes_obstacle(parts: Sequence[Any], weights: Sequence[Probe], axis: int | None) -> str:
+def _probes_obstacle(parts: Values, weights: Sequence[Probe], axis: int | None) -> str:
     """Return why parts cannot be one weight, as far as a probe can know, or nothing."""
     if len(weights) < len(parts):
         return "it is joined to what is no weight"
@@ -130,7 +129,7 @@ def _obstacle(weights: Sequence[LowRank], axis: int | None) -> str:
     return ""
 
 
-def _joined_weights(first: LowRank, parts: Sequence[Any], axis: int | None) -> LowRank:
+def _joined_weights(first: LowRank, parts: Values, axis: int | None) -> LowRank:
     """Return the first of some weights with the factors of all; plain parts have zero factors."""
     label, dims = None, first.dims
     if axis is not None:
@@ -146,9 +145,9 @@ def _joined_weights(first: LowRank, parts: Sequence[Any], axis: int | None) -> L
     return first.replace(a=a, b=b, keys=keys, dims=dims, origin=origin)
 
 
-def _joined_factors(parts: Sequence[Any], name: str, label: Role | None, axis: int | None) -> Any:
+def _joined_factors(parts: Values, name: str, label: Role | None, axis: int | None) -> jax.Array:
     """Return ``a`` or ``b`` of all parts: by rank, but along a stack each entry has its own."""
-    sizes = [0 if axis is None else getattr(part, "base", part).shape[axis] for part in parts]
+    sizes = [0 if axis is None else base_of(part).shape[axis] for part in parts]
     starts = [0, *itertools.accumulate(sizes)]
     ranks = [part.a.shape[-1] if isinstance(part, LowRank) else 0 for part in parts]
     factors = []

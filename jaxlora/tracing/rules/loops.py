@@ -4,7 +4,7 @@ A low-rank weight is a pytree, so it is carried, sliced and stacked like any arr
 gives back in another form than it took is made dense before the loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -14,14 +14,15 @@ from jax import lax
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.registry import rule
+from jaxlora.tracing.types import Base, Eqn, Value, Values
 from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import LowRank
-from jaxlora.tracing.values.weight import Weight
+from jaxlora.tracing.values.weight import Weight, base_of
 
 
 @rule("scan", passes=True, times=lambda eqn: eqn.params["length"])
-def scan(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
+def scan(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     """Scan again: stacked weights are sliced with their factors, others are closed over."""
     params = eqn.params
     num_consts, num_carry = compat.scan_counts(params)
@@ -52,7 +53,7 @@ def scan(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
 
 
 @rule("while", passes=True)
-def while_loop(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
+def while_loop(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     """Loop again, with weights closed over or carried unchanged.
 
     Under `jax.vmap` the predicate may have an axis for the examples: the loop then goes on while
@@ -69,7 +70,8 @@ def while_loop(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
     is_batched = compat.shape(compat.opened(params["cond_jaxpr"]).outvars[0]) != ()
 
     def goes_on(carry):
-        return run.inner(eqn, params["cond_jaxpr"], *cond_consts, *carry)[0]
+        (going,) = run.inner(eqn, params["cond_jaxpr"], *cond_consts, *carry)
+        return run.densify(eqn, going, "a loop goes on by it")
 
     def body(carry):
         outs = run.inner(eqn, params["body_jaxpr"], *body_consts, *carry)
@@ -85,7 +87,7 @@ def while_loop(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
     )
 
 
-def _where(run: Evaluation, eqn: Any, going: Any, new: Any, old: Any) -> Any:
+def _where(run: Evaluation, eqn: Eqn, going: jax.Array, new: Value, old: Value) -> Value:
     """Return new values in the examples in which a loop is going on, and old ones in the others."""
     if new is old:
         return old
@@ -94,7 +96,7 @@ def _where(run: Evaluation, eqn: Any, going: Any, new: Any, old: Any) -> Any:
     return jnp.where(going.reshape(going.shape + (1,) * (jnp.ndim(new) - going.ndim)), new, old)
 
 
-def _as_stacked(run: Evaluation, eqn: Any, y: Any) -> Any:
+def _as_stacked(run: Evaluation, eqn: Eqn, y: Value) -> Value:
     """Return an output of a step as the loop can stack it: rows, and what is not aligned, made."""
     if isinstance(y, Weight):
         if y.is_rows():
@@ -103,17 +105,17 @@ def _as_stacked(run: Evaluation, eqn: Any, y: Any) -> Any:
     return y if isinstance(y, Deferred) and y.is_aligned else deferred.now(y)
 
 
-def _one_axis_first(run: Evaluation, eqn: Any, x: Any) -> Any:
+def _one_axis_first(run: Evaluation, eqn: Eqn, x: Value) -> Value:
     """Return what is scanned, dense if its first dimension is of several axes."""
     if isinstance(x, Weight) and len(x.dims[0]) > 1:
         return run.densify(eqn, x, "it is scanned over several axes at once")
-    base = getattr(x, "base", x)
+    base = base_of(x)
     if isinstance(base, Deferred) and not base.is_scannable():
         return x.replace(base=deferred.now(base)) if isinstance(x, Weight) else deferred.now(x)
     return x
 
 
-def _scanned(x: Any) -> Any:
+def _scanned(x: Value) -> Base | dict[str, Base]:
     """Return the arrays of a value that have the scanned axis first."""
     if not isinstance(x, Weight):
         return x
@@ -122,14 +124,14 @@ def _scanned(x: Any) -> Any:
     return {"base": x.base} | {n: part for n, part in arrays if label and label <= x.carries[n]}
 
 
-def _entry(x: Any, part: Any) -> Any:
+def _entry(x: Value, part: Any) -> Value:
     """Return one entry of a scanned value."""
     if isinstance(x, Weight):
         return x.entry().replace(**{**part, "base": _entry(x.base, part["base"])})
     return part.entry() if isinstance(part, Deferred) else part
 
 
-def _stacked(y: Any, xs: Sequence[Any], length: int) -> Any:
+def _stacked(y: Value, xs: Values, length: int) -> Value:
     """Return a value that left a scan with the new first dimension on its books."""
     if isinstance(y, Deferred):
         return y.stacked()
@@ -139,26 +141,28 @@ def _stacked(y: Any, xs: Sequence[Any], length: int) -> Any:
     return y.stacked(length, [x for x in xs if isinstance(x, Weight)])
 
 
-def _fresh_dropout(value: Any, step: Any) -> Any:
+def _fresh_dropout(value: Value, step: jax.Array | None) -> Value:
     """Return a value with another dropout mask for each step of a loop."""
-    if not isinstance(value, LowRank) or value.keys is None:
+    if not isinstance(value, LowRank) or value.keys is None or step is None:
         return value
     keys = jax.vmap(jax.random.fold_in, (0, None))(value.keys.reshape(-1), step)
     return value.replace(keys=keys.reshape(value.keys.shape))
 
 
-def _as_carried(run: Evaluation, eqn: Any, carry: Sequence[Any], outs: Sequence[Any]) -> list[Any]:
+def _as_carried(run: Evaluation, eqn: Eqn, carry: Values, outs: Values) -> Values:
     """Return the outputs of a step, dense where what was carried in is."""
     pairs = zip(carry, outs, strict=True)
     reason = "a loop carries it where an array was"
     return [o if _is_carried(c) else run.densify(eqn, o, reason) for c, o in pairs]
 
 
-def _is_carried(value: Any) -> bool:
+def _is_carried(value: Value) -> bool:
     return isinstance(value, Weight | Deferred)
 
 
-def _settled(run: Evaluation, eqn: Any, step: Any, carry: list[Any], *xs: Any) -> list[Any]:
+def _settled(
+    run: Evaluation, eqn: Eqn, step: Callable[..., Values], carry: Values, *xs: object
+) -> Values:
     """Return the initial carry, dense where a step does not give a weight back as it came."""
     while any(map(_is_carried, carry)):
         outs = jax.eval_shape(step, carry, *xs)
@@ -174,7 +178,7 @@ def _settled(run: Evaluation, eqn: Any, step: Any, carry: list[Any], *xs: Any) -
     return carry
 
 
-def kind(value: Any) -> Any:
+def kind(value: Value) -> Hashable:
     """Return what two values must share to stand in one place of a carry or an output."""
     leaves, treedef = jax.tree.flatten(value)
     return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)

@@ -6,21 +6,25 @@ rank, so what is done to the base's axes is done to the factors'.
 
 import dataclasses
 import operator
-from typing import Any
+from collections.abc import Callable
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.registry import rule
+from jaxlora.tracing.types import Base, Eqn, Value, Values
 from jaxlora.tracing.values import axes, deferred, placement
 from jaxlora.tracing.values.deferred import Deferred
-from jaxlora.tracing.values.weight import Role, Weight
+from jaxlora.tracing.values.weight import Role, Weight, base_of
+
+Place = Callable[[jax.Array, Sharding], jax.Array]
+Spec = PartitionSpec | Deferred  # of an array, or of each that one is made of
 
 
-def _placed(weight: Weight, base: Any, sharding: Any, place: Any) -> Weight:
+def _placed(weight: Weight, base: Base, sharding: Sharding | None, place: Place) -> Weight:
     """Return a weight with its factors placed as the base is; other shardings concern it alone."""
     if not isinstance(sharding, NamedSharding):
         return weight.replace(base=base)
@@ -34,24 +38,24 @@ def _placed(weight: Weight, base: Any, sharding: Any, place: Any) -> Weight:
 
 
 @rule("sharding_constraint")
-def sharding_constraint(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def sharding_constraint(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Constrain the factors along."""
     sharding = eqn.params["sharding"]
     base = _on_mesh(weight.base, sharding, lax.with_sharding_constraint)
     return [_placed(weight, base, sharding, lax.with_sharding_constraint)]
 
 
-def _on_mesh(base: Any, sharding: Any, place: Any) -> Any:
+def _on_mesh(base: Base, sharding: Sharding, place: Place) -> Base:
     """Return a base that is placed; what is deferred, all it is made of where that has its axes."""
     specs = _specs_of_parts(base, sharding) if isinstance(base, Deferred) else None
-    if specs is None:
+    if specs is None or not isinstance(sharding, NamedSharding):
         return deferred.lazily(lambda base: place(base, sharding), base)
     return jax.tree.map(
         lambda part, spec: place(part, NamedSharding(sharding.mesh, spec)), base, specs
     )
 
 
-def _specs_of_parts(base: Deferred, sharding: Any) -> Deferred | None:
+def _specs_of_parts(base: Deferred, sharding: Sharding) -> Deferred | None:
     """Return where each part of a base goes, or None where one cannot be cut as the base."""
     in_order = base.order == tuple(range(base.ndim))
     if not isinstance(sharding, NamedSharding) or not base.is_aligned or not in_order:
@@ -70,27 +74,27 @@ def _specs_of_parts(base: Deferred, sharding: Any) -> Deferred | None:
     return jax.tree.map(spec, base)
 
 
-def constrained(value: Any, sharding: Any) -> Any:
+def constrained(value: Value, sharding: Sharding) -> Value:
     """Return a value with the sharding that an inner `jax.jit` asks for, if it asks for one."""
-    if not isinstance(sharding, NamedSharding) or placement.explicit(getattr(value, "base", value)):
+    if not isinstance(sharding, NamedSharding) or placement.explicit(base_of(value)):
         return value
-    base = _on_mesh(getattr(value, "base", value), sharding, lax.with_sharding_constraint)
+    base = _on_mesh(base_of(value), sharding, lax.with_sharding_constraint)
     if not isinstance(value, Weight):
         return base
     return _placed(value, base, sharding, lax.with_sharding_constraint)
 
 
 @rule("reshard")
-def reshard(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def reshard(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Move the factors along."""
     base = deferred.bind(eqn, [weight.base])
     return [_placed(weight, base, placement.typed(base), jax.sharding.reshard)]
 
 
 @rule("device_put")
-def device_put(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
+def device_put(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     """Put the factors on the same devices."""
-    bases = compat.bind(eqn, [deferred.now(getattr(value, "base", value)) for value in values])
+    bases = compat.bind(eqn, [deferred.now(base_of(value)) for value in values])
     moved = []
     for value, base, device in zip(values, bases, eqn.params["devices"], strict=True):
         if not isinstance(value, Weight):
@@ -103,13 +107,13 @@ def device_put(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
 
 
 @rule("pvary")
-def vary(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def vary(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Let the factors vary over the mesh as the base does."""
     return [jax.tree.map(lambda x: compat.bind(eqn, [x])[0], weight)]
 
 
 @rule("ppermute")
-def permute(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def permute(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Send each factor where the base goes, but for one that is the same everywhere."""
     mesh_axes = set(eqn.params["axis_name"])
     is_known = mesh_axes & compat.varying(weight.base)  # else nothing says what varies
@@ -122,7 +126,7 @@ def permute(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
 
 
 @rule("all_gather")
-def all_gather(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def all_gather(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Gather the shards of the factors along an axis."""
     params = eqn.params
     dim = params["all_gather_dimension"]
@@ -140,20 +144,20 @@ def all_gather(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
 
 
 @rule("shard_map", passes=True)
-def shard_map(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
+def shard_map(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     """Map the evaluation of the inner program over the shards; a shard of a weight is a weight."""
     params = eqn.params
     entered = [
-        _Sharded.of(run, eqn, value, NamedSharding(params["mesh"], spec))
+        _Sharded.enter(run, eqn, value, NamedSharding(params["mesh"], spec))
         for value, spec in zip(values, params["in_specs"], strict=True)
     ]
     out_shardings = [NamedSharding(params["mesh"], spec) for spec in params["out_specs"]]
-    left: list[Any] = []
+    left: list[_Sharded] = []
 
     def body(*parts):
         shards = [value.shard(part) for value, part in zip(entered, parts, strict=True)]
         outs = [*map(run.evaluator.left, run.inner(eqn, params["jaxpr"], *shards))]
-        left[:] = [_Sharded.left(*pair) for pair in zip(outs, out_shardings, strict=True)]
+        left[:] = [_Sharded.leave(*pair) for pair in zip(outs, out_shardings, strict=True)]
         return [value.parts for value in left]
 
     def mapped(body, out_specs):
@@ -185,14 +189,14 @@ class _Sharded:
     """
 
     weight: Weight | None
-    parts: dict[str, Any]
-    specs: dict[str, Any]
+    parts: dict[str, Base]
+    specs: dict[str, Spec]
     sharding: NamedSharding
 
     @classmethod
-    def of(cls, run: Evaluation, eqn: Any, value: Any, sharding: NamedSharding) -> "_Sharded":
+    def enter(cls, run: Evaluation, eqn: Eqn, value: Value, sharding: NamedSharding) -> "_Sharded":
         """Return a value that enters, dense where its factors cannot be sharded along."""
-        base, spec = getattr(value, "base", value), sharding.spec
+        base, spec = base_of(value), sharding.spec
         if isinstance(base, Deferred) and (spec := _specs_of_parts(base, sharding)) is None:
             base, spec = deferred.now(base), sharding.spec
         if isinstance(value, Weight):
@@ -204,13 +208,12 @@ class _Sharded:
         return cls(None, {"base": base}, {"base": spec}, sharding)
 
     @classmethod
-    def left(cls, value: Any, sharding: NamedSharding) -> "_Sharded":
+    def leave(cls, value: Value, sharding: NamedSharding) -> "_Sharded":
         """Return a value that leaves, with the dimensions of the whole, and made if deferred."""
-        if isinstance(value, Weight):
-            value = value.replace(base=deferred.now(value.base))
-        value = deferred.now(value)
+        base = deferred.now(base_of(value))
         if not isinstance(value, Weight):
-            return cls(None, {"base": value}, {"base": sharding.spec}, sharding)
+            return cls(None, {"base": base}, {"base": sharding.spec}, sharding)
+        value = value.replace(base=base)
         entries = [*sharding.spec, *[None] * len(value.dims)]
         opened = tuple(
             ((Role.STACK, 1),) if not dim and placement.shards(sharding, entry) > 1 else dim
@@ -221,7 +224,7 @@ class _Sharded:
         specs = _specs(whole, sharding) or {}
         return cls(whole, _arrays(value), specs, sharding)
 
-    def placed(self) -> dict[str, Any]:
+    def placed(self) -> dict[str, Base]:
         """Return the arrays where they have to be on a mesh with Explicit axes."""
         mesh = self.sharding.mesh
         if not mesh.explicit_axes:
@@ -229,25 +232,25 @@ class _Sharded:
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs)
         return jax.tree.map(jax.sharding.reshard, self.parts, shardings)
 
-    def shard(self, parts: dict[str, Any]) -> Any:
+    def shard(self, parts: dict[str, Base]) -> Value:
         """Return one shard."""
         if self.weight is None:
             return parts["base"]
         dims = tuple(map(self.weight.dim, _resized(self.weight.dims, self.sharding, _over)))
         return self.weight.replace(**parts).reshaped(parts["base"], dims)
 
-    def whole(self, parts: dict[str, Any]) -> Any:
+    def whole(self, parts: dict[str, Base]) -> Value:
         """Return the value outside."""
         return parts["base"] if self.weight is None else self.weight.replace(**parts)
 
 
-def _arrays(weight: Weight) -> dict[str, Any]:
+def _arrays(weight: Weight) -> dict[str, Base]:
     return {"base": weight.base, **weight.arrays()}
 
 
-def _specs(weight: Weight, sharding: NamedSharding) -> dict[str, Any] | None:
+def _specs(weight: Weight, sharding: NamedSharding) -> dict[str, Spec] | None:
     """Return where each array of a weight goes, or None where a dimension is cut unevenly."""
-    specs: dict[str, Any] = {"base": sharding.spec}
+    specs: dict[str, Spec] = {"base": sharding.spec}
     for name, array in weight.arrays().items():
         spec = placement.spec_of(weight.dims, sharding, weight.carries[name].__contains__)
         if spec is None:
@@ -256,7 +259,9 @@ def _specs(weight: Weight, sharding: NamedSharding) -> dict[str, Any] | None:
     return specs
 
 
-def _resized(dims: axes.Dims, sharding: NamedSharding, resize: Any) -> axes.Dims:
+def _resized(
+    dims: axes.Dims, sharding: NamedSharding, resize: Callable[[int, int], int]
+) -> axes.Dims:
     """Return dimensions of which the first piece is that of a shard, or of the whole."""
     entries = [*sharding.spec, *[None] * (len(dims) - len(sharding.spec))]
     counts = [placement.shards(sharding, entry) for entry in entries]

@@ -5,47 +5,50 @@ the pieces they carry. What comes out is a low-rank weight again.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxlora.tracing.interpreter import Evaluation
+from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.registry import rule
+from jaxlora.tracing.types import Eqn, Operand, Value, Values
 from jaxlora.tracing.values import axes, deferred
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.weight import Weight
 
 
-def _convert_deferred(eqn: Any, x: Deferred) -> Deferred:
+def _convert_deferred(eqn: Eqn, x: Deferred) -> Deferred:
     return x.astype(eqn.params["new_dtype"])
 
 
 @rule("convert_element_type", deferred=_convert_deferred)
 @rule("reduce_precision")
-def convert(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def convert(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Convert the base; the factors keep their dtype until a product needs them."""
-    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+    dtype = compat.dtype(eqn.outvars[0])
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         return run.without_rule(eqn, [weight], "the result is not floating")
     return [weight.replace(base=deferred.bind(eqn, [weight.base]))]
 
 
 @rule("copy", "copy_p", deferred=deferred.later)
 @rule("name")
-def keep(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def keep(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Do to the base what changes no value."""
     return [weight.replace(base=deferred.bind(eqn, [weight.base]))]
 
 
 @rule("stop_gradient", deferred=deferred.later)
-def stop_gradient(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def stop_gradient(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Stop the gradient of the factors too."""
     return [jax.tree.map(lax.stop_gradient, weight)]
 
 
 @rule("select_n")
-def select(run: Evaluation, eqn: Any, which: Any, *cases: Any) -> list[Any]:
+def select(run: Evaluation, eqn: Eqn, which: jax.Array, *cases: Operand) -> Values:
     """Select between one weight and itself, as a ``cond`` under `jax.vmap` does.
 
     One that differs in what it gives a gradient to is another. By one predicate for all of it or
@@ -54,12 +57,14 @@ def select(run: Evaluation, eqn: Any, which: Any, *cases: Any) -> list[Any]:
     if len({run.values.get(atom, atom) for atom in eqn.invars[1:]}) == 1:
         return [cases[0]]
     along = run.varying.get(eqn.invars[0], ())
-    if len({*map(_factors_of, cases)}) > 1 or not cases[0].is_whole(along):
+    weights = [case for case in cases if isinstance(case, Weight)]
+    is_one = len(weights) == len(cases) and len({*map(_factors_of, weights)}) == 1
+    if not is_one or not weights[0].is_whole(along):
         return run.without_rule(eqn, [which, *cases], "it selects between different values")
-    base = deferred.lazily(lax.select_n, which, *(case.base for case in cases))
-    weights = [case.unrepeated(along) for case in cases]
+    base = deferred.lazily(lax.select_n, which, *(weight.base for weight in weights))
+    weights = [weight.unrepeated(along) for weight in weights]
     weight = weights[0]
-    selected = {"base": base}
+    selected: dict[str, object] = {"base": base}
     first = tuple(slice(None) if d in along else slice(1) for d in range(jnp.ndim(which)))
     for name, factor in weight.arrays().items():
         own = weight.beside(name, jnp.asarray(which)[first], along)
@@ -68,29 +73,29 @@ def select(run: Evaluation, eqn: Any, which: Any, *cases: Any) -> list[Any]:
     return [weight.replace(**selected)]
 
 
-def _factors_of(case: Any) -> Any:
+def _factors_of(weight: Weight) -> Hashable:
     """Return what must be equal of weights for their factors to be selected between."""
-    return jax.tree.structure(case.replace(base=None)) if isinstance(case, Weight) else None
+    return jax.tree.structure(weight.replace(base=None))
 
 
 @rule("optimization_barrier", passes=True)
-def optimization_barrier(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
+def optimization_barrier(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     """Put the bases and the factors behind one barrier."""
     return list(lax.optimization_barrier(values))
 
 
-def _transpose_deferred(eqn: Any, x: Deferred) -> Deferred:
+def _transpose_deferred(eqn: Eqn, x: Deferred) -> Deferred:
     return dataclasses.replace(x, order=tuple(x.order[dim] for dim in eqn.params["permutation"]))
 
 
 @rule("transpose", deferred=_transpose_deferred)
-def transpose(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def transpose(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Permute the dimensions."""
     return [weight.transposed(deferred.bind(eqn, [weight.base]), eqn.params["permutation"])]
 
 
 @rule("reshape", deferred=deferred.later)
-def reshape(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def reshape(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Split and join dimensions."""
     if (order := eqn.params["dimensions"]) is not None:  # as a vmapped convolution has it
         turned = deferred.lazily(lambda base: base.transpose(order), weight.base)
@@ -103,7 +108,7 @@ def reshape(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     return [weight.reshaped(base, dims)]
 
 
-def _squeeze_deferred(eqn: Any, x: Deferred) -> Deferred | None:
+def _squeeze_deferred(eqn: Eqn, x: Deferred) -> Deferred | None:
     gone = {x.order[dim] for dim in eqn.params["dimensions"]}
     if not x.is_aligned:
         return None
@@ -113,7 +118,7 @@ def _squeeze_deferred(eqn: Any, x: Deferred) -> Deferred | None:
 
 
 @rule("squeeze", deferred=_squeeze_deferred)
-def squeeze(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def squeeze(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Drop dimensions of size 1."""
     gone = eqn.params["dimensions"]
     dims = tuple(dim for d, dim in enumerate(weight.dims) if d not in gone)
@@ -121,7 +126,7 @@ def squeeze(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
 
 
 @rule("broadcast_in_dim", deferred=deferred.later)
-def broadcast(run: Evaluation, eqn: Any, weight: Weight, *sizes: Any) -> list[Any]:
+def broadcast(run: Evaluation, eqn: Eqn, weight: Weight, *sizes: jax.Array) -> Values:
     """Add dimensions, and repeat the weight along those longer than 1."""
     if weight.is_rows() or sizes:
         return run.without_rule(eqn, [weight, *sizes], "it repeats rows")
@@ -133,7 +138,7 @@ def broadcast(run: Evaluation, eqn: Any, weight: Weight, *sizes: Any) -> list[An
 
 
 @rule("tile")
-def tile(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def tile(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Repeat the weight along its dimensions."""
     dims = tuple(
         weight.repeated(count, dim)
@@ -143,7 +148,7 @@ def tile(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
 
 
 @rule("rev", deferred=deferred.later)
-def rev(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
+def rev(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Reverse dimensions, one after the other."""
     if any(len(weight.dims[d]) > 1 for d in eqn.params["dimensions"]):
         return run.without_rule(eqn, [weight], "it reverses a dimension of several axes")

@@ -10,11 +10,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from jaxlora.tracing.values import placement
 from jaxlora.weights.adapters import merge_dtype
@@ -24,13 +25,13 @@ CHECKPOINT_NAME = "lora"
 
 
 def contract(
-    x: Any,
+    x: jax.Array,
     x_names: Sequence[Name],
-    y: Any,
+    y: jax.Array,
     y_names: Sequence[Name],
     out_names: Sequence[Name],
-    precision: Any = None,
-    dtype: Any = None,
+    precision: lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Return the sum over every name that both arrays have and the output does not.
 
@@ -67,7 +68,7 @@ def contract(
 
     lead = 1 if batch else 0
     numbers = (((lead + 1,), (lead,)), ((0,), (0,)) if batch else ((), ()))
-    product = jax.lax.dot_general(
+    product = lax.dot_general(
         flat(x, list(x_names), batch, x_free, summed),
         flat(y, list(y_names), batch, summed, y_free),
         numbers,
@@ -80,19 +81,26 @@ def contract(
 
 
 def _contract_in_place(
-    x: Any, x_names: Any, y: Any, y_names: Any, out_names: Any, precision: Any, dtype: Any
+    x: jax.Array,
+    x_names: Sequence[Name],
+    y: jax.Array,
+    y_names: Sequence[Name],
+    out_names: Sequence[Name],
+    precision: lax.PrecisionLike,
+    dtype: DTypeLike | None,
 ) -> jax.Array:
     """Return what `contract` does, on a mesh with Explicit axes, where no axis can be joined."""
     batch = [n for n in x_names if n in y_names and n in out_names]
     summed = [n for n in x_names if n in y_names and n not in out_names]
     names = [*batch, *(n for n in (*x_names, *y_names) if n not in (*batch, *summed))]
-    numbers = [
-        [list(of).index(n) for n in group] for group in (summed, batch) for of in (x_names, y_names)
-    ]
-    product = jax.lax.dot_general(
+
+    def dims(group):
+        return [x_names.index(n) for n in group], [y_names.index(n) for n in group]
+
+    product = lax.dot_general(
         x,
         y,
-        ((numbers[0], numbers[1]), (numbers[2], numbers[3])),
+        (dims(summed), dims(batch)),
         precision=precision,
         preferred_element_type=dtype,
         out_sharding=placement.product_sharding([(x, x_names), (y, y_names)], names),
@@ -101,10 +109,10 @@ def _contract_in_place(
 
 
 def scaled_along(
-    x: Any,
+    x: jax.Array,
     names: Sequence[Sequence[Name]],
     sizes: Sequence[Sequence[int]],
-    vector: Any,
+    vector: jax.Array,
     vector_names: Sequence[Name],
 ) -> jax.Array:
     """Return an array times another of some of its axes, in float32 or wider and rounded once.
@@ -135,11 +143,11 @@ def _rows(factor: jax.Array) -> jax.Array:
 
 
 def _tangent_rows(tangent: jax.Array) -> jax.Array:
-    return jax.lax.optimization_barrier(jnp.moveaxis(tangent, -1, 0))
+    return lax.optimization_barrier(jnp.moveaxis(tangent, -1, 0))
 
 
 @_rows.defjvp
-def _rows_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _rows_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     return _rows(*primals), _tangent_rows(*tangents)
 
 
@@ -170,9 +178,9 @@ class How:
             product is one too.
     """
 
-    precision: Any
-    dtype: Any
-    factor_dtype: Any
+    precision: lax.PrecisionLike
+    dtype: DTypeLike
+    factor_dtype: DTypeLike
     is_named: bool
     tangent: int | None = None
 
@@ -181,7 +189,7 @@ class How:
         return (_tangent_rows if self.tangent == position else _rows)(factor)
 
 
-def scaled(factor: jax.Array, scale: float, dtype: Any) -> jax.Array:
+def scaled(factor: jax.Array, scale: float, dtype: DTypeLike) -> jax.Array:
     """Return a factor scaled as it is stored, or in float32 if that is wider, and then cast."""
     if scale == 1:
         return factor.astype(dtype)
@@ -190,8 +198,8 @@ def scaled(factor: jax.Array, scale: float, dtype: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("names", "scales", "how"), inline=True)
 def narrow(
-    x: Any,
-    firsts: Sequence[Any],
+    x: jax.Array,
+    firsts: Sequence[jax.Array],
     *,
     names: tuple[tuple[Name, ...], ...],
     scales: tuple[float, ...],
@@ -215,14 +223,14 @@ def narrow(
     whole = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
     h = contract(x, x_names, whole, rank_first, h_names, how.precision, how.dtype)
     h = checkpoint_name(h, CHECKPOINT_NAME) if how.is_named and how.tangent != 0 else h
-    return jax.lax.split(h, [len(row) for row in rows], h_names.index(first_names[-1]))
+    return lax.split(h, [len(row) for row in rows], h_names.index(first_names[-1]))
 
 
 @functools.partial(jax.jit, static_argnames=("names", "scales", "how"), inline=True)
 def chain(
-    x: Any,
-    first: Any,
-    second: Any,
+    x: jax.Array,
+    first: jax.Array | None,
+    second: jax.Array,
     *,
     names: tuple[tuple[Name, ...], ...],
     scales: tuple[float, float],

@@ -12,11 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
 
 from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.jaxprs.compat import Eqn
+from jaxlora.tracing.values.slicing import Change
 from jaxlora.weights.quantized import QuantizedWeight, dequantized
 
 _meta = MappingProxyType({"static": True})
@@ -40,14 +44,14 @@ class Deferred:
     """
 
     parts: Any
-    make: Callable[[Any], Any] = dataclasses.field(metadata=_meta)
+    make: Callable[[Any], jax.Array] = dataclasses.field(metadata=_meta)
     order: tuple[int, ...] = dataclasses.field(metadata=_meta)
-    dtypes: tuple[Any, ...] = dataclasses.field(metadata=_meta)
-    made: Any = dataclasses.field(default=None, metadata=_meta)
+    dtypes: tuple[np.dtype, ...] = dataclasses.field(metadata=_meta)
+    made: jax.ShapeDtypeStruct | None = dataclasses.field(default=None, metadata=_meta)
     is_cut: bool = dataclasses.field(default=False, metadata=_meta)
 
     @classmethod
-    def of(cls, weight: QuantizedWeight) -> "Deferred":
+    def from_quantized(cls, weight: QuantizedWeight) -> "Deferred":
         """Return the array of a quantized weight; it gets no gradient."""
         parts = jax.tree.map(lax.stop_gradient, weight)
         return cls(parts, dequantized, tuple(range(weight.ndim)), (weight.dtype,))
@@ -59,7 +63,7 @@ class Deferred:
         return tuple(known.shape[axis] for axis in self.order)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """Dtype of the array."""
         return self.dtypes[-1]
 
@@ -73,7 +77,7 @@ class Deferred:
         """Number of its elements."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype).size
 
-    def astype(self, dtype: Any) -> "Deferred":
+    def astype(self, dtype: DTypeLike) -> "Deferred":
         """Return this converted to another dtype."""
         return dataclasses.replace(self, dtypes=(*self.dtypes, jnp.dtype(dtype)))
 
@@ -99,13 +103,18 @@ class Deferred:
         """Tell whether its first dimension is the first axis of all it is made of."""
         return self.order[0] == 0 and self.has_whole(0)
 
-    def on_parts(self, change: Callable[[Any], Any], order: tuple[int, ...]) -> "Deferred":
+    def on_parts(
+        self, change: Callable[[jax.Array], jax.Array], order: tuple[int, ...]
+    ) -> "Deferred":
         """Return this made of other arrays, aligned as before but for the order of dimensions."""
         parts = jax.tree.map(change, self.parts)
         return dataclasses.replace(self, parts=parts, order=order, is_cut=True)
 
 
-def now(x: Any) -> Any:
+Base = jax.Array | Deferred
+
+
+def now(x: Base) -> jax.Array:
     """Return the array, made if it is deferred."""
     if not isinstance(x, Deferred):
         return x
@@ -117,7 +126,7 @@ def now(x: Any) -> Any:
     return array
 
 
-def left(x: Any) -> Any:
+def left(x: Base) -> jax.Array | QuantizedWeight:
     """Return what leaves a program: the weight, quantized if nothing was done to it."""
     if isinstance(x, Deferred) and x.is_aligned and not x.is_cut:
         is_same = x.order == tuple(range(x.ndim)) and len(x.dtypes) == 1
@@ -125,12 +134,12 @@ def left(x: Any) -> Any:
     return now(x)
 
 
-def abstract(x: Any) -> Any:
+def abstract(x: Base) -> jax.Array | jax.ShapeDtypeStruct:
     """Return the shape and dtype of what is deferred; anything else as it is."""
     return jax.eval_shape(now, x) if isinstance(x, Deferred) else x
 
 
-def lazily(function: Callable[..., Any], *values: Any) -> Any:
+def lazily(function: Callable[..., jax.Array], *values: Base) -> Base:
     """Return ``function(*values)``, deferred if one of the values is."""
     if not any(isinstance(value, Deferred) for value in values):
         return function(*values)
@@ -144,13 +153,17 @@ def lazily(function: Callable[..., Any], *values: Any) -> Any:
     )
 
 
-def read(function: Callable[..., Any], *values: Any) -> Any:
+def read(function: Callable[..., list[jax.Array]], *values: Base) -> list[jax.Array]:
     """Return ``function(*values)``, with what is deferred made for it, and again to derive it."""
     return jax.checkpoint(lambda *values: function(*map(now, values)))(*values)
 
 
 def product(
-    function: Callable[..., jax.Array], x: Any, w: Deferred, *others: Any, after: Any = None
+    function: Callable[..., jax.Array],
+    x: jax.Array,
+    w: Deferred,
+    *others: jax.Array,
+    after: jax.Array | None = None,
 ) -> jax.Array:
     """Return ``function(x, w, *others)``, linear in x, with a deferred w made for it.
 
@@ -184,14 +197,14 @@ def product(
     return ordered(x, w, others, jax.tree.map(lax.stop_gradient, after))
 
 
-def along(x: Any, dim: int, change: Callable[..., Any], *operands: Any) -> Any:
+def along(x: Base, dim: int, change: Change, *operands: jax.Array) -> Base:
     """Return ``change(x, dim, *operands)``, an operation on one dimension."""
     if isinstance(x, Deferred) and x.has_whole(dim):
         return x.on_parts(lambda part: change(part, x.order[dim], *operands), x.order)
     return lazily(lambda array, *operands: change(array, dim, *operands), x, *operands)
 
 
-def bind(eqn: Any, values: Sequence[Any]) -> Any:
+def bind(eqn: Eqn, values: Sequence[Base]) -> Base:
     """Return the output of an operation that rearranges or converts, deferred if one value is."""
     does = registry.primitive(eqn).deferred
     if does is not None and isinstance(values[0], Deferred):
@@ -201,5 +214,5 @@ def bind(eqn: Any, values: Sequence[Any]) -> Any:
     return lazily(lambda *values: compat.bind(eqn, values)[0], *values)
 
 
-def later(eqn: Any, *values: Any) -> None:
+def later(eqn: Eqn, *values: Base) -> None:
     """Do an operation when the array is made, see `registry.Primitive.deferred`."""

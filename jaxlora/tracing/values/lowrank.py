@@ -6,16 +6,17 @@ operation on one dimension of the weight is an operation on one axis of the fact
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlora.tracing.values import axes, deferred, placement
 from jaxlora.tracing.values.chain import contract, scaled, scaled_along
-from jaxlora.tracing.values.weight import Role, Weight
+from jaxlora.tracing.values.weight import Operation, Role, Weight
 from jaxlora.weights.adapters import scaling
 
 _IN, _OUT = frozenset({Role.STACK, Role.IN}), frozenset({Role.STACK, Role.OUT})
@@ -38,10 +39,10 @@ class LowRank(Weight):
 
     carries: ClassVar[Mapping[str, frozenset[Role]]] = CARRIES
 
-    a: Any
-    b: Any
-    keys: Any = None
-    gain: Any = None
+    a: jax.Array
+    b: jax.Array
+    keys: jax.Array | None = None
+    gain: jax.Array | None = None
 
     @property
     def rank(self) -> int:
@@ -109,7 +110,7 @@ class LowRank(Weight):
         return self.replace(b=-self.b)
 
     def scaled_by(
-        self, operation: Callable[[Any, Any], Any], vector: Any, along: Sequence[int]
+        self, operation: Operation, vector: jax.Array, along: Sequence[int]
     ) -> "LowRank | None":
         """Return this with a factor scaled that carries all of some dimensions."""
         for name in ("b", "a"):
@@ -143,44 +144,26 @@ class LowRank(Weight):
         )
         return self._map(repeat, dims=dims)
 
-    def beside(self, factor: str, vector: Any, along: Sequence[int]) -> Any:
-        """Return an array that varies along some dimensions in a shape that meets a factor.
-
-        Args:
-            factor: name of a factor, which carries the pieces of these dimensions.
-            vector: the array, of size 1 along the other dimensions.
-            along: the dimensions.
-        """
-        sizes = [[size if d in along else 1 for _, size in dim] for d, dim in enumerate(self.dims)]
-        shape = self.piece_labels(sizes, factor)
-        more = getattr(self, factor).ndim - len(shape)  # the rank
-        return vector.reshape([*shape, *[1] * more])
-
-    def piece_labels(self, dims: Sequence[Sequence[Any]], factor: str) -> list[Any]:
-        """Return the names, given for each piece of each dimension, that a factor carries."""
-        named = zip(axes.pieces(self.dims), (name for dim in dims for name in dim), strict=True)
-        return [name for (label, _), name in named if label in CARRIES[factor]]
-
     @property
     def scale(self) -> float:
         """Factor of the low-rank product, alpha / rank."""
         return scaling(self.origin.alpha, self.rank)
 
-    def factors(self, dtype: Any) -> tuple[Any, Any]:
+    def factors(self, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
         """Return ``a`` and ``scale * b``, scaled as they are stored and then cast."""
         return self.a.astype(dtype), scaled(self.b, self.scale, dtype)
 
-    def input(self, x: Any) -> Any:
+    def input(self, x: jax.Array) -> jax.Array:
         """Return the low-rank path's input: inexact, and with dropout if the weight has it."""
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             x = x.astype(self.base.dtype)
-        if not self.has_dropout:
+        if self.keys is None or not self.has_dropout:
             return x
         keep = 1 - self.origin.dropout_rate
         mask = jax.random.bernoulli(self.keys.reshape(-1)[0], keep, x.shape)
         return jnp.where(mask, x / keep, 0).astype(x.dtype)
 
-    def dense(self, dtype: Any) -> Any:
+    def dense(self, dtype: DTypeLike) -> jax.Array:
         """Return the weight as one array of the base's dtype, computed in another."""
         names, count = [], 0
         for dim in self.dims:

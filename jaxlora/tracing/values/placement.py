@@ -4,10 +4,11 @@ On a mesh with Explicit axes the sharding of an array is in its type, and operat
 go several ways have to be told which.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -15,8 +16,25 @@ from jaxlora.tracing.values import axes
 from jaxlora.weights.sharding import explicit, shards
 
 
+class Shaped(Protocol):
+    """An array, or what is like one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its dtype."""
+        ...
+
+
+Entry = str | tuple[str, ...] | None  # of a spec
+
+
 def spec_of(
-    dims: axes.Dims, sharding: NamedSharding, carried: Callable[[Any], bool]
+    dims: axes.Dims, sharding: NamedSharding, carried: Callable[[axes.Label], bool]
 ) -> PartitionSpec | None:
     """Return where a factor goes for a weight of these dimensions on a mesh.
 
@@ -41,14 +59,14 @@ def spec_of(
     return PartitionSpec(*spec, None)
 
 
-def typed(x: Any) -> Any:
+def typed(x: Shaped) -> NamedSharding:
     """Return the sharding in the type of an array; what is deferred has none."""
     return jax.typeof(
         x if isinstance(x, jax.Array) else jax.ShapeDtypeStruct(x.shape, x.dtype)
     ).sharding
 
 
-def reshape(x: Any, sizes: Sequence[Sequence[int]]) -> Any:
+def reshape(x: jax.Array, sizes: Sequence[Sequence[int]]) -> jax.Array:
     """Split each dimension into sizes; a sharded dimension stays so along its first part."""
     flat = [size for group in sizes for size in group]
     if tuple(flat) == tuple(x.shape):
@@ -61,7 +79,7 @@ def reshape(x: Any, sizes: Sequence[Sequence[int]]) -> Any:
     return lax.reshape(x, flat, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
-def repeated(x: Any, kept: Sequence[int], sizes: Sequence[int]) -> Any:
+def repeated(x: jax.Array, kept: Sequence[int], sizes: Sequence[int]) -> jax.Array:
     """Return x, which has the kept ones of some axes, repeated along the others."""
     if len(kept) == len(sizes):
         return x
@@ -74,7 +92,7 @@ def repeated(x: Any, kept: Sequence[int], sizes: Sequence[int]) -> Any:
     return lax.broadcast_in_dim(x, sizes, kept, out_sharding=sharding)
 
 
-def like(x: Any, y: Any) -> Any:
+def like(x: jax.Array, y: jax.Array) -> jax.Array:
     """Return x in the shape of y, and where y is."""
     if (sharding := explicit(y)) is None:
         return x if x.shape == y.shape else x.reshape(y.shape)
@@ -83,7 +101,7 @@ def like(x: Any, y: Any) -> Any:
     return x if explicit(x) == sharding else jax.sharding.reshard(x, sharding)
 
 
-def beside(x: Any, y: Any) -> Any:
+def beside(x: jax.Array, y: jax.Array) -> jax.Array:
     """Return x, whose dimensions are those of y or of size 1, placed so that it can meet y."""
     if (sharding := explicit(y)) is None:
         return x
@@ -91,7 +109,9 @@ def beside(x: Any, y: Any) -> Any:
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
-def product_sharding(named: Sequence[tuple[Any, Sequence[Any]]], out: Sequence[Any]) -> Any:
+def product_sharding(
+    named: Sequence[tuple[jax.Array, Sequence[Hashable]]], out: Sequence[Hashable]
+) -> NamedSharding | None:
     """Return where the product of named arrays goes: each axis where it is in one of them.
 
     Args:
@@ -105,7 +125,7 @@ def product_sharding(named: Sequence[tuple[Any, Sequence[Any]]], out: Sequence[A
     meshes = [sharding.mesh for sharding, _ in found if sharding is not None]
     if not meshes:
         return None
-    entries: dict[Any, Any] = {}
+    entries: dict[Hashable, Entry] = {}
     for sharding, names in found:
         if sharding is not None:
             for name, entry in zip(names, sharding.spec, strict=True):

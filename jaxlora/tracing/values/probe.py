@@ -7,11 +7,11 @@ kept and in the batch tell the roles.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
-from jaxlora.tracing.values import axes
+from jaxlora.tracing.values import axes, deferred
 from jaxlora.tracing.values.weight import STATIC, Origin, Weight
 
 
@@ -28,7 +28,7 @@ class Probe(Weight):
     scanned: frozenset = dataclasses.field(default=frozenset(), metadata=STATIC)
 
     @classmethod
-    def enter(cls, path: str, leaf: Any) -> "Probe":
+    def enter(cls, path: str, leaf: jax.Array) -> "Probe":
         """Return the probe of a leaf, each axis of which has a label of its own."""
         dims = tuple(((frozenset({(path, i)}), size),) for i, size in enumerate(leaf.shape))
         return cls(leaf, dims, Origin((path,), None, tuple(leaf.shape)))
@@ -74,10 +74,10 @@ class Probe(Weight):
         dims = (((label, length),), *self.dims)
         return self.replace(dims=dims, scanned=self.scanned - label)
 
-    def dense(self, dtype: Any) -> Any:
+    def dense(self, dtype: DTypeLike) -> jax.Array:
         """Return the leaf: there is nothing to add."""
         del dtype
-        return self.base
+        return deferred.now(self.base)
 
     def known_stack(self) -> frozenset:
         """Return what loops run over."""

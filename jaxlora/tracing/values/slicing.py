@@ -1,14 +1,18 @@
 """What `slice` and `dynamic_slice` do, as one operation for each dimension that they cut."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import jax
 from jax import lax
 
-Cut = tuple[Any, ...]  # a dimension, an operation (array, axis, *operands), and its operands
+from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.jaxprs.compat import Eqn
+
+Change = Callable[..., jax.Array]  # of an array, an axis and operands
+Cut = tuple[int, Change, *tuple[jax.Array, ...]]  # a dimension, what is done to it, operands
 
 
-def of(eqn: Any, shape: Sequence[int], *starts: Any) -> list[Cut]:
+def cuts(eqn: Eqn, shape: Sequence[int], *starts: jax.Array) -> list[Cut]:
     """Return the cuts of an equation, for each dimension that gets smaller.
 
     Args:
@@ -16,7 +20,7 @@ def of(eqn: Any, shape: Sequence[int], *starts: Any) -> list[Cut]:
         shape: shape of what it cuts.
         *starts: where a dynamic slice starts.
     """
-    sizes = eqn.outvars[0].aval.shape
+    sizes = compat.shape(eqn.outvars[0])
     smaller = [d for d, size in enumerate(sizes) if size != shape[d]]
     if starts:
         return [(d, _window(sizes[d]), starts[d]) for d in smaller]
@@ -26,12 +30,12 @@ def of(eqn: Any, shape: Sequence[int], *starts: Any) -> list[Cut]:
     return [(d, between(*bounds[d])) for d in smaller]
 
 
-def between(start: int, end: int, stride: int = 1) -> Callable[[Any, int], Any]:
+def between(start: int, end: int, stride: int = 1) -> Change:
     """Return the operation that takes what lies between two indices along an axis."""
     return lambda x, axis: lax.slice_in_dim(x, start, end, stride, axis)
 
 
-def _window(size: int) -> Callable[[Any, int, Any], Any]:
+def _window(size: int) -> Change:
     def window(x, axis, start):
         return lax.dynamic_slice_in_dim(x, start, size, axis, allow_negative_indices=False)
 

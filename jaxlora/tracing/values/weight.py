@@ -11,16 +11,21 @@ import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jaxlora.tracing.values import axes, deferred, placement
+from jaxlora.tracing.values.deferred import Base
+from jaxlora.tracing.values.slicing import Change
 from jaxlora.weights.roles import Roles
 
 STATIC = MappingProxyType({"static": True})
 W = TypeVar("W", bound="Weight")
+T = TypeVar("T")
+Operation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Role(enum.StrEnum):
@@ -66,7 +71,7 @@ class Weight(abc.ABC):
 
     carries: ClassVar[Mapping[str, frozenset[Role]]] = MappingProxyType({})
 
-    base: Any
+    base: Base
     dims: axes.Dims = dataclasses.field(metadata=STATIC)
     origin: Origin = dataclasses.field(metadata=STATIC)
     indexed: frozenset = dataclasses.field(default=frozenset(), metadata=STATIC)
@@ -130,7 +135,7 @@ class Weight(abc.ABC):
         """
 
     @abc.abstractmethod
-    def dense(self, dtype: Any) -> Any:
+    def dense(self, dtype: DTypeLike) -> jax.Array:
         """Return the weight as one array of the base's dtype, computed in another."""
 
     def known_stack(self) -> frozenset:
@@ -147,7 +152,7 @@ class Weight(abc.ABC):
         return self
 
     def scaled_by(
-        self: W, operation: Callable[[Any, Any], Any], vector: Any, along: Sequence[int]
+        self: W, operation: Operation, vector: jax.Array, along: Sequence[int]
     ) -> W | None:
         """Return this with the low-rank part scaled, or None where no factor can be.
 
@@ -164,11 +169,11 @@ class Weight(abc.ABC):
         del along
         return self
 
-    def replace(self: W, **changes: Any) -> W:
+    def replace(self: W, **changes: object) -> W:
         """Return this with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def reshaped(self: W, base: Any, dims: axes.Dims) -> W:
+    def reshaped(self: W, base: Base, dims: axes.Dims) -> W:
         """Return this with the same pieces in the same order, split and joined as in dims."""
 
         def shape(factor, carries):
@@ -182,7 +187,7 @@ class Weight(abc.ABC):
 
         return self._map(shape, base=base, dims=dims)
 
-    def transposed(self: W, base: Any, permutation: Sequence[int]) -> W:
+    def transposed(self: W, base: Base | jax.ShapeDtypeStruct, permutation: Sequence[int]) -> W:
         """Return this with its dimensions in another order."""
 
         def transpose(factor, carries):
@@ -191,7 +196,9 @@ class Weight(abc.ABC):
 
         return self._map(transpose, base=base, dims=tuple(self.dims[d] for d in permutation))
 
-    def along(self: W, dim: int, apply: Callable[..., Any], *operands: Any, base: Any = None) -> W:
+    def along(
+        self: W, dim: int, apply: Change, *operands: jax.Array, base: Base | None = None
+    ) -> W:
         """Return this with ``apply(array, axis, *operands)`` done to the one piece of a dimension.
 
         Args:
@@ -216,16 +223,41 @@ class Weight(abc.ABC):
 
         return self._map(change, base=base, dims=(*self.dims[:dim], new, *self.dims[dim + 1 :]))
 
-    def arrays(self) -> dict[str, Any]:
+    def arrays(self) -> dict[str, jax.Array]:
         """Return the arrays beside the base, by name, those that there are."""
         parts = {name: getattr(self, name) for name in self.carries}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def beside(self, factor: str, vector: jax.Array, along: Sequence[int]) -> jax.Array:
+        """Return an array that varies along some dimensions in a shape that meets a factor.
+
+        Args:
+            factor: name of a factor, which carries the pieces of these dimensions.
+            vector: the array, of size 1 along the other dimensions.
+            along: the dimensions.
+        """
+        sizes = [[size if d in along else 1 for _, size in dim] for d, dim in enumerate(self.dims)]
+        shape = self.piece_labels(sizes, factor)
+        more = getattr(self, factor).ndim - len(shape)  # the rank
+        return vector.reshape([*shape, *[1] * more])
+
+    def piece_labels(self, dims: Sequence[Sequence[T]], factor: str) -> list[T]:
+        """Return the names, given for each piece of each dimension, that a factor carries."""
+        named = zip(axes.pieces(self.dims), (name for dim in dims for name in dim), strict=True)
+        return [name for (label, _), name in named if label in self.carries[factor]]
+
     def _count(self, carries: frozenset[Role]) -> int:
         return sum(label in carries for label, _ in axes.pieces(self.dims))
 
-    def _map(self: W, change: Callable[[Any, frozenset[Role]], Any], **fields: Any) -> W:
+    def _map(
+        self: W, change: Callable[[jax.Array, frozenset[Role]], jax.Array], **fields: object
+    ) -> W:
         """Return this with ``change(array, carries)`` for each array, and fields replaced."""
         for name, array in self.arrays().items():
             fields[name] = change(array, self.carries[name])
         return self.replace(**fields)
+
+
+def base_of(value: Weight | Base) -> Base:
+    """Return the base of a weight, and any other value as it is."""
+    return value.base if isinstance(value, Weight) else value
