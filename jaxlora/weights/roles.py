@@ -8,10 +8,12 @@ shapes ``a: (*stack, *in, rank)`` and ``b: (*stack, rank, *out)``. The program t
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 from jaxlora.weights.blocks import Part
 from jaxlora.weights.sharding import Axes
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Roles:
         if any(list(group) != sorted(group) for group in groups):
             raise ValueError(f"axes of one role must be in rising order: got {self}")
 
-    def labels(self, stack: Any, in_: Any, out: Any) -> list[Any]:
+    def labels(self, stack: T, in_: T, out: T) -> list[T]:
         """Return for each axis the label of its role."""
         label = dict.fromkeys(self.stack, stack) | dict.fromkeys(self.in_, in_)
         label |= dict.fromkeys(self.out, out)
