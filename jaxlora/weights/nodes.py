@@ -238,6 +238,6 @@ def scaling(alpha: float, rank: int) -> float:
     return alpha / rank
 
 
-def merge_dtype(dtype) -> jnp.dtype:
+def merge_dtype(dtype: Any) -> jnp.dtype:
     """Return the dtype to add a low-rank product to a weight in: float32, or wider for wider."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
