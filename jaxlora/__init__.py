@@ -49,7 +49,8 @@ from jaxlora.trees.masks import labels, mask
 from jaxlora.trees.merging import merge, merge_error, unmerge
 from jaxlora.trees.quantization import QuantizationConfig, dequantize, quantize
 from jaxlora.version import __version__ as __version__
-from jaxlora.weights.nodes import Adapter, LoRAWeight
+from jaxlora.weights.adapters import Adapter
+from jaxlora.weights.nodes import LoRAWeight
 
 if TYPE_CHECKING:
     from jaxlora import nnx

@@ -6,7 +6,7 @@ from jaxlora.algebra import embedding
 from jaxlora.algebra.methods import Concatenation, Method
 from jaxlora.linalg import matrices
 from jaxlora.messages import checks
-from jaxlora.weights.nodes import Adapter, Adapters
+from jaxlora.weights.adapters import Adapter, Adapters
 
 _EXACT = Concatenation()
 
@@ -74,9 +74,8 @@ def combine(
             f"{len(adapters)} sets and {len(weights)} weights"
         )
     found: dict[str, tuple[list[Adapter], list[float]]] = {}
-    for group in adapters:
-        matrices.check_linear(group)
-    for group, weight in zip(embedding.disjoint(adapters), weights, strict=True):
+    linear = [matrices.check_linear(group) for group in adapters]
+    for group, weight in zip(embedding.disjoint(linear), weights, strict=True):
         for path, several in group.items():
             ones, scales = found.setdefault(path, ([], []))
             ones.append(_summed(path, several))

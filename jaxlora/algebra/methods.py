@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.linalg import matrices
-from jaxlora.weights.nodes import Adapter, scaling
+from jaxlora.weights.adapters import Adapter
 
 
 class Method(abc.ABC):
@@ -39,6 +39,6 @@ def concatenated(
 ) -> tuple[jax.Array, jax.Array]:
     """Return ``a (stack, in, ranks)`` and ``b (stack, ranks, out)`` of the sum of products."""
     factors = [matrices.of(adapter) for adapter in adapters]
-    scaled = [w * scaling(x.alpha, x.rank) for w, x in zip(weights, adapters, strict=True)]
+    scaled = [w * x.scaling for w, x in zip(weights, adapters, strict=True)]
     a = jnp.concatenate([w * a for w, (a, _) in zip(scaled, factors, strict=True)], -1)
     return a, jnp.concatenate([b for _, b in factors], -2)

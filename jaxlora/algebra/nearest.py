@@ -7,7 +7,7 @@ from jaxlora.algebra.methods import Method, concatenated
 from jaxlora.algebra.rules import Rule
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks
-from jaxlora.weights.nodes import Adapter, scaling
+from jaxlora.weights.adapters import Adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,6 @@ class Svd(Method):
             decomposed = svd.of_product(*concatenated(adapters, weights), rank)
         else:
             factors = [(x, *matrices.of(x)) for x in adapters]
-            products = [scaling(x.alpha, x.rank) * (a @ b) for x, a, b in factors]
+            products = [x.scaling * (a @ b) for x, a, b in factors]
             decomposed = svd.truncated(self.rule.summed(products, weights, path), rank)
         return matrices.adapter_of_svd(adapters[0], decomposed)

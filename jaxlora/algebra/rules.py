@@ -18,7 +18,7 @@ from jaxlora.algebra.methods import Method
 from jaxlora.linalg import matrices
 from jaxlora.messages import checks
 from jaxlora.weights import paths
-from jaxlora.weights.nodes import Adapter, scaling
+from jaxlora.weights.adapters import Adapter
 
 Majority = Literal["total", "frequency"]
 
@@ -51,7 +51,7 @@ class Rule(Method):
             name = type(self).__name__
             raise ValueError(f"the method {name} needs equal ranks: {path!r} has {ranks}")
         factors = [matrices.of(adapter) for adapter in adapters]
-        scaled = [w * scaling(x.alpha, x.rank) for w, x in zip(weights, adapters, strict=True)]
+        scaled = [w * x.scaling for w, x in zip(weights, adapters, strict=True)]
         roots = [math.sqrt(abs(weight)) for weight in scaled]
         signed = [math.copysign(root, weight) for root, weight in zip(roots, scaled, strict=True)]
         a = self.summed([a for a, _ in factors], signed, f"{path} a")

@@ -9,7 +9,7 @@ import jax
 
 from jaxlora import algebra
 from jaxlora.messages import checks
-from jaxlora.weights.nodes import Adapters
+from jaxlora.weights.adapters import Adapters
 
 CombinationType = Literal[
     "cat",

@@ -1,5 +1,7 @@
 """Merging beyond the laws: memory, and what rounding loses."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ def test_donated_weights_are_given_up_and_no_others(key):
 
 def test_a_donated_weight_that_is_not_finite_is_named(key):
     params = adapted(key)
-    params = {**params, "up": params["up"].over(jnp.full((4, 8), jnp.nan))}
+    params = {**params, "up": dataclasses.replace(params["up"], base=jnp.full((4, 8), jnp.nan))}
     with pytest.raises(ValueError, match="the merged weight 'up' is not finite: base hold NaN"):
         jaxlora.merge(params, donate=True)
 
@@ -57,7 +59,7 @@ def test_error_is_the_largest_that_rounding_makes(key, dtype):
 
 def test_error_of_what_is_not_finite_is_refused_as_its_merge(key):
     params = adapted(key)
-    params = {**params, "up": params["up"].over(jnp.full((4, 8), jnp.nan))}
+    params = {**params, "up": dataclasses.replace(params["up"], base=jnp.full((4, 8), jnp.nan))}
     for call in (jaxlora.merge, jaxlora.merge_error):
         with pytest.raises(ValueError, match="the merged weight 'up' is not finite: base hold NaN"):
             call(params)

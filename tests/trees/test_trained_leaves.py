@@ -188,7 +188,9 @@ def test_mistakes_are_named():
             r"the replacement of 'params/up/kernel' is for a leaf of shape \(8,\): got \(8, 12\)",
         ),
         (
-            lambda: jaxlora.merge({"w": TrainedLeaf(jnp.ones(2), jnp.array([1, jnp.nan]))}),
+            lambda: jaxlora.merge(
+                {"w": TrainedLeaf(jnp.ones(2), Replacement(jnp.array([1, jnp.nan]), (2,)))}
+            ),
             "the trained leaf 'w' is not finite",
         ),
     ]:

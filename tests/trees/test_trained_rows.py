@@ -75,7 +75,7 @@ def test_rows_that_are_not_there_are_refused():
         rows_of(rows={"embedding": (1.5,)})
     base, _ = jaxlora.split(rows_of())
     wrong = {"embedding": Replacement(jnp.ones((3, 6)), (10, 6), rows=(1, 7))}
-    with pytest.raises(ValueError, match=r"the value for 'embedding' must have the shape \(2, 6\)"):
+    with pytest.raises(ValueError, match=r"the value of 'embedding' must have the shape \(2, 6\)"):
         jaxlora.bind(base, wrong)
 
 
