@@ -29,7 +29,7 @@ class Extracted:
     energy: dict[str, float]
     left: dict[str, float]
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [
             (path, str(adapter.shape), str(adapter.rank), f"{self.energy[path]:.4f}")
             for path, adapter in self.adapters.items()

@@ -68,7 +68,7 @@ class Summary:
         """Bytes in all, factors included."""
         return sum(row.total_bytes for row in self.rows)
 
-    def __str__(self):
+    def __str__(self) -> str:
         cells = [
             (
                 row.path,

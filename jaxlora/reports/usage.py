@@ -46,7 +46,7 @@ class Report:
         }
         return {path: uses for path, uses in found.items() if uses}
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = []
         for path, uses in self.uses.items():
             low = [_told(use) for use in uses if use.kind != MATERIALIZED]

@@ -90,7 +90,7 @@ class LoRAConfig:
     magnitude: bool = False
     dtype: DTypeLike = jnp.float32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "rank", checks.check_count(self.rank, "rank"))
         _checked_alpha(self.alpha, "alpha")
         for field in ("targets", "exclude", "train"):

@@ -108,7 +108,7 @@ class Sites:
             raise KeyError(f"no site {path!r}: {self.skipped.get(path, 'no such leaf')}; {near}")
         return found[path]
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = []
         for path, shape in self.shapes.items():
             if path in self.sites:

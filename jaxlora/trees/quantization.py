@@ -42,7 +42,7 @@ class QuantizationConfig:
     targets: Targets = ALL_LINEAR
     exclude: Targets = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.check_choice(self.kind, "kind", typing.get_args(Kind))
         checks.check_flag(self.double, "double")
         object.__setattr__(self, "block_size", checks.check_count(self.block_size, "block_size", 2))

@@ -41,7 +41,7 @@ class Base:
     whole: Sample | None = None
     part: Part | None = None
     block: Sample | None = None
-    arrays: list[weakref.ref] = dataclasses.field(default_factory=list, repr=False)
+    arrays: list[weakref.ref[Any]] = dataclasses.field(default_factory=list, repr=False)
 
     @property
     def sample(self) -> Sample | None:
@@ -63,7 +63,7 @@ class Base:
             self.arrays[:] = [known for known in self.arrays if known() is not None]
             self.arrays.append(weakref.ref(array))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Base, (self.dtype, self.whole, self.part, self.block)
 
 
@@ -87,7 +87,7 @@ class Fingerprint:
         self._bases = tuple(bases)
         self._joined: Fingerprint | None = None
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, Fingerprint):
             return NotImplemented
         while (one := self._root()) is not (two := other._root()):
@@ -98,7 +98,7 @@ class Fingerprint:
                     one._bases, two._joined = after, one
         return True
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return 0
 
     def _root(self) -> "Fingerprint":
@@ -113,13 +113,13 @@ class Fingerprint:
     def _is_root_of(self, bases: tuple[Base, ...]) -> bool:
         return self._joined is None and self._bases is bases
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Fingerprint, (self.bases,)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: Any) -> "Fingerprint":
         return self
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Fingerprint({self.dtype})"
 
     @property

@@ -102,7 +102,7 @@ class QuantizedWeight(Opaque):
         """Bytes of its arrays."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         shape = self.shape if hasattr(self.codes, "shape") else self.codes
         return f"QuantizedWeight({self.code.kind}, {shape}, {self.dtype})"
 

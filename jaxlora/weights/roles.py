@@ -31,7 +31,7 @@ class Roles:
     in_: tuple[int, ...]
     out: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         groups = (self.stack, self.in_, self.out)
         named = [axis for group in groups for axis in group]
         if sorted(named) != list(range(len(named))):
@@ -49,7 +49,9 @@ class Roles:
         """Return the sizes of the (stack, in, out) axes of a weight of this shape."""
         return tuple(tuple(shape[i] for i in axes) for axes in (self.stack, self.in_, self.out))
 
-    def factor_shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple, tuple]:
+    def factor_shapes(
+        self, shape: Sequence[int], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of ``a`` (*stack, *in, rank) and ``b`` (*stack, rank, *out)."""
         stack, in_, out = self.sizes(shape)
         return (*stack, *in_, rank), (*stack, rank, *out)
