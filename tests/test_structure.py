@@ -20,6 +20,8 @@ ORDER = (
     ("jaxlora.version", "jaxlora.types", "jaxlora.messages"),
     ("jaxlora.weights",),
     ("jaxlora.linalg",),
+    ("jaxlora.tracing.jaxprs.compat",),
+    ("jaxlora.tracing.registry",),
     ("jaxlora.tracing.jaxprs",),
     ("jaxlora.tracing.values",),
     ("jaxlora.tracing",),
@@ -104,7 +106,7 @@ def test_root_has_few_names():
 
 
 # filled while the modules of rules are imported, and read afterwards
-REGISTRY = {"jaxlora.tracing.interpreter._RULES", "jaxlora.tracing.interpreter._PASSING"}
+REGISTRY = {"jaxlora.tracing.registry._TABLE"}
 
 
 def test_nothing_at_module_level_can_be_changed_but_the_registry():

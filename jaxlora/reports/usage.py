@@ -13,7 +13,7 @@ from jaxlora.tracing.interpreter import Evaluator
 from jaxlora.tracing.jaxprs import cost
 from jaxlora.tracing.jaxprs.cost import Cost
 from jaxlora.tracing.program import trace, with_trained
-from jaxlora.tracing.recorder import MATERIALIZED, Recorder, Use
+from jaxlora.tracing.recorder import Kind, Recorder, Use
 from jaxlora.types import Function, PyTree
 from jaxlora.weights import tree_checks
 from jaxlora.weights.nodes import LoRAWeight
@@ -41,7 +41,7 @@ class Report:
     def materialized(self) -> dict[str, tuple[Use, ...]]:
         """The uses at which a weight is made dense, by path."""
         found = {
-            path: tuple(use for use in uses if use.kind == MATERIALIZED)
+            path: tuple(use for use in uses if use.kind == Kind.MATERIALIZED)
             for path, uses in self.uses.items()
         }
         return {path: uses for path, uses in found.items() if uses}
@@ -49,7 +49,7 @@ class Report:
     def __str__(self) -> str:
         rows = []
         for path, uses in self.uses.items():
-            low = [_told(use) for use in uses if use.kind != MATERIALIZED]
+            low = [_told(use) for use in uses if use.kind != Kind.MATERIALIZED]
             dense = [
                 f"{u.operation} at {u.source}: {u.reason}" for u in self.materialized.get(path, ())
             ]

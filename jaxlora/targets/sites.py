@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlora.messages import checks, table
-from jaxlora.tracing import boundary
 from jaxlora.tracing.interpreter import Evaluator
 from jaxlora.tracing.program import is_array, trace
-from jaxlora.tracing.recorder import CONTRACTED, LOOKED_UP, MATERIALIZED, Recorder, Use
-from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.tracing.recorder import Kind, Recorder, Use
+from jaxlora.tracing.values.probe import Probe
 from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import paths, tree_checks
 from jaxlora.weights.roles import Roles
@@ -69,7 +68,7 @@ class Site:
 
         An entry of a stack that is picked by an index, as an expert, is no row.
         """
-        rows = (use.in_ - {*self.roles.stack} for use in self.uses if use.kind == LOOKED_UP)
+        rows = (use.in_ - {*self.roles.stack} for use in self.uses if use.kind == Kind.LOOKED_UP)
         return any(rows)
 
 
@@ -168,9 +167,9 @@ def find_sites(fn: Function, params: PyTree, /, *args: Any, **kwargs: Any) -> Si
         values = list(arrays)
         for i, path in enumerate(fit):
             if path not in unfit:
-                values[i] = boundary.probe(path, values[i])
+                values[i] = Probe.enter(path, values[i])
         outs = [*map(evaluator.left, evaluator.run(program.jaxpr, *values))]
-        returned.update(*(out.origin.paths for out in outs if isinstance(out, LowRank)))
+        returned.update(*(out.origin.paths for out in outs if isinstance(out, Probe)))
         return outs
 
     jax.eval_shape(run, *program.inputs)
@@ -182,7 +181,7 @@ def find_sites(fn: Function, params: PyTree, /, *args: Any, **kwargs: Any) -> Si
         if path in unfit:
             continue
         shape = tuple(leaf.shape)
-        supported = tuple(use for use in uses[path] if use.kind != MATERIALIZED)
+        supported = tuple(use for use in uses[path] if use.kind != Kind.MATERIALIZED)
         if (roles := _roles(supported, leaf.ndim)) is not None:
             sites[path] = Site(path, shape, leaf.dtype, roles, supported)
             continue
@@ -216,10 +215,10 @@ def _roles(uses: tuple[Use, ...], ndim: int) -> Roles | None:
     What is looked up along axes that are a stack in a product, as entries of experts beside those
     that are multiplied, leaves it to the product.
     """
-    stacks = [use.stack for use in uses if use.kind == CONTRACTED]
-    lookups = [use for use in uses if use.kind == LOOKED_UP]
+    stacks = [use.stack for use in uses if use.kind == Kind.CONTRACTED]
+    lookups = [use for use in uses if use.kind == Kind.LOOKED_UP]
     first = [use for use in lookups if not any(use.in_ <= stack for stack in stacks)]
-    for use in (*first, *(use for use in uses if use.kind == CONTRACTED), *lookups):
+    for use in (*first, *(use for use in uses if use.kind == Kind.CONTRACTED), *lookups):
         if found := _roles_of(use, ndim):
             return found
     return None
@@ -231,14 +230,14 @@ def _roles_of(use: Use, ndim: int) -> Roles | None:
     out = (use.out & every) - in_
     stack = (use.stack & every) - in_ - out
     rest = every - stack - in_ - out  # axes of size 1, which no operation shows
-    if use.kind == LOOKED_UP and len(in_) > 1 and not out:  # single elements
+    if use.kind == Kind.LOOKED_UP and len(in_) > 1 and not out:  # single elements
         out = frozenset({max(in_)})
         in_ -= out
     if in_ and not out:
         out = rest
     else:
         in_ |= rest
-    if not in_ or not (out or use.kind == CONTRACTED):
+    if not in_ or not (out or use.kind == Kind.CONTRACTED):
         return None
     return Roles(*(tuple(sorted(axes)) for axes in (stack, in_, out)))
 

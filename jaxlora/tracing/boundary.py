@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxlora.tracing.interpreter import Evaluator
 from jaxlora.tracing.values import axes, deferred
 from jaxlora.tracing.values.deferred import Deferred
-from jaxlora.tracing.values.lowrank import LowRank, Origin, Role
+from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.tracing.values.weight import Origin, Role
 from jaxlora.weights import blocks, magnitude
 from jaxlora.weights.adapters import Adapter
 from jaxlora.weights.nodes import LoRAWeight
@@ -56,12 +57,6 @@ def _whole(term: Adapter, factor: Any, axes_of: Sequence[int]) -> Any:
     """Return a factor with the rank last, with zeros outside of the block that it is for."""
     around = blocks.padding(term.block, term.shape)
     return jnp.pad(factor, [*(around[axis] for axis in axes_of), (0, 0)])
-
-
-def probe(path: str, leaf: Any) -> LowRank:
-    """Return the traced value that finds out how a leaf is used."""
-    dims = tuple(((frozenset({(path, i)}), size),) for i, size in enumerate(leaf.shape))
-    return LowRank(leaf, None, None, None, dims, Origin((path,), None, tuple(leaf.shape)))
 
 
 def leave(weight: LowRank) -> LoRAWeight | None:

@@ -1,9 +1,8 @@
 """Evaluate a program with low-rank weights among its values.
 
 The program is a jaxpr. An equation without a low-rank weight among its inputs runs as it is. One
-with goes to the rule of its primitive; a rule is a function registered here by primitive name,
-``rule(run, eqn, *values) -> list of outputs``. Where there is no rule, or the rule does not
-cover the case, the weight is made dense: correct, and never silent.
+with goes to the rule of its primitive, see `jaxlora.tracing.registry`. Where there is no rule, or
+the rule does not cover the case, the weight is made dense: correct, and never silent.
 
 A function from `jaxlora.lora` holds an `Evaluator`, which says how programs are evaluated and
 knows nothing of any of them. Each run of a program, of an inner one too, makes an `Evaluation`,
@@ -14,40 +13,26 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat, cost, dataflow, sharing
-from jaxlora.tracing.recorder import LOOKED_UP, MATERIALIZED, Recorder
+from jaxlora.tracing.jaxprs.compat import Eqn
+from jaxlora.tracing.recorder import Facts, Kind, Recorder
 from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.chain import CHECKPOINT_NAME
 from jaxlora.tracing.values.deferred import Deferred
-from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.tracing.values.weight import Weight
 from jaxlora.weights.adapters import merge_dtype
 
-Rule = Callable[..., list[Any]]
-_RULES: dict[str, Rule] = {}
-_PASSING: set[str] = set()  # the primitives whose rules pass on what is deferred
-
-_PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 Form = Literal["auto", "factored", "weight-side"]
 
 
 class MaterializationWarning(UserWarning):
     """An adapted weight was made dense, because an operation has no low-rank rule."""
-
-
-def rule(*primitives: str, passes: bool = False) -> Callable[[Rule], Rule]:
-    """Register the rule of the primitives of these names; it may pass on what is deferred."""
-
-    def register(function: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(primitives, function))
-        _PASSING.update(primitives if passes else ())
-        return function
-
-    return register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,17 +107,16 @@ class Evaluator:
 
     def densify(self, eqn: Any, where: tuple[str, str], value: Any, reason: str) -> Any:
         """Return an array for a value that reaches an operation, see `Evaluation.densify`."""
-        if not isinstance(value, LowRank):
+        if not isinstance(value, Weight):
             return deferred.now(value)
-        kind = LOOKED_UP if value.is_rows() else MATERIALIZED
-        if self.recorder is not None:
-            fields = {} if value.is_rows() else {"reason": reason, "stack": frozenset()}
-            self.recorder.record(eqn, where, value, kind, **fields)
-        if not value.is_rows():
+        is_rows, dtype = value.is_rows(), value.base.dtype
+        if self.recorder is not None and is_rows:
+            self.recorder.record_lookup(eqn, value)
+        elif self.recorder is not None:
+            self.recorder.record(eqn, where, value, Kind.MATERIALIZED, reason=reason)
+        if not is_rows:
             self.complain(where, value, reason)
-        if value.is_probe:
-            return value.base
-        dtype = value.base.dtype if value.is_rows() else merge_dtype(value.base.dtype)
+            dtype = merge_dtype(dtype)
         with self.scope(value):
             return value.dense(dtype)
 
@@ -143,20 +127,20 @@ class Evaluator:
             out: an output.
             reason: why a weight cannot leave as one.
         """
-        if isinstance(out, LowRank) and (reason or out.is_rows()):
+        if isinstance(out, Weight) and (reason or out.is_rows()):
             return self.densify(None, compat.where(None), out, reason)
         return out
 
-    def scope(self, *weights: LowRank) -> Any:
+    def scope(self, *weights: Weight) -> Any:
         """Return the name scope of what is added to a program for some weights."""
         if self.recorder is None:
             return jax.named_scope(CHECKPOINT_NAME)
         paths = tuple(path for weight in weights for path in weight.origin.paths)
         return jax.named_scope(cost.scope(self.recorder.number(paths)))
 
-    def complain(self, where: tuple[str, str], weight: LowRank, reason: str) -> None:
+    def complain(self, where: tuple[str, str], weight: Weight, reason: str) -> None:
         """Warn that a weight is made dense, once for each line, or raise if that is asked for."""
-        if weight.is_probe or self.recorder is not None:
+        if self.recorder is not None:
             return
         path = " + ".join(weight.origin.paths)
         what = f"the weight {path!r} reaches {where[0]!r} at {where[1]}, and {reason}"
@@ -177,36 +161,35 @@ class Evaluation:
         evaluator: how it is evaluated.
         options: those of the evaluator.
         env: values of the variables, as long as they are read.
-        readers: the products that read one input, see `sharing.Plan`.
+        plan: the products that read one input, see `sharing.Plan`.
         values: what the variables stand for, see `dataflow.values`.
         varying: along which dimensions predicates vary, see `dataflow.varying`.
         last: the last product with a weight that was made for it, see `deferred.product`.
-        narrowed: by id of an equation, the product of its input and the first factor, and how
-            many equations share that, where it was made for several.
+        narrowed: by product, that of its input and the first factor, and how many products share
+            it, where it was made for several at the first of them.
     """
 
     def __init__(
         self, evaluator: Evaluator, program: Any, consts: Sequence[Any], args: Any, line: str
     ):
         self.evaluator, self.options, self._line = evaluator, evaluator.options, line
-        self._program, self._plan = program, sharing.plan(program)
+        self._program, self.plan = program, sharing.plan(program)
         self.env = dict(zip(program.constvars, consts, strict=True))
         self.env.update(zip(program.invars, args, strict=True))
-        self.readers = self._plan.readers
         self.values, self.varying = dataflow.values(program), dataflow.varying(program)
         self.last: Any = None
-        self.narrowed: dict[int, tuple[Any, int]] = {}
+        self.narrowed: dict[Eqn, tuple[Any, int]] = {}
 
     def outputs(self) -> list[Any]:
         """Run every equation, and return the outputs; what was computed on the way is let go."""
         env, outvars = self.env, self._program.outvars
-        last = dataflow.last_uses(self._plan.eqns, outvars)
+        last = dataflow.last_uses(self.plan.eqns, outvars)
 
         def read(atom):
             return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
         try:
-            for i, eqn in enumerate(self._plan.eqns):
+            for i, eqn in enumerate(self.plan.eqns):
                 values = [read(atom) for atom in eqn.invars]
                 with compat.scope(eqn):
                     env.update(zip(eqn.outvars, self._step(eqn, values), strict=True))
@@ -218,27 +201,28 @@ class Evaluation:
             self.last = None
 
     def _step(self, eqn: Any, values: list[Any]) -> list[Any]:
-        kinds, name = {*map(type, values)}, eqn.primitive.name
-        if not kinds & {LowRank, Deferred}:
+        has_weight = any(isinstance(value, Weight) for value in values)
+        if not has_weight and not any(isinstance(value, Deferred) for value in values):
             return compat.bind(eqn, values)
+        known = registry.primitive(eqn)
         if eqn.outvars and all(0 in var.aval.shape for var in eqn.outvars):  # nothing of a weight
             bases = [getattr(value, "base", value) for value in values]
             return compat.bind(eqn, [*map(deferred.now, bases)])
-        if LowRank not in kinds and name in deferred.KEPT:
+        if not has_weight and known.deferred:
             return [deferred.bind(eqn, values)]
-        if name not in _PASSING:
-            if LowRank not in kinds:
+        if not known.passes:
+            if not has_weight:
                 return self._read(eqn, values)
             values = [*map(deferred.now, values)]
-        found = _RULES.get(name)
-        if found is None:
+        if known.rule is None:
             return self.without_rule(eqn, values, "it has no low-rank rule")
-        return found(self, eqn, *values)
+        return known.rule(self, eqn, *values)
 
     def _read(self, eqn: Any, values: list[Any]) -> list[Any]:
         """Run an equation that reads what is deferred, and no adapted weight."""
         is_deferred = [isinstance(value, Deferred) for value in values]
-        if eqn.primitive.name in _PRODUCTS and sum(is_deferred) == 1 and True in is_deferred[:2]:
+        is_product = registry.primitive(eqn).is_product
+        if is_product and sum(is_deferred) == 1 and True in is_deferred[:2]:
             side, others = is_deferred.index(True), values[2:]
 
             def function(x, w, *others):
@@ -286,17 +270,17 @@ class Evaluation:
 
     def made(self, eqn: Any, value: Any) -> Any:
         """Return a value that is not deferred; say so, for it will be kept as it is made here."""
-        if isinstance(value, LowRank) and isinstance(value.base, Deferred):
+        if isinstance(value, Weight) and isinstance(value.base, Deferred):
             reason = "it is dequantized for a function with its own derivative"
             self.evaluator.complain(self.where(eqn), value, reason)
             return value.replace(base=deferred.now(value.base))
         return value
 
-    def scope(self, *weights: LowRank) -> Any:
+    def scope(self, *weights: Weight) -> Any:
         """Return the name scope of what is added to the program for some weights."""
         return self.evaluator.scope(*weights)
 
-    def record(self, eqn: Any, weight: LowRank, kind: str, **fields: Any) -> None:
-        """Write down a use of a weight, see `Recorder.record`."""
+    def record(self, eqn: Any, weight: Weight, kind: Kind, **facts: Unpack[Facts]) -> None:
+        """Record a use of a weight, see `Recorder.record`."""
         if (recorder := self.evaluator.recorder) is not None:
-            recorder.record(eqn, self.where(eqn), weight, kind, **fields)
+            recorder.record(eqn, self.where(eqn), weight, kind, **facts)

@@ -1,11 +1,19 @@
 """What is written down while a program is evaluated: each operation that consumes a weight."""
 
 import dataclasses
-from typing import Any
+import enum
+from typing import TypedDict, Unpack
 
-from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.tracing.jaxprs.compat import Eqn
+from jaxlora.tracing.values.weight import Weight
 
-CONTRACTED, LOOKED_UP, MATERIALIZED = "contracted", "looked up", "materialized"
+
+class Kind(enum.StrEnum):
+    """What becomes of a weight at an operation that consumes it."""
+
+    CONTRACTED = "contracted"
+    LOOKED_UP = "looked up"
+    MATERIALIZED = "materialized"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +24,7 @@ class Use:
         path: path of the weight.
         operation: name of the primitive.
         source: line of the user's program, ``file:line``.
-        kind: "contracted", "looked up" or "materialized".
+        kind: what becomes of it: "contracted", "looked up" or "materialized".
         stack: axes of the weight that are a stack here.
         in_: axes contracted or looked up along.
         out: axes left in the result.
@@ -29,7 +37,7 @@ class Use:
     path: str
     operation: str
     source: str
-    kind: str
+    kind: Kind
     stack: frozenset = frozenset()
     in_: frozenset = frozenset()
     out: frozenset = frozenset()
@@ -38,47 +46,73 @@ class Use:
     sharing: int = 1
 
 
+class Facts(TypedDict, total=False):
+    """What else than its kind is recorded of a use, see `Use`; the axes are labels."""
+
+    stack: frozenset
+    in_: frozenset
+    out: frozenset
+    reason: str
+    form: str
+    sharing: int
+
+
 class Recorder:
     """The uses met so far, and the number by which `cost.scope` knows the paths of a weight."""
 
     def __init__(self):
-        self._uses: dict[Any, tuple[Any, Use]] = {}
+        self._uses: dict[tuple[Eqn | None, Use], Use] = {}
         self.numbers: dict[tuple[str, ...], int] = {}
 
     @property
     def uses(self) -> list[Use]:
         """The uses in the order they were met; a loop's body that is run again counts once."""
-        return [use for _, use in self._uses.values()]
+        return [*self._uses.values()]
 
     def number(self, paths: tuple[str, ...]) -> int:
         """Return the number of the weight of these paths."""
         return self.numbers.setdefault(paths, len(self.numbers))
 
+    def record_lookup(self, eqn: Eqn | None, rows: Weight) -> None:
+        """Record what was looked up, at the operation that picked it.
+
+        Args:
+            eqn: the equation that reads the rows, None for the end of the program.
+            rows: what was picked of a weight.
+        """
+        out = rows.labels(*range(len(rows.dims))) - rows.picked - rows.known_stack()
+        self.record(eqn, rows.picked_at, rows, Kind.LOOKED_UP, in_=rows.picked, out=out)
+
     def record(
-        self, eqn: Any, where: tuple[str, str], weight: LowRank, kind: str, **fields: Any
+        self,
+        eqn: Eqn | None,
+        where: tuple[str, str],
+        weight: Weight,
+        kind: Kind,
+        **facts: Unpack[Facts],
     ) -> None:
-        """Write down a use of a weight; a lookup tells its axes from what was picked.
+        """Record a use of a weight.
 
         Args:
             eqn: the equation that uses it, None for the end of the program.
             where: operation and line of the user's program.
             weight: the weight.
             kind: what becomes of it.
-            **fields: of `Use`, the axes as labels.
+            **facts: what else is known.
         """
-        if kind == LOOKED_UP:
-            where, every = weight.picked_at, weight.labels(*range(len(weight.dims)))
-            out = every - weight.picked - weight.scanned
-            fields |= {"in_": weight.picked, "out": out, "stack": frozenset()}
-        if "stack" in fields:
-            fields["stack"] |= weight.scanned
+        in_, out = facts.get("in_", frozenset()), facts.get("out", frozenset())
+        stack = facts.get("stack", frozenset()) | weight.known_stack()
         for path in weight.origin.paths:
-            own: dict[str, Any] = {
-                name: _axes_of(path, value) if isinstance(value, frozenset) else value
-                for name, value in fields.items()
-            }
-            use = Use(path, *where, kind, **own)
-            self._uses.setdefault((id(eqn), use), (eqn, use))  # with eqn, so that its id stays its
+            use = Use(
+                path,
+                *where,
+                kind,
+                *(_axes_of(path, labels) for labels in (stack, in_, out)),
+                reason=facts.get("reason", ""),
+                form=facts.get("form", ""),
+                sharing=facts.get("sharing", 1),
+            )
+            self._uses.setdefault((eqn, use), use)
 
 
 def _axes_of(path: str, labels: frozenset) -> frozenset:

@@ -12,7 +12,7 @@ from jaxlora.messages import checks
 from jaxlora.targets.config import ALL_LINEAR, LoRAConfig, Targets
 from jaxlora.targets.selection import select
 from jaxlora.targets.sites import Site, find_sites
-from jaxlora.tracing.recorder import LOOKED_UP
+from jaxlora.tracing.recorder import Kind as UseKind
 from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import paths, placed, quantized, sharding, tree_checks
 from jaxlora.weights.nodes import LoRAWeight
@@ -137,7 +137,7 @@ def _axis(site: Site) -> int:
 
     No entry or row that the program picks is then cut by a block.
     """
-    is_table = any(use.kind == LOOKED_UP for use in site.uses)
+    is_table = any(use.kind == UseKind.LOOKED_UP for use in site.uses)
     axes = site.out if is_table and site.out else site.in_
     return max(axes, key=lambda axis: (site.shape[axis], axis))
 

@@ -5,6 +5,7 @@ From 0.10 to 0.12 `ClosedJaxpr` was folded into `Jaxpr`, and `scan` carries `ft_
 """
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,13 @@ from typing import Any
 
 import jax
 from jax.extend import core, source_info_util
+from jax.extend.core import Jaxpr, Literal, Var
 
 JIT = ("jit", "pjit")
 REMAT = ("checkpoint", "remat", "remat2")
 
-Literal = core.Literal
+Eqn = core.JaxprEqn
+Atom = Var | Literal
 _JAX = os.path.dirname(jax.__file__) + os.sep
 
 
@@ -25,9 +28,19 @@ def consts(jaxpr: Any) -> Sequence[Any]:
     return getattr(jaxpr, "consts", ())
 
 
-def opened(jaxpr: Any) -> Any:
+def opened(jaxpr: Any) -> Jaxpr:
     """Return the jaxpr without its constants, where a version parts the two."""
     return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def shape(atom: Atom) -> tuple[int, ...]:
+    """Return the shape of an input or an output of an equation."""
+    return getattr(atom.aval, "shape", ())
+
+
+def size(atom: Atom) -> int:
+    """Return the number of elements of an input or an output of an equation."""
+    return math.prod(shape(atom))
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat
 
 _SCOPE = "lora@"
-_ELEMENTWISE = ("add", "sub", "mul", "div", "add_any")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,30 +58,12 @@ def _costs(program: Any, outer: int | None) -> Iterator[tuple[int, Cost]]:
         found = re.findall(rf"{_SCOPE}(\d+)", str(eqn.source_info.name_stack))
         number = int(found[-1]) if found else outer
         inner = compat.inner_jaxprs(eqn)
-        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        known = registry.primitive(eqn)
         for jaxpr in inner:
             for at, cost in _costs(compat.opened(jaxpr), number):
-                yield at, cost * times
-        if number is not None and not inner and (flops := _flops(eqn)):
+                yield at, cost * known.times(eqn)
+        if number is not None and not inner and (flops := known.flops(eqn)):
             yield number, Cost(flops, _bytes(eqn))
-
-
-def _flops(eqn: Any) -> int:
-    name, out = eqn.primitive.name, math.prod(eqn.outvars[0].aval.shape)
-    if name in _ELEMENTWISE:
-        return out
-    if name == "reduce_sum":
-        return math.prod(eqn.invars[0].aval.shape)
-    if name == "dot_general":
-        (summed, _), _ = eqn.params["dimension_numbers"]
-    elif name == "ragged_dot_general":
-        (summed, _), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-    elif name == "conv_general_dilated":
-        kernel, channels = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec[0]
-        return 2 * out * math.prod(kernel) // kernel[channels]
-    else:
-        return 0
-    return 2 * out * math.prod(eqn.invars[0].aval.shape[d] for d in summed)
 
 
 def _bytes(eqn: Any) -> int:

@@ -7,12 +7,24 @@ products name the same variable, and not by what the weights are called.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 
+from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.jaxprs.compat import Atom, Eqn, Jaxpr, Var
 
-_HEAVY = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather")
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A product that reads an input.
+
+    Attributes:
+        eqn: its equation.
+        operand: the position of the input among its operands.
+    """
+
+    eqn: Eqn
+    operand: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,56 +34,62 @@ class Plan:
     Attributes:
         eqns: the equations; the light ones that shape the weight of a product stand before the
             first product of the same input.
-        readers: the products that contract the same dimensions of the same variable, by each of
-            them, by id, and the position of the variable among its operands.
+        groups: by product, all that contract the same dimensions of the same variable.
     """
 
-    eqns: Sequence[Any]
-    readers: dict[tuple[int, int], list[tuple[Any, int]]]
+    eqns: Sequence[Eqn]
+    groups: dict[Reader, list[Reader]]
+
+    def readers_after(self, reader: Reader) -> list[Reader]:
+        """Return the products of the same input that run after one."""
+        group = self.groups.get(reader, [reader])
+        return group[group.index(reader) + 1 :]
 
 
-def plan(program: Any) -> Plan:
+def plan(program: Jaxpr) -> Plan:
     """Find the products of one input in a program."""
-    groups: dict[Any, list[tuple[Any, int]]] = {}
+    found: dict[Hashable, list[Reader]] = {}
     for eqn in program.eqns:
         if eqn.primitive.name == "dot_general":
             sides = zip(eqn.invars, *eqn.params["dimension_numbers"], strict=True)
-            for side, (var, summed, batch) in enumerate(sides):
-                if not isinstance(var, compat.Literal):
-                    groups.setdefault((var, tuple(summed), tuple(batch)), []).append((eqn, side))
-    several = [group for group in groups.values() if len(group) > 1]
-    if not several:
+            for operand, (var, summed, batch) in enumerate(sides):
+                if isinstance(var, Var):
+                    reader = Reader(eqn, operand)
+                    found.setdefault((var, tuple(summed), tuple(batch)), []).append(reader)
+    groups = [group for group in found.values() if len(group) > 1]
+    if not groups:
         return Plan(program.eqns, {})
-    readers = {(id(eqn), side): group for group in several for eqn, side in group}
-    return Plan(_hoisted(program, several), readers)
+    by_reader = {reader: group for group in groups for reader in group}
+    return Plan(_hoisted(program, groups), by_reader)
 
 
-def _hoisted(program: Any, groups: Iterable[list[tuple[Any, int]]]) -> list[Any]:
+def _hoisted(program: Jaxpr, groups: Iterable[list[Reader]]) -> list[Eqn]:
     """Return the equations, with what the members of a group need before its first."""
-    needed: dict[int, list[Any]] = {}
+    needed: dict[Eqn, list[Atom]] = {}
     for group in groups:
-        needed.setdefault(id(group[0][0]), []).extend(eqn.invars[1 - side] for eqn, side in group)
+        weights = (reader.eqn.invars[1 - reader.operand] for reader in group)
+        needed.setdefault(group[0].eqn, []).extend(weights)
     makers = {var: (i, eqn) for i, eqn in enumerate(program.eqns) for var in eqn.outvars}
-    order: dict[int, Any] = {}
+    order: dict[Eqn, None] = {}  # a set that keeps the order
     for eqn in program.eqns:
-        for var in needed.get(id(eqn), ()):
-            order.update((id(maker), maker) for maker in _makers(var, makers, order))
-        order.setdefault(id(eqn), eqn)
-    return list(order.values())
+        for var in needed.get(eqn, ()):
+            order.update(dict.fromkeys(_makers(var, makers, order)))
+        order.setdefault(eqn)
+    return list(order)
 
 
-def _makers(var: Any, makers: dict[Any, tuple[int, Any]], done: dict[int, Any]) -> list[Any]:
+def _makers(atom: Atom, makers: Mapping[Var, tuple[int, Eqn]], done: Container[Eqn]) -> list[Eqn]:
     """Return the equations that are left to run for a variable, none if one of them is heavy."""
-    found: dict[int, Any] = {}
-    left = [var]
+    found: dict[int, Eqn] = {}
+    left = [atom]
     while left:
         atom = left.pop()
-        if isinstance(atom, compat.Literal) or atom not in makers:
+        if not isinstance(atom, Var) or atom not in makers:
             continue
         i, eqn = makers[atom]
-        if id(eqn) in done or i in found:
+        if eqn in done or i in found:
             continue
-        if eqn.primitive.name in _HEAVY or eqn.effects or compat.inner_jaxprs(eqn):
+        if registry.primitive(eqn).is_heavy or eqn.effects or compat.inner_jaxprs(eqn):
             return []
         found[i] = eqn
         left += eqn.invars

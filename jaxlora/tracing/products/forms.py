@@ -35,7 +35,8 @@ from jaxlora.tracing.interpreter import Evaluation, Form
 from jaxlora.tracing.products.term import Term
 from jaxlora.tracing.values import axes, placement
 from jaxlora.tracing.values.deferred import Deferred
-from jaxlora.tracing.values.lowrank import LowRank, Role
+from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.tracing.values.weight import Role
 from jaxlora.weights.adapters import merge_dtype
 
 
@@ -61,13 +62,20 @@ def choose(run: Evaluation, weight: LowRank, term: Term, *, is_shared: bool) -> 
     if term.order == ("b", "a"):
         in_, out = out, in_
     is_exact = weight.base.dtype == merge_dtype(weight.base.dtype)
-    is_known = isinstance(
-        term.tokens, int
-    )  # not the symbol of a size that `jax.export` leaves open
-    more, less = (term.tokens, in_) if is_shared else (term.tokens * (in_ + out), 2 * in_ * out)
+    is_known = isinstance(term.tokens, int)  # no symbol of a size that `jax.export` leaves open
     mesh = jax.typeof(weight.base).sharding.mesh
     is_spread = not mesh.empty and mesh.size > 1
-    return "weight-side" if is_exact and is_known and more > less and not is_spread else "factored"
+    if not is_exact or not is_known or is_spread:
+        return "factored"
+    is_cheaper = _moves_less(term.tokens, in_, out, is_shared=is_shared)
+    return "weight-side" if is_cheaper else "factored"
+
+
+def _moves_less(tokens: int, in_: int, out: int, *, is_shared: bool) -> bool:
+    """Tell whether weight-side moves less than factored, by the counts at the top."""
+    if is_shared:  # the weight in effect is made for the forward pass alone
+        return tokens > in_
+    return tokens * (in_ + out) > 2 * in_ * out
 
 
 def weight_side(
@@ -86,17 +94,17 @@ def weight_side(
     """
     is_shared = h is not None
 
-    def of(base, a, b):
+    def with_arrays(base, a, b):
         return weight.replace(base=base, a=a, b=b)
 
     def made(x, base, a, b, h):
         with run.scope(weight):
-            dense = of(base, a, b).dense(merge_dtype(base.dtype))
+            dense = with_arrays(base, a, b).dense(merge_dtype(base.dtype))
             effective = jax.lax.optimization_barrier(dense)
         return bind(x, effective)
 
     def factored(x, base, a, b, h):
-        return with_term(run, bind(x, base), x, of(base, a, b), h, term)
+        return with_term(run, bind(x, base), x, with_arrays(base, a, b), h, term)
 
     def tangent(y, primals, tangents):
         x, base, a, b, h = primals
@@ -105,12 +113,12 @@ def weight_side(
             yield bind(dx, base) if is_shared else jax.checkpoint(made)(dx, base, a, b, h)
         if _moves(dbase):
             yield bind(x, dbase)
-        moved = {"a": (da, of(base, da, b)), "b": (db, of(base, a, db))}
+        moved = {"a": (da, with_arrays(base, da, b)), "b": (db, with_arrays(base, a, db))}
         if is_shared:
             del moved[term.order[0]]
         with run.scope(weight):
             if is_shared and _moves(dh):
-                yield _like(term(run, x, of(base, a, b), dh), y)
+                yield _like(term(run, x, with_arrays(base, a, b), dh), y)
             for name, (factor, changed) in moved.items():
                 if _moves(factor):
                     yield _like(term(run, x, changed, h, moving=name), y)

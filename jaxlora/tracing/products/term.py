@@ -5,6 +5,7 @@ that the term is two products of arrays with named axes, whatever the program di
 """
 
 import dataclasses
+import enum
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -42,19 +43,27 @@ class Sides:
         return cls(*groups)
 
 
+class Scaled(enum.Enum):
+    """What a gain scales in a product with its weight."""
+
+    INPUT = enum.auto()
+    RESULT = enum.auto()
+    WEIGHT = enum.auto()
+
+
 @dataclasses.dataclass(frozen=True)
 class Gain:
     """How the gain of a weight meets a product with it.
 
     Attributes:
-        side: what is scaled: the ``"out"`` of the product where it keeps the columns, the ``"in"``
-            where it sums over them, or neither, the ``"weight"``.
+        scaled: the result of the product where it keeps the columns, the input where it sums over
+            them, and the weight itself where it does neither.
         names: of the gain.
         dims: names of what each dimension of what is scaled is made of.
         sizes: their sizes.
     """
 
-    side: str
+    scaled: Scaled
     names: Sequence[Name]
     dims: Sequence[Sequence[Name]] = ()
     sizes: Sequence[Sequence[int]] = ()
@@ -138,7 +147,7 @@ class Term:
     @property
     def scales_input(self) -> bool:
         """Whether the input is scaled for this weight, so that no other product has the same."""
-        return self.gain is not None and self.gain.side == "in"
+        return self.gain is not None and self.gain.scaled is Scaled.INPUT
 
     def narrow(self, run: Evaluation, x: Any, weights: Sequence[LowRank]) -> Sequence[jax.Array]:
         """Return the products of the input with the first factor of each weight, made as one."""
@@ -218,8 +227,10 @@ def _gain(
         return None
     names = weight.piece_labels(w_names, "gain")
     if {*names} <= {*_flat(out_dims)}:
-        return Gain("out", names, out_dims, [[sizes[n] for n in dim] for dim in out_dims])
-    return Gain("in", names, *x_dims) if {*names} <= {*_flat(x_dims[0])} else Gain("weight", names)
+        return Gain(Scaled.RESULT, names, out_dims, [[sizes[n] for n in dim] for dim in out_dims])
+    if {*names} <= {*_flat(x_dims[0])}:
+        return Gain(Scaled.INPUT, names, *x_dims)
+    return Gain(Scaled.WEIGHT, names)
 
 
 def _flat(*groups: Sequence[Sequence[Any]]) -> list[Any]:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes, lax
 
-from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.registry import rule
 from jaxlora.tracing.rules.loops import kind
 from jaxlora.tracing.rules.meshes import constrained
 from jaxlora.tracing.values.lowrank import LowRank

@@ -12,17 +12,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
-from jaxlora.tracing.recorder import CONTRACTED
+from jaxlora.tracing.recorder import Kind
+from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import axes
 from jaxlora.tracing.values.chain import contract, scaled_along
-from jaxlora.tracing.values.lowrank import RANK, LowRank, Role
+from jaxlora.tracing.values.lowrank import RANK, LowRank
+from jaxlora.tracing.values.probe import Probe
+from jaxlora.tracing.values.weight import Role
 
 _OWN = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
 
 
-@rule("conv_general_dilated")
+def _flops(eqn: Any) -> int:
+    kernel, numbers = eqn.invars[1], eqn.params["dimension_numbers"]
+    channels = compat.shape(kernel)[numbers.rhs_spec[0]]
+    return 2 * compat.size(eqn.outvars[0]) * compat.size(kernel) // channels
+
+
+@rule("conv_general_dilated", is_product=True, flops=_flops)
 def convolution(run: Evaluation, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     """Add the convolution by the factors.
 
@@ -32,42 +41,51 @@ def convolution(run: Evaluation, eqn: Any, x: Any, kernel: Any) -> list[Any]:
     """
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
     x = run.densify(eqn, x, "the weight is convolved with, not by")
-    if not isinstance(kernel, LowRank):
+    if not isinstance(kernel, LowRank | Probe):
         return compat.bind(eqn, [x, kernel])
-    order = out_dim, in_dim, *window = numbers.rhs_spec
+    out_dim, in_dim, *window = numbers.rhs_spec
     groups = params["feature_group_count"]
     stack, out = _stack_and_out(kernel, out_dim, groups)
     in_ = kernel.labels(in_dim, *window)
     if params["batch_group_count"] != 1:
         return run.without_rule(eqn, [x, kernel], "it has batch groups")
-    fits = not in_ & out if kernel.is_probe else _fits(kernel, numbers, groups)
+    fits = not (in_ & out) if isinstance(kernel, Probe) else _fits(kernel, numbers, groups)
     if not fits:
         return run.without_rule(eqn, [x, kernel], "its axes have other roles elsewhere")
-    if kernel.gain is not None and _runs_back(kernel, numbers):
+    if isinstance(kernel, LowRank) and kernel.gain is not None and _runs_back(kernel, numbers):
         return run.without_rule(eqn, [x, kernel], "it sums columns that have magnitudes")
-    run.record(eqn, kernel, CONTRACTED, in_=in_, out=out, stack=stack | kernel.indexed - in_ - out)
+    stack |= kernel.indexed - (in_ | out)  # entries that were picked are a stack
+    run.record(eqn, kernel, Kind.CONTRACTED, in_=in_, out=out, stack=stack)
     y = run.product(lambda *values: compat.bind(eqn, values)[0], x, kernel.base)
-    if kernel.is_probe:
+    if isinstance(kernel, Probe):
         return [y]
-    product = _from_rank if _runs_back(kernel, numbers) else _to_rank
-    channel = numbers.out_spec[1]
-    numbers = lax.ConvDimensionNumbers(
+    with run.scope(kernel):
+        return [_with_term(run, params, x, kernel, y)]
+
+
+def _with_term(run: Evaluation, params: Any, x: Any, kernel: LowRank, y: Any) -> Any:
+    """Return the convolution y by the base plus that by the factors, times the gain."""
+    numbers = params["dimension_numbers"]
+    order, channel = numbers.rhs_spec, numbers.out_spec[1]
+    convolve = _from_rank if _runs_back(kernel, numbers) else _to_rank
+    in_order = lax.ConvDimensionNumbers(
         numbers.lhs_spec, tuple(range(kernel.base.ndim)), numbers.out_spec
     )
     shape = jax.ShapeDtypeStruct([kernel.base.shape[d] for d in order], kernel.base.dtype)
     kernel = kernel.transposed(shape, order)  # channels first: (out, in, *window)
-    with run.scope(kernel):
-        y += product(run, params, numbers, kernel.input(x), kernel).astype(y.dtype)
-        if kernel.gain is None:
-            return [y]
-        names, sizes = [[d] for d in range(y.ndim)], [[size] for size in y.shape]
-        return [scaled_along(y, names, sizes, kernel.gain.reshape(-1), [channel])]
+    y += convolve(run, params, in_order, kernel.input(x), kernel).astype(y.dtype)
+    if kernel.gain is None:
+        return y
+    names, sizes = [[d] for d in range(y.ndim)], [[size] for size in y.shape]
+    return scaled_along(y, names, sizes, kernel.gain.reshape(-1), [channel])
 
 
-def _stack_and_out(kernel: LowRank, out_dim: int, groups: int) -> tuple[frozenset, frozenset]:
+def _stack_and_out(
+    kernel: LowRank | Probe, out_dim: int, groups: int
+) -> tuple[frozenset, frozenset]:
     """Return the labels of the kernel's channels: those of a group each, and the others."""
     labels, count, stack = kernel.labels(out_dim), 1, frozenset()
-    if not kernel.is_probe:
+    if isinstance(kernel, LowRank):
         return labels & {Role.STACK}, labels - {Role.STACK}
     for label, size in kernel.dims[out_dim][:-1]:
         if groups % (count * size) == 0:

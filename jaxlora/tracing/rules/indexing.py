@@ -11,33 +11,39 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import axes, deferred, slicing
-from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Role
+from jaxlora.tracing.values.deferred import Deferred
+from jaxlora.tracing.values.weight import Role, Weight
 
 
-@rule("slice")
-def slice_(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+def _cut_deferred(eqn: Any, x: Deferred, *starts: Any) -> Deferred:
+    for cut in slicing.of(eqn, x.shape, *starts):
+        x = deferred.along(x, *cut)
+    return x
+
+
+@rule("slice", deferred=_cut_deferred)
+def slice_(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Cut a part out along some dimensions."""
     cut, picked, _ = _cut(run, eqn, weight)
-    if isinstance(cut, LowRank) and cut.is_probe:  # one entry of a stack, as a loop takes it
-        cut = cut.replace(scanned=cut.scanned | picked)
-    return [cut]
+    return [cut.scanned_over(picked) if isinstance(cut, Weight) else cut]  # as a loop takes it
 
 
-@rule("dynamic_slice")
+@rule("dynamic_slice", deferred=_cut_deferred)
 def dynamic_slice(run: Evaluation, eqn: Any, weight: Any, *starts: Any) -> list[Any]:
     """Cut a part out along some dimensions, from where the program says."""
     cut, picked, smaller = _cut(run, eqn, weight, *starts)
-    if not isinstance(cut, LowRank):
+    if not isinstance(cut, Weight):
         return [cut]
     indexed, windows = cut.indexed | picked, cut.windows | (smaller - picked)
     return [cut.replace(indexed=indexed, windows=windows, picked_at=compat.where(eqn))]
 
 
 def _cut(
-    run: Evaluation, eqn: Any, weight: LowRank, *starts: Any
+    run: Evaluation, eqn: Any, weight: Weight, *starts: Any
 ) -> tuple[Any, frozenset, frozenset]:
     """Cut a weight along every dimension that gets smaller.
 
@@ -57,7 +63,7 @@ def _cut(
 
 
 @rule("split")
-def split(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+def split(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Cut a dimension into parts, each a low-rank weight."""
     axis, ends = eqn.params["axis"], list(itertools.accumulate(eqn.params["sizes"]))
     if len(weight.dims[axis]) != 1:
@@ -68,14 +74,35 @@ def split(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     return parts
 
 
-@rule("gather")
+def _gather_deferred(eqn: Any, x: Deferred, indices: Any) -> Deferred | None:
+    """Gather from each array it is made of, where that is the same."""
+    sizes, shape = eqn.params["slice_sizes"], x.shape
+    picked = {*eqn.params["dimension_numbers"].start_index_map}
+    picked |= {dim for dim, size in enumerate(sizes) if size != shape[dim]}
+    in_order = x.order == tuple(range(x.ndim))
+    filling = eqn.params["fill_value"]
+    is_filled = filling is not None and filling == filling and filling != 0
+    if is_filled or not in_order or not all(map(x.has_whole, picked)):
+        return None
+
+    def gather(part):
+        own = [size if dim in picked else part.shape[dim] for dim, size in enumerate(sizes)]
+        params = eqn.params | {"slice_sizes": tuple(own)}
+        if not jnp.issubdtype(part.dtype, jnp.floating):
+            params["fill_value"] = 0  # where the index is out of range, the scale tells
+        return eqn.primitive.bind(part, indices, **params)
+
+    return x.on_parts(gather, tuple(range(len(compat.shape(eqn.outvars[0])))))
+
+
+@rule("gather", deferred=_gather_deferred, is_heavy=True)
 def gather(run: Evaluation, eqn: Any, weight: Any, indices: Any) -> list[Any]:
     """Pick entries, or windows, by index along some dimensions and all of the others.
 
     The dimensions of the indices carry the role of what they pick: rows looked up of
     ``a`` (in, rank) are ``(tokens, rank)``, and ``b`` stays as it is.
     """
-    if not isinstance(weight, LowRank):
+    if not isinstance(weight, Weight):
         return run.without_rule(eqn, [weight, indices], "it is an index")
     pick = _Pick(eqn, weight, indices)
     if reason := pick.obstacle():
@@ -84,17 +111,14 @@ def gather(run: Evaluation, eqn: Any, weight: Any, indices: Any) -> list[Any]:
     single = [d for d in pick.columns if pick.sizes[d] == 1]
     windows = [d for d in pick.columns if pick.sizes[d] != 1]
     fields = {"base": base, "dims": pick.dims(), "picked_at": compat.where(eqn)}
-    for name, carries in CARRIES.items():
-        if (factor := getattr(weight, name)) is not None:
-            fields[name] = pick.of_factor(factor, carries)
     indexed = weight.indexed | weight.labels(*single)
-    if weight.is_probe:
-        fields["scanned"] = weight.scanned | weight.labels(*pick.batching)
-    if weight.keys is not None and indexed - {Role.STACK}:
+    for name, factor in weight.arrays().items():
+        fields[name] = pick.of_factor(factor, weight.carries[name])
+    if "keys" in fields and indexed - {Role.STACK}:
         fields["keys"] = None  # a lookup has no input to drop from
-    return [
-        weight.replace(indexed=indexed, windows=weight.windows | weight.labels(*windows), **fields)
-    ]
+    windows = weight.windows | weight.labels(*windows)
+    weight = weight.scanned_over(weight.labels(*pick.batching))
+    return [weight.replace(indexed=indexed, windows=windows, **fields)]
 
 
 class _Pick:
@@ -106,7 +130,7 @@ class _Pick:
         batching: for each dimension that goes along with an axis of the indices, that axis.
     """
 
-    def __init__(self, eqn: Any, weight: LowRank, indices: Any):
+    def __init__(self, eqn: Any, weight: Weight, indices: Any):
         numbers, self.mode = eqn.params["dimension_numbers"], eqn.params["mode"]
         shape, self.sizes = weight.base.shape, tuple(eqn.params["slice_sizes"])
         is_checked = self.mode == lax.GatherScatterMode.FILL_OR_DROP
@@ -137,22 +161,17 @@ class _Pick:
             return "it indexes a dimension that is not one axis longer than 1"
         if not (self.columns or len(self.batching) == self.indices.ndim - 1):
             return "it repeats the weight"
-        for carries in CARRIES.values():
+        for carries in weight.carries.values():
             kept = [d for d in self.columns if weight.labels(d) & carries]
-            if not weight.is_probe and kept and not self._batching_labels() <= carries:
+            if kept and not weight.labels(*self.batching) <= carries:
                 return "it picks other entries for each entry of another axis"
         return ""
-
-    def _batching_labels(self) -> frozenset:
-        return self.weight.labels(*self.batching)
 
     def _label(self, axis: int) -> Any:
         """Return the label of an axis of the indices: of what it goes along with, or picks."""
         dims = [d for d, i in self.batching.items() if i == axis] or list(self.columns)
         found = {label for d in dims for label, _ in self.weight.dims[d]}
-        if len(found) == 1:
-            return next(iter(found))
-        return frozenset().union(*found) if self.weight.is_probe else Role.STACK
+        return next(iter(found)) if len(found) == 1 else self.weight.shared_label(found)
 
     def _names(self, kept: Any) -> list[list[Any]]:
         """Return for each dimension of the result the kept pieces, each with name and size."""
@@ -173,11 +192,8 @@ class _Pick:
 
     def dims(self) -> axes.Dims:
         """Return the pieces of the result."""
-        is_probe = self.weight.is_probe
-        return tuple(
-            tuple((label, size) for label, size, _ in dim if size != 1 or is_probe)
-            for dim in self._names(lambda label: True)
-        )
+        named = self._names(lambda label: True)
+        return tuple(self.weight.dim((label, size) for label, size, _ in dim) for dim in named)
 
     def of_factor(self, factor: Any, carries: frozenset) -> Any:
         """Return what is picked of a factor, in the order of the result."""

@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.deferred import Deferred
-from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Role
+from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.tracing.values.weight import Weight
 
 
-@rule("scan", passes=True)
+@rule("scan", passes=True, times=lambda eqn: eqn.params["length"])
 def scan(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
     """Scan again: stacked weights are sliced with their factors, others are closed over."""
     params = eqn.params
@@ -64,7 +66,7 @@ def while_loop(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
         values[ends[1] :],
     )
 
-    is_batched = compat.opened(params["cond_jaxpr"]).outvars[0].aval.ndim > 0
+    is_batched = compat.shape(compat.opened(params["cond_jaxpr"]).outvars[0]) != ()
 
     def goes_on(carry):
         return run.inner(eqn, params["cond_jaxpr"], *cond_consts, *carry)[0]
@@ -94,7 +96,7 @@ def _where(run: Evaluation, eqn: Any, going: Any, new: Any, old: Any) -> Any:
 
 def _as_stacked(run: Evaluation, eqn: Any, y: Any) -> Any:
     """Return an output of a step as the loop can stack it: rows, and what is not aligned, made."""
-    if isinstance(y, LowRank):
+    if isinstance(y, Weight):
         if y.is_rows():
             return run.densify(eqn, y, "")
         return y.replace(base=_as_stacked(run, eqn, y.base))
@@ -103,27 +105,26 @@ def _as_stacked(run: Evaluation, eqn: Any, y: Any) -> Any:
 
 def _one_axis_first(run: Evaluation, eqn: Any, x: Any) -> Any:
     """Return what is scanned, dense if its first dimension is of several axes."""
-    if isinstance(x, LowRank) and len(x.dims[0]) > 1:
+    if isinstance(x, Weight) and len(x.dims[0]) > 1:
         return run.densify(eqn, x, "it is scanned over several axes at once")
     base = getattr(x, "base", x)
     if isinstance(base, Deferred) and not base.is_scannable():
-        return x.replace(base=deferred.now(base)) if isinstance(x, LowRank) else deferred.now(x)
+        return x.replace(base=deferred.now(base)) if isinstance(x, Weight) else deferred.now(x)
     return x
 
 
 def _scanned(x: Any) -> Any:
     """Return the arrays of a value that have the scanned axis first."""
-    if not isinstance(x, LowRank):
+    if not isinstance(x, Weight):
         return x
     label = x.labels(0)
-    carried = [name for name, carries in CARRIES.items() if label and label <= carries]
-    parts = {name: getattr(x, name) for name in ("base", *carried)}
-    return {name: part for name, part in parts.items() if part is not None}
+    arrays = x.arrays().items()
+    return {"base": x.base} | {n: part for n, part in arrays if label and label <= x.carries[n]}
 
 
 def _entry(x: Any, part: Any) -> Any:
     """Return one entry of a scanned value."""
-    if isinstance(x, LowRank):
+    if isinstance(x, Weight):
         return x.entry().replace(**{**part, "base": _entry(x.base, part["base"])})
     return part.entry() if isinstance(part, Deferred) else part
 
@@ -132,16 +133,10 @@ def _stacked(y: Any, xs: Sequence[Any], length: int) -> Any:
     """Return a value that left a scan with the new first dimension on its books."""
     if isinstance(y, Deferred):
         return y.stacked()
-    if not isinstance(y, LowRank):
+    if not isinstance(y, Weight):
         return y
     y = y.replace(base=_stacked(y.base, (), length))
-    source = [x for x in xs if isinstance(x, LowRank) and x.origin == y.origin]
-    label = source[0].labels(0) if source and y.is_probe else frozenset()
-    stacked = y.replace(dims=((), *y.dims), scanned=y.scanned - label)
-    if length != 1 or y.is_probe:
-        first = ((label if y.is_probe else Role.STACK, length),)
-        return stacked.replace(dims=(first, *y.dims))
-    return stacked.reshaped(y.base, stacked.dims)
+    return y.stacked(length, [x for x in xs if isinstance(x, Weight)])
 
 
 def _fresh_dropout(value: Any, step: Any) -> Any:
@@ -160,7 +155,7 @@ def _as_carried(run: Evaluation, eqn: Any, carry: Sequence[Any], outs: Sequence[
 
 
 def _is_carried(value: Any) -> bool:
-    return isinstance(value, LowRank | Deferred)
+    return isinstance(value, Weight | Deferred)
 
 
 def _settled(run: Evaluation, eqn: Any, step: Any, carry: list[Any], *xs: Any) -> list[Any]:

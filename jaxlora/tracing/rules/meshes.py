@@ -12,28 +12,29 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import axes, deferred, placement
 from jaxlora.tracing.values.deferred import Deferred
-from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Role
+from jaxlora.tracing.values.weight import Role, Weight
 
 
-def _placed(weight: LowRank, base: Any, sharding: Any, place: Any) -> LowRank:
+def _placed(weight: Weight, base: Any, sharding: Any, place: Any) -> Weight:
     """Return a weight with its factors placed as the base is; other shardings concern it alone."""
     if not isinstance(sharding, NamedSharding):
         return weight.replace(base=base)
     fields = {"base": base}
-    for name in ("a", "b", "gain"):
-        spec = placement.spec_of(weight.dims, sharding, CARRIES[name].__contains__)
-        if (factor := getattr(weight, name)) is not None and spec is not None:
+    for name, factor in weight.arrays().items():
+        spec = placement.spec_of(weight.dims, sharding, weight.carries[name].__contains__)
+        if name != "keys" and spec is not None:
             spec = PartitionSpec(*spec[: factor.ndim])
             fields[name] = place(factor, NamedSharding(sharding.mesh, spec))
     return weight.replace(**fields)
 
 
 @rule("sharding_constraint")
-def sharding_constraint(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+def sharding_constraint(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Constrain the factors along."""
     sharding = eqn.params["sharding"]
     base = _on_mesh(weight.base, sharding, lax.with_sharding_constraint)
@@ -74,13 +75,13 @@ def constrained(value: Any, sharding: Any) -> Any:
     if not isinstance(sharding, NamedSharding) or placement.explicit(getattr(value, "base", value)):
         return value
     base = _on_mesh(getattr(value, "base", value), sharding, lax.with_sharding_constraint)
-    if not isinstance(value, LowRank):
+    if not isinstance(value, Weight):
         return base
     return _placed(value, base, sharding, lax.with_sharding_constraint)
 
 
 @rule("reshard")
-def reshard(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+def reshard(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Move the factors along."""
     base = deferred.bind(eqn, [weight.base])
     return [_placed(weight, base, placement.typed(base), jax.sharding.reshard)]
@@ -92,7 +93,7 @@ def device_put(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
     bases = compat.bind(eqn, [deferred.now(getattr(value, "base", value)) for value in values])
     moved = []
     for value, base, device in zip(values, bases, eqn.params["devices"], strict=True):
-        if not isinstance(value, LowRank):
+        if not isinstance(value, Weight):
             moved.append(base)
         elif device is None or isinstance(device, NamedSharding):
             moved.append(_placed(value, base, device, jax.device_put))
@@ -102,13 +103,13 @@ def device_put(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
 
 
 @rule("pvary")
-def vary(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+def vary(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Let the factors vary over the mesh as the base does."""
     return [jax.tree.map(lambda x: compat.bind(eqn, [x])[0], weight)]
 
 
 @rule("ppermute")
-def permute(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+def permute(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Send each factor where the base goes, but for one that is the same everywhere."""
     mesh_axes = set(eqn.params["axis_name"])
     is_known = mesh_axes & compat.varying(weight.base)  # else nothing says what varies
@@ -121,7 +122,7 @@ def permute(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
 
 
 @rule("all_gather")
-def all_gather(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+def all_gather(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Gather the shards of the factors along an axis."""
     params = eqn.params
     dim = params["all_gather_dimension"]
@@ -183,7 +184,7 @@ class _Sharded:
         sharding: where the base goes.
     """
 
-    weight: LowRank | None
+    weight: Weight | None
     parts: dict[str, Any]
     specs: dict[str, Any]
     sharding: NamedSharding
@@ -194,7 +195,7 @@ class _Sharded:
         base, spec = getattr(value, "base", value), sharding.spec
         if isinstance(base, Deferred) and (spec := _specs_of_parts(base, sharding)) is None:
             base, spec = deferred.now(base), sharding.spec
-        if isinstance(value, LowRank):
+        if isinstance(value, Weight):
             value, specs = value.replace(base=base), _specs(value, sharding)
             if specs is not None:
                 return cls(value, _arrays(value), specs | {"base": spec}, sharding)
@@ -205,10 +206,10 @@ class _Sharded:
     @classmethod
     def left(cls, value: Any, sharding: NamedSharding) -> "_Sharded":
         """Return a value that leaves, with the dimensions of the whole, and made if deferred."""
-        if isinstance(value, LowRank):
+        if isinstance(value, Weight):
             value = value.replace(base=deferred.now(value.base))
         value = deferred.now(value)
-        if not isinstance(value, LowRank):
+        if not isinstance(value, Weight):
             return cls(None, {"base": value}, {"base": sharding.spec}, sharding)
         entries = [*sharding.spec, *[None] * len(value.dims)]
         opened = tuple(
@@ -232,9 +233,7 @@ class _Sharded:
         """Return one shard."""
         if self.weight is None:
             return parts["base"]
-        dims = _resized(self.weight.dims, self.sharding, _over)
-        if not self.weight.is_probe:
-            dims = tuple(tuple(piece for piece in dim if piece[1] != 1) for dim in dims)
+        dims = tuple(map(self.weight.dim, _resized(self.weight.dims, self.sharding, _over)))
         return self.weight.replace(**parts).reshaped(parts["base"], dims)
 
     def whole(self, parts: dict[str, Any]) -> Any:
@@ -242,19 +241,18 @@ class _Sharded:
         return parts["base"] if self.weight is None else self.weight.replace(**parts)
 
 
-def _arrays(weight: LowRank) -> dict[str, Any]:
-    parts = {name: getattr(weight, name) for name in ("base", *CARRIES)}
-    return {name: part for name, part in parts.items() if part is not None}
+def _arrays(weight: Weight) -> dict[str, Any]:
+    return {"base": weight.base, **weight.arrays()}
 
 
-def _specs(weight: LowRank, sharding: NamedSharding) -> dict[str, Any] | None:
+def _specs(weight: Weight, sharding: NamedSharding) -> dict[str, Any] | None:
     """Return where each array of a weight goes, or None where a dimension is cut unevenly."""
     specs: dict[str, Any] = {"base": sharding.spec}
-    for name in _arrays(weight).keys() & CARRIES.keys():
-        spec = placement.spec_of(weight.dims, sharding, CARRIES[name].__contains__)
+    for name, array in weight.arrays().items():
+        spec = placement.spec_of(weight.dims, sharding, weight.carries[name].__contains__)
         if spec is None:
             return None
-        specs[name] = PartitionSpec(*spec[: getattr(weight, name).ndim])
+        specs[name] = PartitionSpec(*spec[: array.ndim])
     return specs
 
 

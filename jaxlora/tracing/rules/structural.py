@@ -4,34 +4,42 @@ Each runs the program's own operation on the base and does to the factors what t
 the pieces they carry. What comes out is a low-rank weight again.
 """
 
-from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlora.tracing.interpreter import Evaluation, rule
+from jaxlora.tracing.interpreter import Evaluation
+from jaxlora.tracing.registry import rule
 from jaxlora.tracing.values import axes, deferred
-from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Role
+from jaxlora.tracing.values.deferred import Deferred
+from jaxlora.tracing.values.weight import Weight
 
 
-@rule("convert_element_type", "reduce_precision")
-def convert(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+def _convert_deferred(eqn: Any, x: Deferred) -> Deferred:
+    return x.astype(eqn.params["new_dtype"])
+
+
+@rule("convert_element_type", deferred=_convert_deferred)
+@rule("reduce_precision")
+def convert(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Convert the base; the factors keep their dtype until a product needs them."""
     if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return run.without_rule(eqn, [weight], "the result is not floating")
     return [weight.replace(base=deferred.bind(eqn, [weight.base]))]
 
 
-@rule("copy", "copy_p", "name")
-def keep(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+@rule("copy", "copy_p", deferred=deferred.later)
+@rule("name")
+def keep(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Do to the base what changes no value."""
     return [weight.replace(base=deferred.bind(eqn, [weight.base]))]
 
 
-@rule("stop_gradient")
-def stop_gradient(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+@rule("stop_gradient", deferred=deferred.later)
+def stop_gradient(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Stop the gradient of the factors too."""
     return [jax.tree.map(lax.stop_gradient, weight)]
 
@@ -46,31 +54,23 @@ def select(run: Evaluation, eqn: Any, which: Any, *cases: Any) -> list[Any]:
     if len({run.values.get(atom, atom) for atom in eqn.invars[1:]}) == 1:
         return [cases[0]]
     along = run.varying.get(eqn.invars[0], ())
-    if len({*map(_factors_of, cases)}) > 1 or not _is_whole(cases[0], along):
+    if len({*map(_factors_of, cases)}) > 1 or not cases[0].is_whole(along):
         return run.without_rule(eqn, [which, *cases], "it selects between different values")
     base = deferred.lazily(lax.select_n, which, *(case.base for case in cases))
-    weights = [case if case.is_probe else case.unrepeated(along) for case in cases]
+    weights = [case.unrepeated(along) for case in cases]
     weight = weights[0]
     selected = {"base": base}
     first = tuple(slice(None) if d in along else slice(1) for d in range(jnp.ndim(which)))
-    for name in CARRIES:
-        if (factor := getattr(weight, name)) is not None:
-            own = weight.beside(name, jnp.asarray(which)[first], along)
-            factors = (getattr(other, name) for other in weights)
-            selected[name] = lax.select_n(jnp.broadcast_to(own, factor.shape), *factors)
+    for name, factor in weight.arrays().items():
+        own = weight.beside(name, jnp.asarray(which)[first], along)
+        factors = (getattr(other, name) for other in weights)
+        selected[name] = lax.select_n(jnp.broadcast_to(own, factor.shape), *factors)
     return [weight.replace(**selected)]
 
 
 def _factors_of(case: Any) -> Any:
     """Return what must be equal of weights for their factors to be selected between."""
-    return jax.tree.structure(case.replace(base=None)) if isinstance(case, LowRank) else None
-
-
-def _is_whole(weight: LowRank, along: Sequence[int]) -> bool:
-    """Tell whether what varies along some dimensions is one for each entry or copy of a weight."""
-    if weight.is_probe:  # for which nothing is a stack yet
-        return len(along) < len(weight.dims)
-    return weight.labels(*along) <= {Role.STACK, axes.REPEATED}
+    return jax.tree.structure(case.replace(base=None)) if isinstance(case, Weight) else None
 
 
 @rule("optimization_barrier", passes=True)
@@ -79,14 +79,18 @@ def optimization_barrier(run: Evaluation, eqn: Any, *values: Any) -> list[Any]:
     return list(lax.optimization_barrier(values))
 
 
-@rule("transpose")
-def transpose(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+def _transpose_deferred(eqn: Any, x: Deferred) -> Deferred:
+    return dataclasses.replace(x, order=tuple(x.order[dim] for dim in eqn.params["permutation"]))
+
+
+@rule("transpose", deferred=_transpose_deferred)
+def transpose(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Permute the dimensions."""
     return [weight.transposed(deferred.bind(eqn, [weight.base]), eqn.params["permutation"])]
 
 
-@rule("reshape")
-def reshape(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+@rule("reshape", deferred=deferred.later)
+def reshape(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Split and join dimensions."""
     if (order := eqn.params["dimensions"]) is not None:  # as a vmapped convolution has it
         turned = deferred.lazily(lambda base: base.transpose(order), weight.base)
@@ -99,47 +103,47 @@ def reshape(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
     return [weight.reshaped(base, dims)]
 
 
-@rule("squeeze")
-def squeeze(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+def _squeeze_deferred(eqn: Any, x: Deferred) -> Deferred | None:
+    gone = {x.order[dim] for dim in eqn.params["dimensions"]}
+    if not x.is_aligned:
+        return None
+    kept = [axis for axis in x.order if axis not in gone]
+    order = tuple(sorted(kept).index(axis) for axis in kept)
+    return x.on_parts(lambda part: lax.squeeze(part, sorted(gone)), order)
+
+
+@rule("squeeze", deferred=_squeeze_deferred)
+def squeeze(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Drop dimensions of size 1."""
     gone = eqn.params["dimensions"]
     dims = tuple(dim for d, dim in enumerate(weight.dims) if d not in gone)
     return [weight.replace(base=deferred.bind(eqn, [weight.base]), dims=dims)]
 
 
-@rule("broadcast_in_dim")
-def broadcast(run: Evaluation, eqn: Any, weight: LowRank, *sizes: Any) -> list[Any]:
+@rule("broadcast_in_dim", deferred=deferred.later)
+def broadcast(run: Evaluation, eqn: Any, weight: Weight, *sizes: Any) -> list[Any]:
     """Add dimensions, and repeat the weight along those longer than 1."""
     if weight.is_rows() or sizes:
         return run.without_rule(eqn, [weight, *sizes], "it repeats rows")
     shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    dims = [_repeated(weight, size) for size in shape]
+    dims = [weight.repeated(size) for size in shape]
     for d, dim, size in zip(kept, weight.dims, weight.base.shape, strict=True):
-        dims[d] = dim if size == shape[d] else _joined(weight, dims[d], dim)
+        dims[d] = dim if size == shape[d] else weight.repeated(shape[d], dim)
     return [weight.replace(base=deferred.bind(eqn, [weight.base]), dims=tuple(dims))]
 
 
 @rule("tile")
-def tile(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+def tile(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Repeat the weight along its dimensions."""
     dims = tuple(
-        _joined(weight, _repeated(weight, count), dim)
+        weight.repeated(count, dim)
         for dim, count in zip(weight.dims, eqn.params["reps"], strict=True)
     )
     return [weight.replace(base=deferred.bind(eqn, [weight.base]), dims=dims)]
 
 
-def _repeated(weight: LowRank, size: int) -> axes.Dim:
-    """Return a dimension along which a weight repeats, which no factor carries."""
-    return ((frozenset() if weight.is_probe else axes.REPEATED, size),) if size != 1 else ()
-
-
-def _joined(weight: LowRank, major: axes.Dim, minor: axes.Dim) -> axes.Dim:
-    return axes.merge((major + minor,))[0] if weight.is_probe else major + minor
-
-
-@rule("rev")
-def rev(run: Evaluation, eqn: Any, weight: LowRank) -> list[Any]:
+@rule("rev", deferred=deferred.later)
+def rev(run: Evaluation, eqn: Any, weight: Weight) -> list[Any]:
     """Reverse dimensions, one after the other."""
     if any(len(weight.dims[d]) > 1 for d in eqn.params["dimensions"]):
         return run.without_rule(eqn, [weight], "it reverses a dimension of several axes")

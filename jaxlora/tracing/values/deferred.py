@@ -6,7 +6,7 @@ reads it makes it for itself alone: in a derivative it is made again and not kep
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat
-from jaxlora.tracing.values import slicing
 from jaxlora.weights.quantized import QuantizedWeight, dequantized
 
 _meta = MappingProxyType({"static": True})
@@ -193,68 +193,13 @@ def along(x: Any, dim: int, change: Callable[..., Any], *operands: Any) -> Any:
 
 def bind(eqn: Any, values: Sequence[Any]) -> Any:
     """Return the output of an operation that rearranges or converts, deferred if one value is."""
-    x, name = values[0], eqn.primitive.name
-    if isinstance(x, Deferred) and name in _REARRANGED:
-        found = _REARRANGED[name](eqn, *values)
+    does = registry.primitive(eqn).deferred
+    if does is not None and isinstance(values[0], Deferred):
+        found = does(eqn, *values)
         if found is not None:
             return found
     return lazily(lambda *values: compat.bind(eqn, values)[0], *values)
 
 
-def _convert(eqn: Any, x: Deferred) -> Deferred:
-    return x.astype(eqn.params["new_dtype"])
-
-
-def _transpose(eqn: Any, x: Deferred) -> Deferred:
-    order = tuple(x.order[dim] for dim in eqn.params["permutation"])
-    return dataclasses.replace(x, order=order)
-
-
-def _squeeze(eqn: Any, x: Deferred) -> Deferred | None:
-    gone = {x.order[dim] for dim in eqn.params["dimensions"]}
-    if not x.is_aligned:
-        return None
-    kept = [axis for axis in x.order if axis not in gone]
-    order = tuple(sorted(kept).index(axis) for axis in kept)
-    return x.on_parts(lambda part: lax.squeeze(part, sorted(gone)), order)
-
-
-def _cut(eqn: Any, x: Deferred, *starts: Any) -> Deferred:
-    for cut in slicing.of(eqn, x.shape, *starts):
-        x = along(x, *cut)
-    return x
-
-
-def _gather(eqn: Any, x: Deferred, indices: Any) -> Deferred | None:
-    """Gather from each array it is made of, where that is the same."""
-    sizes, shape = eqn.params["slice_sizes"], x.shape
-    picked = {*eqn.params["dimension_numbers"].start_index_map}
-    picked |= {dim for dim, size in enumerate(sizes) if size != shape[dim]}
-    in_order = x.order == tuple(range(x.ndim))
-    filling = eqn.params["fill_value"]
-    is_filled = filling is not None and filling == filling and filling != 0
-    if is_filled or not in_order or not all(map(x.has_whole, picked)):
-        return None
-
-    def gather(part):
-        own = [size if dim in picked else part.shape[dim] for dim, size in enumerate(sizes)]
-        params = eqn.params | {"slice_sizes": tuple(own)}
-        if not jnp.issubdtype(part.dtype, jnp.floating):
-            params["fill_value"] = 0  # where the index is out of range, the scale tells
-        return eqn.primitive.bind(part, indices, **params)
-
-    return x.on_parts(gather, tuple(range(eqn.outvars[0].aval.ndim)))
-
-
-_REARRANGED: Mapping[str, Callable[..., Deferred | None]] = MappingProxyType(
-    {
-        "convert_element_type": _convert,
-        "transpose": _transpose,
-        "squeeze": _squeeze,
-        "slice": _cut,
-        "dynamic_slice": _cut,
-        "gather": _gather,
-    }
-)
-KEPT = frozenset(_REARRANGED) | {"reshape", "broadcast_in_dim", "copy", "copy_p", "rev"}
-KEPT |= {"stop_gradient", "mul", "div", "neg"}  # the last three are scales
+def later(eqn: Any, *values: Any) -> None:
+    """Do an operation when the array is made, see `registry.Primitive.deferred`."""

@@ -1,112 +1,47 @@
 """The value that flows through a program in the place of an adapted weight.
 
-A `LowRank` is a weight as the program has shaped it so far: the base, shaped by the program's
-own operations, the factors, shaped along, and for each dimension the pieces it is made of. Each
-factor has one axis for each piece of a role that it carries, in the order of the pieces, and
-``a`` and ``b`` have the rank as their last axis. So an operation on one dimension of the weight
-is an operation on one axis of the factors that carry it.
-
-Without factors it is a *probe*, whose labels are sets of original axes, each a path and an axis
-number: an evaluation of the same program with probes finds the sites.
+Beside the base it has the factors, shaped along. Each has one axis for each piece of a role that it
+carries, in the order of the pieces, and ``a`` and ``b`` have the rank as their last axis. So an
+operation on one dimension of the weight is an operation on one axis of the factors that carry it.
 """
 
 import dataclasses
-import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.tracing.values import axes, deferred, placement
 from jaxlora.tracing.values.chain import contract, scaled, scaled_along
+from jaxlora.tracing.values.weight import Role, Weight
 from jaxlora.weights.adapters import scaling
-from jaxlora.weights.roles import Roles
-
-_meta = MappingProxyType({"static": True})
-
-
-class Role(enum.StrEnum):
-    """What an axis is to the operation that consumes the weight."""
-
-    STACK = "stack"
-    IN = "in"
-    OUT = "out"
-
 
 _IN, _OUT = frozenset({Role.STACK, Role.IN}), frozenset({Role.STACK, Role.OUT})
 CARRIES = MappingProxyType({"a": _IN, "b": _OUT, "keys": frozenset({Role.STACK}), "gain": _OUT})
 RANK = -1
 
 
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Where a traced weight came from; nothing here changes on its way.
-
-    Attributes:
-        paths: path of the leaf, or of each leaf that was joined to it.
-        roles: roles of its axes, None for a probe and for joined weights.
-        shape: its shape.
-        alpha: numerator of the scaling.
-        dropout_rate: share of the low-rank path's input that is dropped.
-    """
-
-    paths: tuple[str, ...]
-    roles: Roles | None = None
-    shape: tuple[int, ...] = ()
-    alpha: float = 1.0
-    dropout_rate: float = 0.0
-
-
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LowRank:
-    """An adapted weight on its way through a program, or a probe in its place.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRank(Weight):
+    """An adapted weight on its way through a program; its labels are roles.
 
     Attributes:
-        base: the weight as the program has it here, ``axes.shape(dims)``; an array, or deferred.
-        a: ``(*stack and in pieces, rank)``, None in a probe.
-        b: ``(*stack and out pieces, rank)``, None in a probe.
+        a: ``(*stack and in pieces, rank)``.
+        b: ``(*stack and out pieces, rank)``.
         keys: dropout keys, ``(*stack pieces,)``, or None.
-        dims: the pieces of each dimension.
-        origin: where it came from.
-        indexed: labels of axes along which entries were picked out.
-        windows: labels of axes along which parts were taken from where the program says.
-        scanned: labels of axes that a loop runs over, or a constant index picks from, which are
-            a stack for sure; only a probe needs to know.
-        picked_at: operation and source line of the last picking.
         gain: what scales the columns of the base and the product, ``(*stack and out pieces,)``, or
             None.
     """
 
-    base: Any
+    carries: ClassVar[Mapping[str, frozenset[Role]]] = CARRIES
+
     a: Any
     b: Any
-    keys: Any
-    dims: axes.Dims = dataclasses.field(metadata=_meta)
-    origin: Origin = dataclasses.field(metadata=_meta)
-    indexed: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
-    windows: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
-    scanned: frozenset = dataclasses.field(default=frozenset(), metadata=_meta)
-    picked_at: tuple[str, str] = dataclasses.field(default=("", ""), metadata=_meta)
+    keys: Any = None
     gain: Any = None
-
-    @property
-    def is_probe(self) -> bool:
-        """Whether this only looks for sites."""
-        return self.a is None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight as it is here."""
-        return self.base.shape
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return self.base.size
 
     @property
     def rank(self) -> int:
@@ -119,19 +54,20 @@ class LowRank:
         return self.keys is not None and self.origin.dropout_rate > 0
 
     def labels(self, *dims: int) -> frozenset:
-        """Return the roles that dimensions are made of; in a probe, the original axes."""
-        found = axes.labels([self.dims[d] for d in dims])
-        return frozenset().union(*found) if self.is_probe else frozenset(found)
+        """Return the roles that dimensions are made of."""
+        return frozenset(axes.labels([self.dims[d] for d in dims]))
 
     def is_rows(self) -> bool:
-        """Whether these are rows looked up in a weight, and so no weight any more."""
-        if self.is_probe:
-            rest = self.labels(*range(len(self.dims))) - self.picked
-            return bool(self.picked) and (bool(rest) or len(self.indexed) > 1)
+        """Tell whether entries were picked along an axis that is no stack."""
         return bool(self.indexed - {Role.STACK}) or Role.IN in self.windows
 
-    def has_matrices(self) -> bool:
-        """Whether each entry that was picked of this is a matrix, with axes of both factors."""
+    def is_rows_to(self, in_: frozenset, out: frozenset) -> bool:
+        """Tell whether a product takes rows along an axis along which they were picked."""
+        is_picked = bool(self.indexed & (in_ | out))
+        return is_picked and self.is_rows() and not self._has_matrices()
+
+    def _has_matrices(self) -> bool:
+        """Tell whether each entry that was picked is a matrix, with axes of both factors."""
         if self.origin.roles is None:
             return False
         _, *sides = self.origin.roles.sizes(self.origin.shape)
@@ -139,30 +75,49 @@ class LowRank:
         counts = (sum(size != 1 for size in sizes) for sizes in sides)
         return all(count > is_picked for count, is_picked in zip(counts, picked, strict=True))
 
-    @property
-    def picked(self) -> frozenset:
-        """Labels of axes along which entries or parts were picked out."""
-        return self.indexed | self.windows
+    def is_whole(self, along: Sequence[int]) -> bool:
+        """Tell whether dimensions are a stack's, or repeat the weight."""
+        return self.labels(*along) <= {Role.STACK, axes.REPEATED}
 
-    def reshaped(self, base: Any, dims: axes.Dims) -> "LowRank":
-        """Return this with the same pieces in the same order, split and joined as in dims."""
+    def dim(self, pieces: Iterable[axes.Piece]) -> axes.Dim:
+        """Return a dimension of these pieces, but not of those of size 1."""
+        return tuple(piece for piece in pieces if piece[1] != 1)
 
-        def shape(factor, carries):
-            sizes = [size for label, size in axes.pieces(dims) if label in carries]
-            sizes += factor.shape[self._count(carries) :]
-            if (sharding := placement.explicit(factor)) is None or sizes == [*factor.shape]:
-                return factor.reshape(sizes)
-            spec = placement.spec_of(dims, placement.typed(base), carries.__contains__)
-            spec = PartitionSpec(*(spec or [None] * len(sizes))[: len(sizes)])
-            return jax.lax.reshape(factor, sizes, out_sharding=NamedSharding(sharding.mesh, spec))
+    def repeated(self, times: int, dim: axes.Dim = ()) -> axes.Dim:
+        """Return a dimension that repeats another, along a piece that no factor carries."""
+        return self.dim([(axes.REPEATED, times)]) + dim
 
-        return self._map(shape, base=base, dims=dims)
+    def shared_label(self, labels: Iterable[axes.Label]) -> Role:
+        """Return that of a stack."""
+        del labels
+        return Role.STACK
 
     def entry(self) -> "LowRank":
-        """Return the books of one entry along the first dimension; its arrays are the loop's."""
+        """Return the books of an entry, as one that was picked out."""
         label = self.labels(0) - {axes.REPEATED}
-        fields: dict[str, Any] = {"scanned": self.scanned | label} if self.is_probe else {}
-        return self.replace(dims=self.dims[1:], **fields or {"indexed": self.indexed | label})
+        return self.replace(dims=self.dims[1:], indexed=self.indexed | label)
+
+    def stacked(self, length: int, scanned: Sequence[Weight]) -> "LowRank":
+        """Return this with a first dimension that is a stack."""
+        del scanned
+        dims = (self.dim([(Role.STACK, length)]), *self.dims)
+        stacked = self.replace(dims=dims)
+        return stacked if length != 1 else stacked.reshaped(self.base, dims)
+
+    def negated(self) -> "LowRank":
+        """Return this with ``b`` negated."""
+        return self.replace(b=-self.b)
+
+    def scaled_by(
+        self, operation: Callable[[Any, Any], Any], vector: Any, along: Sequence[int]
+    ) -> "LowRank | None":
+        """Return this with a factor scaled that carries all of some dimensions."""
+        for name in ("b", "a"):
+            if self.labels(*along) <= CARRIES[name]:
+                factor = getattr(self, name)
+                own = self.beside(name, jnp.asarray(vector, factor.dtype), along)
+                return self.replace(**{name: operation(factor, own)})
+        return None
 
     def unrepeated(self, along: Sequence[int]) -> "LowRank":
         """Return this with factors for each entry along dimensions in which it repeats."""
@@ -187,47 +142,6 @@ class LowRank:
             for d, dim in enumerate(self.dims)
         )
         return self._map(repeat, dims=dims)
-
-    def transposed(self, base: Any, permutation: Sequence[int]) -> "LowRank":
-        """Return this with its dimensions in another order."""
-
-        def transpose(factor, carries):
-            order = axes.order(self.dims, permutation, carries.__contains__)
-            return factor.transpose(*order, *range(len(order), factor.ndim))
-
-        return self._map(transpose, base=base, dims=tuple(self.dims[d] for d in permutation))
-
-    def along(
-        self, dim: int, apply: Callable[..., Any], *operands: Any, base: Any = None
-    ) -> "LowRank":
-        """Return this with ``apply(array, axis, *operands)`` done to the one piece of a dimension.
-
-        Args:
-            dim: a dimension of one piece.
-            apply: the operation on one axis of an array.
-            *operands: arrays that it takes.
-            base: the new base, where something else was done to it.
-
-        Returns:
-            The weight with the base and each factor that carries the piece changed.
-        """
-        ((label, _),) = self.dims[dim]
-        base = deferred.along(self.base, dim, apply, *operands) if base is None else base
-        size = base.shape[dim]
-        new = ((label, size),) if size != 1 or self.is_probe else ()
-
-        def change(factor, carries):
-            if label not in carries:
-                return factor
-            axis = sum(piece[0] in carries for piece in axes.pieces(self.dims[:dim]))
-            factor = apply(factor, axis, *operands)
-            return factor if new else factor.squeeze(axis)
-
-        return self._map(change, base=base, dims=(*self.dims[:dim], new, *self.dims[dim + 1 :]))
-
-    def replace(self, **changes: Any) -> "LowRank":
-        """Return this with some fields changed."""
-        return dataclasses.replace(self, **changes)
 
     def beside(self, factor: str, vector: Any, along: Sequence[int]) -> Any:
         """Return an array that varies along some dimensions in a shape that meets a factor.
@@ -285,13 +199,3 @@ class LowRank:
             sizes = [[size for _, size in dim] for dim in self.dims]
             total = scaled_along(total, names, sizes, self.gain, self.piece_labels(names, "gain"))
         return total.astype(self.base.dtype)
-
-    def _count(self, carries: frozenset) -> int:
-        return sum(label in carries for label, _ in axes.pieces(self.dims))
-
-    def _map(self, change: Callable[[Any, frozenset], Any], **fields: Any) -> "LowRank":
-        """Return this with ``change(factor, carries)`` for each factor, and fields replaced."""
-        for name, carries in CARRIES.items():
-            if (factor := getattr(self, name)) is not None:
-                fields[name] = change(factor, carries)
-        return self.replace(**fields)
