@@ -162,11 +162,14 @@ def _is_close(one: str, other: str) -> bool:
     return abs(a - b) <= max(2.001 * unit, 0.01 * max(abs(a), abs(b)))
 
 
+def _shape(text: str) -> str:
+    """Return the text without decimal numbers and the widths of columns."""
+    return re.sub("--+", "--", re.sub(" +", " ", DECIMAL.sub("#", text)))
+
+
 def agree(shown: str, printed: str) -> bool:
     """Whether two outputs are the same except in the last digits of decimal numbers."""
-    if re.sub(r"[ -]+", " ", DECIMAL.sub("#", shown)) != re.sub(
-        r"[ -]+", " ", DECIMAL.sub("#", printed)
-    ):
+    if _shape(shown) != _shape(printed):
         return False
     pairs = zip(DECIMAL.findall(shown), DECIMAL.findall(printed), strict=True)
     return all(_is_close(one, other) for one, other in pairs)
