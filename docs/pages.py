@@ -124,7 +124,7 @@ def run_steps(page: Path, steps: Sequence[Step]) -> list[str | None]:
     """Run the code of a page in order.
 
     Args:
-        page: The page, for tracebacks.
+        page: The page; where an error names a line, it is that of a block, as ``page.py:3``.
         steps: Its code.
 
     Returns:
@@ -139,12 +139,14 @@ def run_steps(page: Path, steps: Sequence[Step]) -> list[str | None]:
                 printed.append(None)
                 continue
             session = step.code.option("session")
-            namespace = namespaces.setdefault(session, {"__name__": "__main__"})
-            padded = "\n" * step.code.start + step.code.content  # the page's line numbers
+            if session not in namespaces:
+                namespaces[session] = dict(namespaces.get("", {"__name__": "__main__"}))
+            namespace = namespaces[session]
+            code = compile(step.code.content, f"{page.stem}.py", "exec")
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
                 try:
-                    exec(compile(padded, str(page), "exec"), namespace)
+                    exec(code, namespace)
                 except Exception as error:
                     message = _message(type(error), error)
                     shown = step.output.content if step.output else ""
