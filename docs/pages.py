@@ -39,6 +39,7 @@ class Block:
 
     @property
     def language(self) -> str:
+        """The first word of the info string."""
         return self.info.split()[0] if self.info.strip() else ""
 
     def option(self, name: str) -> str:
@@ -92,8 +93,8 @@ def read_steps(text: str) -> list[Step]:
 
 def _message(kind: type, message: object) -> str:
     lines = f"{kind.__name__}: {message}".splitlines()
-    options = {"break_long_words": False, "break_on_hyphens": False, "drop_whitespace": True}
-    return "\n".join(textwrap.fill(line, COLUMNS, **options) for line in lines)
+    wrap = textwrap.TextWrapper(COLUMNS, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(wrap.fill, lines))
 
 
 @contextlib.contextmanager

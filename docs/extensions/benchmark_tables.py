@@ -1,4 +1,4 @@
-"""Tables and bars of what the benchmarks measured, made from their results when the pages are built.
+"""Tables and bars of what the benchmarks measured, made from their results with the pages.
 
 The directive takes the name of a benchmark, and shows its results for the newest version on each
 device in ``benchmarks/results``::
@@ -98,7 +98,9 @@ def bars(figures: dict[str, float], label: str) -> str:
 
 def about(told: dict[str, Any]) -> str:
     """Return what was measured, and on what, in a line."""
-    versions = [f"{name} {told[name]}" for name in ("jax", "torch", "peft", "python") if name in told]
+    versions = [
+        f"{name} {told[name]}" for name in ("jax", "torch", "peft", "python") if name in told
+    ]
     options = told.get("options", told)
     plain = {k: v for k, v in options.items() if isinstance(v, int | float | str)}
     sizes = [f"{k} {v}" for k, v in plain.items() if v is not False and k not in UNTOLD | {*told}]
