@@ -26,6 +26,7 @@ extensions = [
     "sphinx_design",
     "benchmark_tables",
     "linked_names",
+    "short_signatures",
 ]
 exclude_patterns = ["_build", "README.md"]
 default_role = "py:obj"  # a name in single backquotes, as in the docstrings
@@ -69,7 +70,12 @@ html_theme_options = {
     "show_navbar_depth": 1,
     "show_toc_level": 2,
     "navbar_persistent": [],
-    "secondary_sidebar_items": {"api/**": ["page-toc"], "**": []},  # room for code and tables
+    "secondary_sidebar_items": {  # elsewhere, code and tables have the room
+        "api/*": ["page-toc"],
+        "*": [],
+        "guides/*": [],
+        "coming_from/*": [],
+    },
     "home_page_in_toc": False,
     "use_download_button": False,
     "use_fullscreen_button": False,
