@@ -32,11 +32,12 @@ exclude_patterns = ["_build", "README.md"]
 default_role = "py:obj"  # a name in single backquotes, as in the docstrings
 nitpicky = True
 suppress_warnings = ["toc.empty_glob"]
-# names of other projects resolve only with intersphinx; type variables and private names never do
+# names of other projects resolve only with intersphinx
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|jnp|np|numpy|optax|flax|nn|nnx|orbax|qwix|etils)\..*"),
     ("py:.*", r"(collections|os|pathlib|re|typing)\..*"),
-    ("py:class", r"jaxlora\..*\.[A-Z]"),
+    ("py:class", r"(.*\.)?[A-Z]"),  # type variables
+    ("py:class", r"Code|Fingerprint|Row"),  # private types of attributes
 ]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
