@@ -31,7 +31,6 @@ extensions = [
 exclude_patterns = ["_build", "README.md"]
 default_role = "py:obj"  # a name in single backquotes, as in the docstrings
 nitpicky = True
-suppress_warnings = ["toc.empty_glob"]
 # names of other projects resolve only with intersphinx
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|jnp|np|numpy|optax|flax|nn|nnx|orbax|qwix|etils)\..*"),
