@@ -91,7 +91,8 @@ def read_steps(text: str) -> list[Step]:
 
 
 def _message(kind: type, message: object) -> str:
-    lines = f"{kind.__name__}: {message}".splitlines()
+    shown = f"{kind.__name__}: {message}".replace(str(Path.cwd()), "/home/you")
+    lines = shown.splitlines()
     options = {"break_long_words": False, "break_on_hyphens": False, "drop_whitespace": True}
     return "\n".join(textwrap.fill(line, COLUMNS, **options) for line in lines)
 
