@@ -112,6 +112,7 @@ def _as_a_user() -> Iterator[None]:
         jax.numpy_rank_promotion("allow"),
     ):
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "", DeprecationWarning, r"(?!__main__$)")  # Python's own
         warnings.filterwarnings("ignore", "Error .* persistent compilation cache entry")
         warnings.showwarning = show
         os.chdir(folder)
