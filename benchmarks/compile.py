@@ -23,7 +23,7 @@ import models
 import report
 
 import jaxlora
-from jaxlora import table
+from jaxlora.messages import table
 
 
 def seconds(fn: Callable[..., Any], *args: Any) -> tuple[float, float]:

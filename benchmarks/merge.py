@@ -19,7 +19,7 @@ import numpy as np
 import report
 
 import jaxlora
-from jaxlora import table
+from jaxlora.messages import table
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -9,11 +9,12 @@ import jax
 import models
 
 import jaxlora
+from jaxlora.weights.nodes import Adapters
 
 Variant = tuple[Callable[..., Any], Any, Any]  # loss (trained, frozen, x, y), trained, frozen
 
 
-def per_call(model: nn.Module, adapters: jaxlora.trees.Adapters, base: Any) -> Variant:
+def per_call(model: nn.Module, adapters: Adapters, base: Any) -> Variant:
     """Return the loss that builds ``W + scaling * A@B`` on every call, as Keras does."""
 
     def build(leaf):
@@ -32,7 +33,7 @@ def per_call(model: nn.Module, adapters: jaxlora.trees.Adapters, base: Any) -> V
     return loss, adapters, base
 
 
-def naive(model: nn.Module, adapters: jaxlora.trees.Adapters, base: Any) -> Variant:
+def naive(model: nn.Module, adapters: Adapters, base: Any) -> Variant:
     """Return the loss that adds ``(x A) B`` to the output of a layer, as most examples do."""
 
     def loss(adapters, base, x, y):

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxlora import table
+from jaxlora.messages import table
 
 
 def finish(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ import models
 import report
 import train_step
 
-from jaxlora import table
+from jaxlora.messages import table
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "tokens": [{"batch": batch} for batch in (1, 2, 4, 8, 16)],

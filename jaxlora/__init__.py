@@ -20,25 +20,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxlora import algebra, initializers, optim
-from jaxlora import exporting as exporting
-from jaxlora import serialization as serialization
-from jaxlora.adapt import dropout, init
-from jaxlora.checkpoint import load_adapters, save_adapters, save_merged
-from jaxlora.config import LoRAConfig
-from jaxlora.merging import merge, unmerge
-from jaxlora.observing import gradients, moments
+from jaxlora.algebra.rebasing import to_plain
+from jaxlora.calibration import gradients, moments
 from jaxlora.optim import freeze
-from jaxlora.quantization import Quantization, dequantize, quantize
-from jaxlora.quantized import QuantizedWeight
-from jaxlora.report import Report, explain
-from jaxlora.residual import to_plain
-from jaxlora.sites import Site, Sites, find_sites
-from jaxlora.skipped import SkippedWeightWarning
-from jaxlora.summary import Summary, summary
-from jaxlora.tracing import Cost, MaterializationWarning, Use, lora
-from jaxlora.trees import bind, labels, mask, split
+from jaxlora.reports.counts import Summary, summary
+from jaxlora.reports.usage import Report, explain
+from jaxlora.storage import export as _export  # noqa: F401  lets jax.export write nodes
+from jaxlora.storage import serialization as _serialization  # noqa: F401  and Flax too
+from jaxlora.storage.adapters import load_adapters, save_adapters
+from jaxlora.storage.merged import save_merged
+from jaxlora.targets.config import LoRAConfig
+from jaxlora.targets.sites import Site, Sites, find_sites
+from jaxlora.targets.skipped import SkippedWeightWarning
+from jaxlora.tracing.interpreter import MaterializationWarning
+from jaxlora.tracing.jaxprs.cost import Cost
+from jaxlora.tracing.recorder import Use
+from jaxlora.tracing.transform import lora
+from jaxlora.trees.adapting import init
+from jaxlora.trees.binding import bind, split
+from jaxlora.trees.dropout import dropout
+from jaxlora.trees.masks import labels, mask
+from jaxlora.trees.merging import merge, unmerge
+from jaxlora.trees.quantization import Quantization, dequantize, quantize
 from jaxlora.version import __version__ as __version__
-from jaxlora.weight import Adapter, LoRAWeight, Replacement, Roles, TrainedLeaf
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.quantized import QuantizedWeight
+from jaxlora.weights.roles import Roles
 
 if TYPE_CHECKING:
     from jaxlora import nnx as nnx

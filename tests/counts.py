@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxlora.tracing import compat
+from jaxlora.tracing.jaxprs import compat
 
 
 def products(fn, *args):

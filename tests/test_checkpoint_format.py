@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import jaxlora
-from jaxlora.weight import Roles
+from jaxlora.weights.roles import Roles
 
 pytestmark = pytest.mark.once
 

@@ -8,8 +8,8 @@ from cases import normal
 from cases.layers_linen import linen_layers, linen_tied_embedding
 
 import jaxlora
-from jaxlora import parts
-from jaxlora.selection import matches, select
+from jaxlora.targets.selection import matches, select
+from jaxlora.weights import blocks
 
 pytestmark = pytest.mark.once
 
@@ -140,7 +140,7 @@ STACKED = {
 def chosen(fn, params, *args, **config):
     sites = jaxlora.find_sites(fn, params, *args)
     return {
-        parts.name(*target[:2]): target[2:]
+        blocks.name(*target[:2]): target[2:]
         for target in select(jaxlora.LoRAConfig(**{"rank": 2, "alpha": 8.0, **config}), sites)
     }
 

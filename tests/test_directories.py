@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from jaxlora import directories
-from jaxlora.directories import Workspace
+from jaxlora.storage import directories
+from jaxlora.storage.directories import Workspace
 
 pytestmark = pytest.mark.once
 

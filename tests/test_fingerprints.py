@@ -18,8 +18,8 @@ from cases import normal
 from numpy.testing import assert_allclose
 
 import jaxlora
-from jaxlora import fingerprints
-from jaxlora.fingerprints import Fingerprint
+from jaxlora.weights import fingerprints
+from jaxlora.weights.fingerprints import Fingerprint
 
 pytestmark = pytest.mark.once
 

@@ -14,7 +14,8 @@ from test_algebra import PARAMS, X, model
 
 import jaxlora
 import jaxlora.nnx
-from jaxlora import initializers, svd
+from jaxlora import initializers
+from jaxlora.linalg import svd
 
 pytestmark = pytest.mark.once
 

@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import jaxlora
-from jaxlora import paths
+from jaxlora.weights import paths
 
 
 def pytest_generate_tests(metafunc):

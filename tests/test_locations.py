@@ -11,8 +11,10 @@ from etils import epath
 from numpy.testing import assert_array_equal
 
 import jaxlora
-from jaxlora import fingerprints, locations
-from jaxlora.weight import Adapter, Roles
+from jaxlora.storage import locations
+from jaxlora.weights import fingerprints
+from jaxlora.weights.nodes import Adapter
+from jaxlora.weights.roles import Roles
 
 pytestmark = pytest.mark.once
 

@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose
 from test_laws import assert_close, loss, parameters
 
 import jaxlora
-from jaxlora import magnitude
+from jaxlora.weights import magnitude
 
 pytestmark = pytest.mark.once
 

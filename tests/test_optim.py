@@ -196,16 +196,16 @@ def test_factors_of_an_nnx_module_are_frozen_too():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: optim.scale_rates(b=0.0), "a rate must be finite and positive: got b=0.0"),
+        (lambda: optim.scale_rates(b=0.0), "b must be finite and positive: got 0.0"),
         (
             lambda: optim.scale_rates(a=float("inf")),
-            "a rate must be finite and positive: got a=inf",
+            "a must be finite and positive: got inf",
         ),
         (
             lambda: optim.decay_factors(a=-0.1),
-            "a decay must be finite and not negative: got a=-0.1",
+            "a must be finite and not negative: got -0.1",
         ),
-        (lambda: optim.precondition(0.0), "the damping must be finite and positive"),
+        (lambda: optim.precondition(0.0), "damping must be finite and positive: got 0.0"),
     ],
 )
 def test_number_out_of_its_range_is_refused(make, message):

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
 import jaxlora.nnx
-from jaxlora import parts
+from jaxlora.weights import blocks
 
 pytestmark = pytest.mark.once
 
@@ -171,6 +171,6 @@ def test_a_path_that_ends_in_brackets_is_no_part(key):
 
 def test_names_are_read_as_they_are_written():
     part = ((0, 4), None, (2, 3))
-    path, text = parts.parse(parts.name("a/b", part))
-    assert (path, parts.resolve(text, (6, 5, 8))) == ("a/b", part)
-    assert parts.resolve("0:6", (6, 5)) is None
+    path, text = blocks.parse(blocks.name("a/b", part))
+    assert (path, blocks.resolve(text, (6, 5, 8))) == ("a/b", part)
+    assert blocks.resolve("0:6", (6, 5)) is None

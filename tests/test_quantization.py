@@ -21,9 +21,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from test_laws import assert_close, loss, parameters
 
 import jaxlora
-from jaxlora import Quantization, paths
-from jaxlora.quantized import Code, Kind, values
-from jaxlora.quantized import quantized as quantized_weight
+from jaxlora import Quantization
+from jaxlora.weights import paths
+from jaxlora.weights.quantized import Code, Kind, values
+from jaxlora.weights.quantized import quantized as quantized_weight
 
 # the quantiles of the normal distribution of the paper's appendix E
 NF4 = [-1, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0]

@@ -15,8 +15,10 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import jaxlora
-from jaxlora import fingerprints, storage
-from jaxlora.weight import Adapter, Replacement, Roles
+from jaxlora.storage import checkpoints
+from jaxlora.weights import fingerprints
+from jaxlora.weights.nodes import Adapter, Replacement
+from jaxlora.weights.roles import Roles
 
 pytestmark = pytest.mark.once
 
@@ -136,7 +138,7 @@ def merged(path):
 
 def damaged(path):
     jaxlora.save_adapters(path, adapters(1.0))
-    (path / storage.MARK).write_text("{")
+    (path / checkpoints.MARK).write_text("{")
 
 
 def notes(path):
@@ -184,24 +186,24 @@ def test_empty_directory_is_filled(tmp_path):
 
 def test_save_that_reads_back_otherwise_is_not_kept(tmp_path, monkeypatch):
     jaxlora.save_adapters(tmp_path / "run", adapters(1.0))
-    save = storage._save
+    save = checkpoints._save
 
     def altering(place, tree, about):
         save(place, jax.tree.map(lambda x: x.at[0, 0].set(7), tree), about)
 
-    monkeypatch.setattr(storage, "_save", altering)
+    monkeypatch.setattr(checkpoints, "_save", altering)
     with pytest.raises(ValueError, match=r"cannot save to .*run: what was written is not what"):
         jaxlora.save_adapters(tmp_path / "run", adapters(2.0))
     assert (value_at(tmp_path / "run"), names(tmp_path)) == (1.0, ["run"])
 
 
 def test_merged_weights_that_read_back_otherwise_are_not_kept(tmp_path, monkeypatch):
-    save = storage._save
+    save = checkpoints._save
 
     def altering(place, tree, about):
         save(place, {"w": tree["w"], "v": tree["v"].astype(jnp.bfloat16)}, about)
 
-    monkeypatch.setattr(storage, "_save", altering)
+    monkeypatch.setattr(checkpoints, "_save", altering)
     with pytest.raises(ValueError, match=r"cannot save to .*run: what was written is not what"):
         jaxlora.save_merged(tmp_path / "run", jaxlora.bind(BASE, adapters(2.0)))
     assert not names(tmp_path)

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.linen import fp8_ops
 
 import jaxlora
-from jaxlora.patterns import ends_in
+from jaxlora.targets.patterns import ends_in
 
 pytestmark = pytest.mark.once
 

@@ -21,7 +21,7 @@ from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
-from jaxlora.tracing import axes
+from jaxlora.tracing.values import axes
 
 X = normal(1, 5, 8)
 

@@ -5,7 +5,7 @@ what becomes of that product; how it is shared out to ``a`` and ``b`` is theirs 
 """
 
 from jaxlora.algebra.arithmetic import delta, pad, scale, truncate
-from jaxlora.algebra.combine import add, combine
-from jaxlora.algebra.extract import Extracted, extract
+from jaxlora.algebra.combining import add, combine
+from jaxlora.algebra.extraction import Extracted, extract
 
 __all__ = ["Extracted", "add", "combine", "delta", "extract", "pad", "scale", "truncate"]

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import checks, modules, paths, quantized, svd, tree_checks
-from jaxlora.algebra import matrices
-from jaxlora.magnitude import merged
-from jaxlora.trees import Adapters
-from jaxlora.weight import Adapter, LoRAWeight, merge_dtype, scaling
+from jaxlora.linalg import matrices, svd
+from jaxlora.messages import checks
+from jaxlora.weights import modules, paths, quantized, tree_checks
+from jaxlora.weights.magnitude import merged
+from jaxlora.weights.nodes import Adapter, Adapters, LoRAWeight, merge_dtype, scaling
 
 
 def scale(adapters: Adapters, factor: Any) -> Adapters:

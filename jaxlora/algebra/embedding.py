@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from jaxlora import parts
-from jaxlora.parts import Part
-from jaxlora.trees import Adapters
-from jaxlora.weight import Adapter
+from jaxlora.weights import blocks
+from jaxlora.weights.blocks import Part
+from jaxlora.weights.nodes import Adapter, Adapters
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each axis
 
@@ -32,19 +31,19 @@ def disjoint(adapters: Sequence[Adapters]) -> list[dict[str, list[Adapter]]]:
         ValueError: adapters of one path are for different weights.
     """
     located = [{name: _located(name, x) for name, x in group.items()} for group in adapters]
-    blocks: dict[str, list[Bounds]] = {}
+    around: dict[str, list[Bounds]] = {}
     first: dict[str, Adapter] = {}
     for group, places in zip(adapters, located, strict=True):
         for name, (path, bounds) in places.items():
             _check_alike(path, group[name], first.setdefault(path, group[name]))
-            blocks[path] = _joined(blocks.get(path, []), bounds)
+            around[path] = _joined(around.get(path, []), bounds)
     sets = []
     for group, places in zip(adapters, located, strict=True):
         found: dict[str, list[Adapter]] = {}
         for name, adapter in group.items():
             path, bounds = places[name]
-            (block,) = (block for block in blocks[path] if _overlap(block, bounds))
-            whole = parts.name(path, _part(block, adapter.shape))
+            (block,) = (block for block in around[path] if _overlap(block, bounds))
+            whole = blocks.name(path, _part(block, adapter.shape))
             found.setdefault(whole, []).append(_embedded(adapter, bounds, block))
         sets.append(found)
     return sets
@@ -52,12 +51,12 @@ def disjoint(adapters: Sequence[Adapters]) -> list[dict[str, list[Adapter]]]:
 
 def _located(name: str, adapter: Adapter) -> tuple[str, Bounds]:
     """Return the path of the weight of an adapter, and the bounds of the part that it is for."""
-    path, text = parts.parse(name)
+    path, text = blocks.parse(name)
     whole = adapter.roles.factor_shapes(adapter.shape, adapter.rank)
     if whole == (adapter.a.shape, adapter.b.shape):  # the path itself may end in brackets
         path, text = name, None
-    part = parts.resolve(text, adapter.shape)
-    around = zip(parts.padding(part, adapter.shape), adapter.shape, strict=True)
+    part = blocks.resolve(text, adapter.shape)
+    around = zip(blocks.padding(part, adapter.shape), adapter.shape, strict=True)
     return path, tuple((low, size - high) for (low, high), size in around)
 
 

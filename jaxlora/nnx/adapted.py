@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-import jaxlora
-from jaxlora import checks
-from jaxlora.fingerprints import Fingerprint
+from jaxlora.messages import checks
 from jaxlora.nnx import call
 from jaxlora.nnx.frozen import freeze, restore
-from jaxlora.trees import FACTORS, Adapters
-from jaxlora.weight import Adapter, Replacement
+from jaxlora.targets.config import LoRAConfig
+from jaxlora.trees import adapting, binding, merging
+from jaxlora.trees.dropout import dropout
+from jaxlora.weights.fingerprints import Fingerprint
+from jaxlora.weights.nodes import FACTORS, Adapter, Adapters, Replacement
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -120,7 +121,7 @@ class Adapted(nnx.Module, Generic[M]):
             raise TypeError(f"rngs must be flax.nnx.Rngs: got {checks.shown(rngs)}")
         if dropout_rate and rngs is None:
             raise ValueError(f"dropout_rate={dropout_rate} needs rngs to draw from: got None")
-        jaxlora.bind(restore(nnx.state(model)), adapters, check_base=check_base)
+        binding.bind(restore(nnx.state(model)), adapters, check_base=check_base)
         self.model = freeze(model)
         self.factors = nnx.data({path: _Factors(adapter) for path, adapter in adapters.items()})
         self.dropout_rate = float(dropout_rate)
@@ -146,7 +147,7 @@ class Adapted(nnx.Module, Generic[M]):
         nodes, program = call.program(self.model, args, kwargs, method)
         params = self.params()
         if self.rngs is not None and not self.deterministic:
-            params = jaxlora.dropout(params, self.rngs(), self.dropout_rate)
+            params = dropout(params, self.rngs(), self.dropout_rate)
         out, changed, graphdef = call.run_low_rank(params, *program)
         call.write(nodes, changed, graphdef, self.factors)
         return out
@@ -162,11 +163,11 @@ class Adapted(nnx.Module, Generic[M]):
             ValueError: a weight of the module is gone or has another shape.
         """
         adapters = {path: f.adapter() for path, f in self.factors.items()}
-        return jaxlora.bind(restore(nnx.state(self.model)), adapters)
+        return binding.bind(restore(nnx.state(self.model)), adapters)
 
     def adapters(self) -> Adapters:
         """Return the factors by path, for `jaxlora.save_adapters` or another `Adapted`."""
-        return jaxlora.split(self.params())[1]
+        return binding.split(self.params())[1]
 
 
 def adapt(
@@ -174,7 +175,7 @@ def adapt(
     model: M,
     /,
     *args: Any,
-    config: jaxlora.LoRAConfig,
+    config: LoRAConfig,
     dropout_rate: float = 0.0,
     method: call.Method = "__call__",
     **kwargs: Any,
@@ -218,8 +219,8 @@ def adapt(
     key = rngs.params() if isinstance(rngs, nnx.Rngs) else rngs
     _, program = call.program(model, args, kwargs, method)
     state = restore(nnx.state(model))
-    params = jaxlora.init(key, call.run, state, *program, config=config)
-    base, adapters = jaxlora.split(params)
+    params = adapting.init(key, call.run, state, *program, config=config)
+    base, adapters = binding.split(params)
     if any(getattr(adapter, "changed", "") for adapter in adapters.values()):
         model = nnx.merge(nnx.graphdef(model), base)
     streams = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
@@ -253,7 +254,7 @@ def merge(adapted: Adapted[M]) -> M:
             f"adapted must be a jaxlora.nnx.Adapted: got {type(adapted).__name__}; what merge has "
             "returned is plain already, and a tree is merged with jaxlora.merge"
         )
-    return nnx.merge(nnx.graphdef(adapted.model), jaxlora.merge(adapted.params()))
+    return nnx.merge(nnx.graphdef(adapted.model), merging.merge(adapted.params()))
 
 
 def _check_rngs(rngs: Any) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-import jaxlora
-from jaxlora import checks, parts
+from jaxlora.messages import checks
 from jaxlora.nnx.frozen import freeze
+from jaxlora.tracing.transform import lora
+from jaxlora.weights import blocks
 
 Method = Callable[..., Any] | str
 _NODE = object()  # stands for a module among the arguments of a call
@@ -77,7 +78,7 @@ def run(
     return out, nnx.from_flat_state(changed), nnx.graphdef(freeze(nodes))
 
 
-run_low_rank = jaxlora.lora(run)
+run_low_rank = lora(run)
 
 
 def write(nodes: list, changed: Any, graphdef: Any, adapted: Collection[str]) -> None:
@@ -86,7 +87,7 @@ def write(nodes: list, changed: Any, graphdef: Any, adapted: Collection[str]) ->
     for path, leaf in nnx.to_flat_state(changed):
         name = f"{name_of(path[1:])}/"
         if path[0] == 0 and any(
-            f"{parts.parse(weight)[0]}/".startswith(name) for weight in adapted
+            f"{blocks.parse(weight)[0]}/".startswith(name) for weight in adapted
         ):
             continue
         if isinstance(variable := current.get(path), nnx.Variable):

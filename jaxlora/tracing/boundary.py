@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora import magnitude, parts
-from jaxlora.quantized import QuantizedWeight
-from jaxlora.tracing import axes, deferred
-from jaxlora.tracing.deferred import Deferred
 from jaxlora.tracing.interpreter import Evaluator
-from jaxlora.tracing.lowrank import LowRank, Origin, Role
-from jaxlora.weight import LoRAWeight, Roles
+from jaxlora.tracing.values import axes, deferred
+from jaxlora.tracing.values.deferred import Deferred
+from jaxlora.tracing.values.lowrank import LowRank, Origin, Role
+from jaxlora.weights import blocks, magnitude
+from jaxlora.weights.nodes import LoRAWeight
+from jaxlora.weights.quantized import QuantizedWeight
+from jaxlora.weights.roles import Roles
 
 
 def enter(
@@ -52,7 +53,7 @@ def enter(
 
 def _whole(node: LoRAWeight, factor: Any, axes_of: Sequence[int]) -> Any:
     """Return a factor with the rank last, with zeros where its node's part does not reach."""
-    around = parts.padding(node.part, node.shape)
+    around = blocks.padding(node.part, node.shape)
     return jnp.pad(factor, [*(around[axis] for axis in axes_of), (0, 0)])
 
 

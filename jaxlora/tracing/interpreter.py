@@ -19,12 +19,13 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlora.tracing import compat, cost, dataflow, deferred, grouping
-from jaxlora.tracing.deferred import Deferred
-from jaxlora.tracing.lowrank import LowRank
-from jaxlora.tracing.product import CHECKPOINT_NAME
+from jaxlora.tracing.jaxprs import compat, cost, dataflow, sharing
 from jaxlora.tracing.recorder import LOOKED_UP, MATERIALIZED, Recorder
-from jaxlora.weight import merge_dtype
+from jaxlora.tracing.values import deferred
+from jaxlora.tracing.values.chain import CHECKPOINT_NAME
+from jaxlora.tracing.values.deferred import Deferred
+from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.weights.nodes import merge_dtype
 
 Rule = Callable[..., list[Any]]
 _RULES: dict[str, Rule] = {}
@@ -55,8 +56,9 @@ class Options:
 
     Attributes:
         strict: raise where a weight would be materialized.
-        form: form of the products, see `jaxlora.tracing.forms`.
-        observes: products tell of their inputs and have no low-rank term, see `transform.observe`.
+        form: form of the products, see `jaxlora.tracing.products.forms`.
+        observes: products tell of their inputs and have no low-rank term, see
+            `jaxlora.tracing.transform.observe`.
         is_linear: the program is a derivative, to be transposed, and so nothing in it is named.
     """
 
@@ -175,7 +177,7 @@ class Evaluation:
         evaluator: how it is evaluated.
         options: those of the evaluator.
         env: values of the variables, as long as they are read.
-        readers: the products that read one input, see `grouping.Plan`.
+        readers: the products that read one input, see `sharing.Plan`.
         values: what the variables stand for, see `dataflow.values`.
         varying: along which dimensions predicates vary, see `dataflow.varying`.
         last: the last product with a weight that was made for it, see `deferred.product`.
@@ -187,7 +189,7 @@ class Evaluation:
         self, evaluator: Evaluator, program: Any, consts: Sequence[Any], args: Any, line: str
     ):
         self.evaluator, self.options, self._line = evaluator, evaluator.options, line
-        self._program, self._plan = program, grouping.plan(program)
+        self._program, self._plan = program, sharing.plan(program)
         self.env = dict(zip(program.constvars, consts, strict=True))
         self.env.update(zip(program.invars, args, strict=True))
         self.readers = self._plan.readers

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxlora.tracing.lowrank import LowRank
+from jaxlora.tracing.values.lowrank import LowRank
 
 CONTRACTED, LOOKED_UP, MATERIALIZED = "contracted", "looked up", "materialized"
 

@@ -238,7 +238,7 @@ def test_split_knows_weights_again_wherever_they_are(plain_params, params):
 
 
 def test_fingerprint_sends_no_more_than_its_sample():
-    from jaxlora import sampling
+    from jaxlora.weights import sampling
 
     for kind in meshes.KINDS:
         mesh = meshes.make(kind)

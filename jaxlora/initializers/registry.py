@@ -1,0 +1,21 @@
+"""The initializers that have names, and the types of all."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from jaxlora.initializers.from_weight import FromWeight, milora, olora, pissa
+from jaxlora.initializers.random import kaiming, normal, orthogonal, uniform
+
+Initializer = Callable[..., Any]
+
+InitializerName = Literal["uniform", "normal", "kaiming", "orthogonal", "pissa", "milora", "olora"]
+
+NAMED: dict[str, Initializer | FromWeight] = {
+    "uniform": uniform,
+    "normal": normal,
+    "kaiming": kaiming,
+    "orthogonal": orthogonal,
+    "pissa": pissa(),
+    "milora": FromWeight("milora", milora),
+    "olora": FromWeight("olora", olora),
+}

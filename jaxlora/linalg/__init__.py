@@ -1,0 +1,1 @@
+"""Linear algebra on the matrices of weights: decompositions, and weights as stacks of matrices."""

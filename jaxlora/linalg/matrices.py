@@ -1,0 +1,63 @@
+"""Weights and the factors of adapters as matrices, one for each entry of a stack, and back."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.linalg import svd
+from jaxlora.weights import sharding, tree_checks
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement
+from jaxlora.weights.roles import Roles
+
+
+def check_linear(adapters: Mapping[str, Adapter | Replacement]) -> None:
+    """Raise if these are no adapters, or change a weight by more than a product of factors."""
+    tree_checks.check_adapters(adapters)
+    for path, adapter in adapters.items():
+        if isinstance(adapter, Replacement):
+            raise ValueError(f"the leaf {path!r} is trained whole, and has no product of factors")
+        if adapter.magnitude is not None:
+            raise ValueError(
+                f"the adapter of {path!r} has a magnitude, so that what it adds is no multiple of "
+                "its product: merge it instead"
+            )
+
+
+def of(adapter: Adapter | LoRAWeight) -> tuple[jax.Array, jax.Array]:
+    """Return ``a (stack, in, rank)`` and ``b (stack, rank, out)`` in float32."""
+    count = len(adapter.roles.stack)
+    stack = math.prod(adapter.a.shape[:count])
+    a = adapter.a.reshape(stack, -1, adapter.rank).astype(jnp.float32)
+    return a, adapter.b.reshape(stack, adapter.rank, -1).astype(jnp.float32)
+
+
+def of_weight(weight: jax.Array, roles: Roles) -> jax.Array:
+    """Return a weight ``(stack, in, out)`` in float32."""
+    sizes = [math.prod(group) for group in roles.sizes(weight.shape)]
+    order = (*roles.stack, *roles.in_, *roles.out)
+    return weight.astype(jnp.float32).transpose(order).reshape(sizes)
+
+
+def adapter_of(adapter: Adapter, a: jax.Array, b: jax.Array) -> Adapter:
+    """Return the adapter with factors from `of`, of any rank, and scaling 1."""
+    count, rank = len(adapter.roles.stack), a.shape[-1]
+    a = a.reshape(*adapter.a.shape[:-1], rank).astype(adapter.a.dtype)
+    stack, out = adapter.b.shape[:count], adapter.b.shape[count + 1 :]
+    b = b.reshape(*stack, rank, *out).astype(adapter.b.dtype)
+    a, b = (_placed(x, like) for x, like in ((a, adapter.a), (b, adapter.b)))
+    return dataclasses.replace(adapter, a=a, b=b, alpha=float(rank))
+
+
+def _placed(x: jax.Array, like: Any) -> jax.Array:
+    """Return x where another array is; that of a factor holds for any rank."""
+    known = sharding.of(like)
+    return x if known is None else jax.device_put(x, known)
+
+
+def adapter_of_svd(adapter: Adapter, decomposed: svd.SVD, times: float = 1.0) -> Adapter:
+    """Return the adapter with factors from singular values times a number."""
+    return adapter_of(adapter, *svd.factors(decomposed, 1 / times))

@@ -1,0 +1,1 @@
+"""What users are told: errors about their arguments, warnings, tables of text."""

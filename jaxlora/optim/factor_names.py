@@ -1,0 +1,65 @@
+"""The factors in a tree that an optimizer is given, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxlora.trees.masks import mask
+from jaxlora.weights.nodes import FACTORS
+
+
+def factor_names(tree: Any) -> list[str | None]:
+    """Return for each leaf its name where it is a factor, also of a tree without our nodes."""
+    found = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    marks = jax.tree.leaves(mask(tree))
+    if any(marks):
+        return [
+            keys[-1].name if marked else None for keys, marked in zip(found, marks, strict=True)
+        ]
+    unboxed = [_unboxed(keys) for keys in found]  # an NNX state: its own keys tell its factors
+    parents = {keys[:-1] for keys in unboxed if keys[-1:] == ("a",)}
+    holders = {parent[:-1] for parent in parents if (*parent, "b") in unboxed}
+    return [
+        keys[-1] if keys[-1:] and keys[-1] in FACTORS and keys[:-2] in holders else None
+        for keys in unboxed
+    ]
+
+
+def _unboxed(keys: Any) -> tuple[Any, ...]:
+    """Return the names of keys, without that of a box around a factor."""
+    names = tuple(getattr(key, "name", getattr(key, "key", None)) for key in keys)
+    return names[:-1] if names[-1:] == ("value",) and {*names[-2:-1]} & {*FACTORS} else names
+
+
+def by_factor(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Return a tree with ``fn(name, leaf, *leaves)`` at each factor of it, by its name."""
+    names = iter(factor_names(tree))
+
+    def of(leaf, *others):
+        name = next(names)
+        return fn(name, leaf, *others) if name else leaf
+
+    return jax.tree.map(of, tree, *rest)
+
+
+def init_stateless(params: Any) -> Any:
+    """Return the empty state of a transform, or raise if a tree has no factors."""
+    import optax
+
+    check_some(factor_names(params))
+    return optax.EmptyState()
+
+
+def check_some(factors: Sequence[Any]) -> None:
+    """Raise if none of the names of leaves is that of a factor."""
+    if not any(factors):
+        raise ValueError("the tree has no factors to train: make some with jaxlora.init")
+
+
+def check_has_params(params: Any) -> None:
+    """Raise if a transform that needs the factors themselves does not get them."""
+    if params is None:
+        raise ValueError("the factors themselves are needed: tx.update(updates, state, params)")

@@ -1,0 +1,69 @@
+"""Steps that do not depend on how a product is shared out between its factors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.linalg import matrices
+from jaxlora.messages import checks
+from jaxlora.weights import paths
+from jaxlora.weights.nodes import Adapter, LoRAWeight
+
+if TYPE_CHECKING:
+    import optax
+from jaxlora.optim.factor_names import check_has_params, init_stateless
+
+
+def precondition(damping: float = 1e-6) -> optax.GradientTransformation:
+    """Precondition the gradient of each factor by the other, a Riemannian metric of the product.
+
+    ``da (b b^T + damping)^-1`` and ``(a^T a + damping)^-1 db`` (Zhang and Pilanci 2024,
+    arXiv:2402.02347, algorithm 1), computed in float32. Up to the damping the step of the product
+    ``a b`` is then the same for any factors of it. It stands before the optimizer.
+
+    Args:
+        damping: added to the diagonal of the two matrices of size (rank, rank), positive.
+
+    Raises:
+        ValueError: damping is not finite and positive; at ``init``, a tree without factors; at
+            ``update``, no params.
+        TypeError: at ``init``, the factors of an NNX module, which do not tell their axes, or
+            factors of which only one is trained.
+    """
+    import optax
+
+    checks.check_number(damping, "damping", "finite and positive")
+
+    def init(params):
+        state = init_stateless(params)
+        nodes = jax.tree.leaves(params, is_leaf=paths.is_node)
+        nodes = [node for node in nodes if isinstance(node, Adapter | LoRAWeight)]
+        if not nodes:
+            raise TypeError("precondition needs Adapters or LoRAWeights, which tell their axes")
+        if not all(hasattr(x, "shape") for node in nodes for x in (node.a, node.b)):
+            raise TypeError("precondition needs both factors: one of them is not trained")
+        return state
+
+    def of(node, gradient):
+        if not isinstance(node, Adapter | LoRAWeight):
+            return gradient
+        base = {"base": of(node.base, gradient.base)} if isinstance(node, LoRAWeight) else {}
+        a, b = matrices.of(node)
+        da, db = matrices.of(gradient)
+        identity = damping * jnp.eye(node.rank)[None]
+        da = jnp.linalg.solve(b @ b.mT + identity, da.mT).mT
+        db = jnp.linalg.solve(a.mT @ a + identity, db)
+        factors = {"a": da, "b": db}
+        shaped = {n: x.reshape(getattr(node, n).shape) for n, x in factors.items()}
+        cast = {n: x.astype(getattr(gradient, n).dtype) for n, x in shaped.items()}
+        return dataclasses.replace(gradient, **base, **cast)
+
+    def update(updates, state, params=None):
+        check_has_params(params)
+        return jax.tree.map(of, params, updates, is_leaf=paths.is_node), state
+
+    return optax.GradientTransformation(init, update)

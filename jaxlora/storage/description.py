@@ -1,0 +1,212 @@
+"""What a checkpoint of adapters says of itself, beside the factors: all that is static of them.
+
+It is JSON in the metadata of the checkpoint. A checksum over it is part of it, because alpha or
+the roles of axes mean other weights when they change, and one over each factor. A description of
+format 1 has no checksum of itself, so each field is checked too.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.storage import checkpoints
+from jaxlora.version import __version__
+from jaxlora.weights import blocks, fingerprints, paths, sharding
+from jaxlora.weights.nodes import FACTORS, Adapter, Adapters, Replacement
+from jaxlora.weights.roles import Roles, factor_axes
+
+VERSION = 2
+_ROLES = {"stack": "stack", "in": "in_", "out": "out"}  # as written, and as fields of `Roles`
+_FACTORS = ("a", "b", "magnitude")
+
+
+def factors(adapters: Adapters) -> dict[str, dict[str, Any]]:
+    """Return what is trained, by path and name."""
+    found = {
+        name: {field: getattr(adapter, field, None) for field in FACTORS}
+        for name, adapter in adapters.items()
+    }
+    return {
+        name: {k: v for k, v in arrays.items() if v is not None} for name, arrays in found.items()
+    }
+
+
+def describe(adapters: Adapters) -> dict[str, Any]:
+    """Return the description of adapters, as JSON has it."""
+    arrays = factors(adapters)
+    about = {
+        "format": checkpoints.ADAPTERS,
+        "format_version": VERSION,
+        "jaxlora": __version__,
+        "targets": list(adapters),
+        "adapters": [_entry(name, adapter, arrays[name]) for name, adapter in adapters.items()],
+        "checksums": fingerprints.checksums(arrays),
+    }
+    return about | {"checksum": _checksum(about)}
+
+
+def _entry(name: str, adapter: Adapter | Replacement, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    entry = {
+        "path": name,
+        "base": {
+            "shape": [int(size) for size in adapter.shape],
+            "dtype": adapter.fingerprint.dtype,
+            "digest": adapter.fingerprint.digest,
+        },
+        "dtypes": {field: str(array.dtype) for field, array in arrays.items()},
+    }
+    if isinstance(adapter, Replacement):
+        rows = None if adapter.rows is None else [int(row) for row in adapter.rows]
+        return entry | {"rows": rows}
+    return entry | {
+        "rank": int(adapter.rank),
+        "alpha": float(adapter.alpha),
+        "roles": {key: list(getattr(adapter.roles, field)) for key, field in _ROLES.items()},
+        "changed": adapter.changed,
+    }
+
+
+def _checksum(about: Mapping[str, Any]) -> str:
+    """Return a hash of all of a description but its ``checksum``, the same in every format."""
+    rest = {key: value for key, value in about.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def checked(about: dict[str, Any]) -> dict[str, Any]:
+    """Return a description that is whole, in the form of the present format.
+
+    Args:
+        about: what was read, of this format or an earlier one.
+
+    Raises:
+        ValueError: it is not as it was written; the message says what is wrong with it.
+    """
+    if "checksum" in about or about.get("format_version") != 1:
+        if about.get("checksum") != _checksum(about):
+            raise ValueError("its description does not have the checksum that it was written with")
+        entries = about["adapters"]
+    else:
+        entries = [_from_format_1(entry) for entry in _list(about, "adapters", dict)]
+    for entry in entries:
+        _check(entry)
+    names = [entry["path"] for entry in entries]
+    if about.get("targets") != names or len(set(names)) < len(names):
+        raise ValueError(f"targets must be the paths of adapters, each once: got {names}")
+    sums = _value(about, "checksums", dict)
+    for entry in entries:
+        found = _value(sums, entry["path"], dict)
+        for field in entry["dtypes"]:
+            _value(found, field, int, f" of {entry['path']!r}")
+    return about | {"adapters": entries}
+
+
+def abstract(entry: dict[str, Any], leaves: Mapping[str, Any]) -> Adapter | Replacement:
+    """Return the adapter that was described: shapes, sharded as their axes of its leaf.
+
+    Args:
+        entry: the description of one adapter, from `checked`.
+        leaves: the leaves of the base by path.
+
+    Raises:
+        ValueError: its path names no part of a weight of its shape.
+    """
+    path, text = blocks.locate(entry["path"], leaves)
+    known = sharding.of(paths.plain(leaves.get(path)))
+    whole = tuple(entry["base"]["shape"])
+    known_base = fingerprints.read(entry["base"]["dtype"], entry["base"]["digest"])
+
+    def array(field, shape, axes):
+        place = sharding.along(known, axes) if known else sharding.default()
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(entry["dtypes"][field]), sharding=place)
+
+    if "roles" not in entry:
+        rows = None if entry["rows"] is None else tuple(entry["rows"])
+        shape = whole if rows is None else (len(rows), *whole[1:])
+        axes = (None if rows else 0, *range(1, len(shape)))[: len(shape)]
+        return Replacement(array("value", shape, axes), whole, known_base, rows)
+    roles = _roles(entry)
+    part = blocks.resolve(text, whole)
+    block = blocks.shape(part, whole)
+    shapes = (*roles.factor_shapes(block, entry["rank"]), roles.magnitude_shape(block))
+    placed = zip(_FACTORS, shapes, factor_axes(roles, part), strict=True)
+    arrays = {f: array(f, shape, axes) for f, shape, axes in placed if f in entry["dtypes"]}
+    static = {"roles": roles, "alpha": entry["alpha"], "changed": entry["changed"]}
+    return Adapter(**arrays, **static, shape=whole, fingerprint=known_base)
+
+
+def _from_format_1(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of one adapter of format 1 as format 2 has it."""
+    names = _FACTORS if "roles" in entry else ("value",)
+    dtypes = _list(entry, "dtypes", str)[: len(names)]
+    entry = entry | {"dtypes": dict(zip(names, dtypes, strict=False))}
+    if "roles" not in entry:
+        return entry
+    roles = _value(entry, "roles", dict)
+    roles = {"in" if key == "in_" else key: axes for key, axes in roles.items()}
+    return {"changed": ""} | entry | {"roles": roles}
+
+
+def _check(entry: dict[str, Any]) -> None:
+    """Raise if a field of the description of one adapter is missing or cannot be."""
+    where = f" of {_value(entry, 'path', str)!r}"
+    base = _value(entry, "base", dict, where)
+    shape = _list(base, "shape", int, where)
+    _value(base, "dtype", (str, type(None)), where)
+    _value(base, "digest", (str, type(None)), where)
+    is_adapter = "roles" in entry
+    dtypes = _value(entry, "dtypes", dict, where)
+    wanted = {"a", "b"} if is_adapter else {"value"}
+    if not wanted <= set(dtypes) <= wanted | ({"magnitude"} if is_adapter else set()):
+        raise ValueError(f"dtypes{where} must be those of its factors: got {dtypes}")
+    for dtype in dtypes.values():
+        if not isinstance(dtype, str) or not _is_dtype(dtype):
+            raise ValueError(f"dtypes{where} must be names of dtypes: got {dtype!r}")
+    if not is_adapter:
+        rows = _list(entry, "rows", int, where) if entry.get("rows", "") is not None else []
+        if not all(0 <= row < (shape or [0])[0] for row in rows):
+            raise ValueError(f"rows{where} must be of a leaf of shape {shape}: got {rows}")
+        return
+    if (rank := _value(entry, "rank", int, where)) < 1:
+        raise ValueError(f"rank{where} must be at least 1: got {rank}")
+    alpha = _value(entry, "alpha", (int, float), where)
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha{where} must be finite and positive: got {alpha}")
+    _value(entry, "changed", str, where)
+    if len([axis for axes in dataclasses.astuple(_roles(entry)) for axis in axes]) != len(shape):
+        raise ValueError(f"roles{where} must name each axis of {shape}: got {entry['roles']}")
+
+
+def _roles(entry: dict[str, Any]) -> Roles:
+    roles = _value(entry, "roles", dict)
+    return Roles(**{field: tuple(_list(roles, key, int)) for key, field in _ROLES.items()})
+
+
+def _is_dtype(name: str) -> bool:
+    try:
+        jnp.dtype(name)
+    except TypeError:
+        return False
+    return True
+
+
+def _value(holder: dict[str, Any], key: str, kind: Any, where: str = "") -> Any:
+    """Return a field of a description, or raise if it is missing or of another type."""
+    if not isinstance(holder, dict) or key not in holder:
+        raise ValueError(f"it has no {key!r}{where}")
+    found = holder[key]
+    if isinstance(found, bool) or not isinstance(found, kind):
+        raise ValueError(f"{key!r}{where} cannot be {found!r}")
+    return found
+
+
+def _list(holder: dict[str, Any], key: str, kind: Any, where: str = "") -> list[Any]:
+    found = _value(holder, key, list, where)
+    if not all(isinstance(value, kind) and not isinstance(value, bool) for value in found):
+        raise ValueError(f"{key!r}{where} cannot be {found!r}")
+    return found

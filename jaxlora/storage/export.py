@@ -1,0 +1,80 @@
+"""Let `jax.export` write functions that take adapted weights: the static parts of nodes as JSON."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from jaxlora.weights.fingerprints import Fingerprint
+from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.quantized import Code, QuantizedWeight
+from jaxlora.weights.roles import Roles
+
+
+def _fields(kind: type, *, static: bool) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind) if bool(f.metadata.get("static")) == static]
+
+
+def _written(values: Iterable[Any]) -> bytes:
+    """Return the static fields of a node, in order."""
+    return json.dumps(list(values), default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Fingerprint):  # unknown: what is exported is called for any base
+        return None
+    return str(value) if isinstance(value, np.dtype) else dataclasses.asdict(value)
+
+
+def _read_weight(data: bytes) -> tuple[Any, ...]:
+    roles, *others = _tuples(json.loads(data))
+    return Roles(**roles), *others
+
+
+def _read_adapter(data: bytes) -> tuple[Any, ...]:
+    roles, alpha, shape, _, changed = _tuples(json.loads(data))
+    return Roles(**roles), alpha, shape, Fingerprint(), changed
+
+
+def _read_replacement(data: bytes) -> tuple[Any, ...]:
+    shape, _, rows = _tuples(json.loads(data))
+    return shape, Fingerprint(), rows
+
+
+def _tuples(value: Any) -> Any:
+    """Return what JSON gives with tuples for its lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _register(kind: type, read: Any) -> None:
+    static, arrays = _fields(kind, static=True), _fields(kind, static=False)
+
+    def build(aux_data, children):
+        fields = dict(zip(static, aux_data, strict=True)) | dict(zip(arrays, children, strict=True))
+        return kind(**fields)
+
+    export.register_pytree_node_serialization(
+        kind,
+        serialized_name=f"jaxlora.{kind.__name__}",
+        serialize_auxdata=_written,
+        deserialize_auxdata=read,
+        from_children=build,
+    )
+
+
+def _read_quantized(data: bytes) -> tuple[Any, ...]:
+    code, dtype, is_packed = _tuples(json.loads(data))
+    return Code(*code), jnp.dtype(dtype), is_packed
+
+
+_register(LoRAWeight, _read_weight)
+_register(QuantizedWeight, _read_quantized)
+_register(Adapter, _read_adapter)
+_register(Replacement, _read_replacement)
+_register(TrainedLeaf, lambda data: _tuples(json.loads(data)))

@@ -1,0 +1,1 @@
+"""What of a program to adapt: the weights that it uses, a user's wishes, and what these choose."""

@@ -1,0 +1,68 @@
+"""What the variables of a program stand for, and when each is read for the last time."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxlora.tracing.jaxprs import compat
+
+
+def values(program: Any) -> dict[Any, Any]:
+    """Return what the variables of a program stand for, for those that select between them.
+
+    Two that stand for one have equal values and equal derivatives: a variable and what stops its
+    gradient stand for two.
+
+    Returns:
+        By variable the first that is computed in the same way, but for selecting between one and
+        the same.
+    """
+    if all(eqn.primitive.name != "select_n" for eqn in program.eqns):
+        return {}
+    found: dict[Any, Any] = {}
+    first: dict[Any, Any] = {}
+    for eqn in program.eqns:
+        has_literal = any(isinstance(atom, compat.Literal) for atom in eqn.invars)
+        if has_literal or eqn.effects or compat.inner_jaxprs(eqn):
+            continue
+        name = eqn.primitive.name
+        inputs = [found.get(atom, atom) for atom in eqn.invars]
+        if name == "select_n" and len({*inputs[1:]}) == 1:
+            found[eqn.outvars[0]] = inputs[1]
+            continue
+        for i, var in enumerate(eqn.outvars):
+            found[var] = first.setdefault((i, name, str(eqn.params), *inputs), var)
+    return found
+
+
+def varying(program: Any) -> dict[Any, tuple[int, ...]]:
+    """Return for the predicates that a program selects by along which dimensions each varies."""
+    selected_by = [eqn.invars[0] for eqn in program.eqns if eqn.primitive.name == "select_n"]
+    if not selected_by:
+        return {}
+    makers = {var: eqn for eqn in program.eqns for var in eqn.outvars}
+    found = {}
+    for which in selected_by:
+        if isinstance(which, compat.Literal):
+            continue
+        maker = makers.get(which)
+        found[which] = tuple(range(which.aval.ndim))
+        if maker is not None and maker.primitive.name == "broadcast_in_dim":
+            kept = zip(
+                maker.params["broadcast_dimensions"], maker.invars[0].aval.shape, strict=True
+            )
+            found[which] = tuple(d for d, size in kept if size != 1)
+    return found
+
+
+def last_uses(eqns: Sequence[Any], outvars: Sequence[Any]) -> dict[int, list[Any]]:
+    """Return the variables that no later equation reads, by index of equation."""
+    kept = {atom for atom in outvars if not isinstance(atom, compat.Literal)}
+    last = {}
+    for i, eqn in enumerate(eqns):
+        for atom in (*eqn.invars, *eqn.outvars):
+            if not isinstance(atom, compat.Literal) and atom not in kept:
+                last[atom] = i
+    by_index: dict[int, list[Any]] = {}
+    for var, i in last.items():
+        by_index.setdefault(i, []).append(var)
+    return by_index

@@ -1,0 +1,1 @@
+"""What an evaluation computes with beside arrays: low-rank weights and values made later."""

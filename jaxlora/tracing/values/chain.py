@@ -1,0 +1,252 @@
+"""A product of two arrays by the names of their axes, as one product of matrices.
+
+The factors of an adapter are skinny, and what their product costs is moving the activations.
+XLA on CPU transposes and recomputes whole 3-D activations for the backward of a skinny product;
+with all tokens flattened into one axis it does not. So every product here is flattened to
+``(batch, m, k) x (batch, k, n)``, whatever the axes of the program.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlora.tracing.values import placement
+from jaxlora.weights.nodes import merge_dtype
+
+Name = Hashable
+CHECKPOINT_NAME = "lora"
+
+
+def contract(
+    x: Any,
+    x_names: Sequence[Name],
+    y: Any,
+    y_names: Sequence[Name],
+    out_names: Sequence[Name],
+    precision: Any = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Return the sum over every name that both arrays have and the output does not.
+
+    Args:
+        x: array with one axis for each of x_names.
+        x_names: names of its axes, all different.
+        y: array with one axis for each of y_names.
+        y_names: names of its axes, all different.
+        out_names: names of the axes of the result; every name that only one array has is among
+            them.
+        precision: as in `jax.lax.dot_general`.
+        dtype: dtype of the result and, where the platform has it, of the sum.
+
+    Returns:
+        Array with one axis for each of out_names.
+
+    >>> import jax.numpy as jnp
+    >>> x, a = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
+    >>> contract(x, "bti", a, "ir", "rbt").shape
+    (5, 2, 3)
+    """
+    if placement.product_sharding([(x, x_names), (y, y_names)], out_names) is not None:
+        return _contract_in_place(x, x_names, y, y_names, out_names, precision, dtype)
+    sizes = dict(zip((*x_names, *y_names), (*x.shape, *y.shape), strict=True))
+    batch = [n for n in x_names if n in y_names and n in out_names]
+    summed = [n for n in x_names if n in y_names and n not in out_names]
+    x_free = [n for n in x_names if n not in y_names]
+    y_free = [n for n in y_names if n not in x_names]
+
+    def flat(array, names, *groups):
+        order = [names.index(n) for group in groups for n in group]
+        shape = [math.prod(sizes[n] for n in group) for group in groups]
+        return array.transpose(order).reshape(shape if batch else shape[1:])
+
+    lead = 1 if batch else 0
+    numbers = (((lead + 1,), (lead,)), ((0,), (0,)) if batch else ((), ()))
+    product = jax.lax.dot_general(
+        flat(x, list(x_names), batch, x_free, summed),
+        flat(y, list(y_names), batch, summed, y_free),
+        numbers,
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+    names = [*batch, *x_free, *y_free]
+    product = product.reshape([sizes[n] for n in names])
+    return jnp.transpose(product, [names.index(n) for n in out_names])
+
+
+def _contract_in_place(
+    x: Any, x_names: Any, y: Any, y_names: Any, out_names: Any, precision: Any, dtype: Any
+) -> jax.Array:
+    """Return what `contract` does, on a mesh with Explicit axes, where no axis can be joined."""
+    batch = [n for n in x_names if n in y_names and n in out_names]
+    summed = [n for n in x_names if n in y_names and n not in out_names]
+    names = [*batch, *(n for n in (*x_names, *y_names) if n not in (*batch, *summed))]
+    numbers = [
+        [list(of).index(n) for n in group] for group in (summed, batch) for of in (x_names, y_names)
+    ]
+    product = jax.lax.dot_general(
+        x,
+        y,
+        ((numbers[0], numbers[1]), (numbers[2], numbers[3])),
+        precision=precision,
+        preferred_element_type=dtype,
+        out_sharding=placement.product_sharding([(x, x_names), (y, y_names)], names),
+    )
+    return jnp.transpose(product, [names.index(n) for n in out_names])
+
+
+def scaled_along(
+    x: Any,
+    names: Sequence[Sequence[Name]],
+    sizes: Sequence[Sequence[int]],
+    vector: Any,
+    vector_names: Sequence[Name],
+) -> jax.Array:
+    """Return an array times another of some of its axes, in float32 or wider and rounded once.
+
+    Args:
+        x: an array.
+        names: names of what each dimension of it is made of.
+        sizes: their sizes.
+        vector: array with one axis for each of vector_names.
+        vector_names: names of its axes, all among those of x.
+    """
+    flat = [name for dim in names for name in dim]
+    order = sorted(range(len(vector_names)), key=lambda i: flat.index(vector_names[i]))
+    rest = [i for i, name in enumerate(flat) if name not in vector_names]
+    pieces, dtype = placement.reshape(x, sizes), merge_dtype(x.dtype)
+    factor = placement.beside(jnp.expand_dims(vector.transpose(order), rest), pieces)
+    return placement.like((pieces.astype(dtype) * factor.astype(dtype)).astype(x.dtype), x)
+
+
+@jax.custom_jvp
+def _rows(factor: jax.Array) -> jax.Array:
+    """Return a factor with its rank axis first.
+
+    So its gradient is a product of shape (rank, in), which the CPU computes faster than (in, rank);
+    without the barrier, which the gradient alone meets, the compiler makes the one of the other.
+    """
+    return jnp.moveaxis(factor, -1, 0)
+
+
+def _tangent_rows(tangent: jax.Array) -> jax.Array:
+    return jax.lax.optimization_barrier(jnp.moveaxis(tangent, -1, 0))
+
+
+@_rows.defjvp
+def _rows_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _rows(*primals), _tangent_rows(*tangents)
+
+
+@jax.custom_vjp
+def told(y: jax.Array, h: jax.Array) -> jax.Array:
+    """Return y; backwards, give h the cotangent h, whatever that of y is.
+
+    With ``h = x a`` the gradient of ``a`` is then that of ``|x a|² / 2``, which is ``(x^T x) a``.
+    """
+    del h
+    return y
+
+
+told.defvjp(lambda y, h: (y, h), lambda h, cotangent: (cotangent, h))
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How a product with factors is computed.
+
+    Attributes:
+        precision: as in `jax.lax.dot_general`.
+        dtype: dtype of the products.
+        factor_dtype: what the factors are cast to.
+        is_named: the rank-sized product has a name, `CHECKPOINT_NAME`, for policies of
+            `jax.checkpoint`.
+        tangent: position of the factor that is a tangent, if one is; of the first, the rank-sized
+            product is one too.
+    """
+
+    precision: Any
+    dtype: Any
+    factor_dtype: Any
+    is_named: bool
+    tangent: int | None = None
+
+    def rows(self, position: int, factor: jax.Array) -> jax.Array:
+        """Return the factor of a position with its rank axis first."""
+        return (_tangent_rows if self.tangent == position else _rows)(factor)
+
+
+def scaled(factor: jax.Array, scale: float, dtype: Any) -> jax.Array:
+    """Return a factor scaled as it is stored, or in float32 if that is wider, and then cast."""
+    if scale == 1:
+        return factor.astype(dtype)
+    return (factor.astype(merge_dtype(dtype)) * scale).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("names", "scales", "how"), inline=True)
+def narrow(
+    x: Any,
+    firsts: Sequence[Any],
+    *,
+    names: tuple[tuple[Name, ...], ...],
+    scales: tuple[float, ...],
+    how: How,
+) -> Sequence[jax.Array]:
+    """Return the rank-sized products of x and each of some scaled factors, made as one product.
+
+    The scaling, if any, and the copy with the rank first are one operation.
+
+    Args:
+        x: the input, which is read once.
+        firsts: factors whose axes have the same names and, but for the last, the rank, sizes.
+        names: names of the axes of x, of each factor and of each result.
+        scales: of each factor.
+        how: how it is computed.
+    """
+    x_names, first_names, h_names = names
+    rank_first = (first_names[-1], *first_names[:-1])
+    pairs = zip(firsts, scales, strict=True)
+    rows = [scaled(how.rows(0, first), scale, how.factor_dtype) for first, scale in pairs]
+    whole = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
+    h = contract(x, x_names, whole, rank_first, h_names, how.precision, how.dtype)
+    h = checkpoint_name(h, CHECKPOINT_NAME) if how.is_named and how.tangent != 0 else h
+    return jax.lax.split(h, [len(row) for row in rows], h_names.index(first_names[-1]))
+
+
+@functools.partial(jax.jit, static_argnames=("names", "scales", "how"), inline=True)
+def chain(
+    x: Any,
+    first: Any,
+    second: Any,
+    *,
+    names: tuple[tuple[Name, ...], ...],
+    scales: tuple[float, float],
+    how: How,
+) -> jax.Array:
+    """Return x times two factors; no array of the size of ``first @ second`` is made on the way.
+
+    It is traced and differentiated once for all sites of equal shapes.
+
+    Args:
+        x: the input.
+        first: the factor that takes x to the rank, or None where x is that product already.
+        second: the other factor.
+        names: names of the axes of x, of first, of the rank-sized product, of second and of the
+            result.
+        scales: of first and second.
+        how: how it is computed.
+    """
+    _, _, h_names, second_names, out_names = names
+    h = x
+    if first is not None:
+        (h,) = narrow(x, [first], names=names[:3], scales=scales[:1], how=how)
+    rows = scaled(how.rows(1, second), scales[1], how.factor_dtype)
+    rank_first = (second_names[-1], *second_names[:-1])
+    return contract(
+        h.astype(rows.dtype), h_names, rows, rank_first, out_names, how.precision, how.dtype
+    )

@@ -1,0 +1,178 @@
+"""Put fresh adapters on the weights of a program."""
+
+import dataclasses
+import math
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.initializers import FromWeight, LoftQ, from_rounding, residual
+from jaxlora.initializers.registry import NAMED
+from jaxlora.messages import checks
+from jaxlora.targets.config import LoRAConfig
+from jaxlora.targets.selection import select, select_whole
+from jaxlora.targets.sites import Site, find_sites
+from jaxlora.targets.skipped import warn_of_skipped
+from jaxlora.targets.stacking import with_stacks
+from jaxlora.weights import blocks, paths, placed, quantized, tree_checks
+from jaxlora.weights.magnitude import norms
+from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
+from jaxlora.weights.roles import factor_axes
+from jaxlora.weights.target import Target
+
+_ORDER = "init(key, fn, params, *args, config=config)"
+
+
+def init(
+    key: jax.Array,
+    fn: Callable[..., Any],
+    params: Any,
+    /,
+    *args: Any,
+    config: LoRAConfig,
+    **kwargs: Any,
+) -> Any:
+    """Return the parameters with a fresh `LoRAWeight` at each target; the output does not change.
+
+    ``b`` is zero and ``a`` is drawn from the key of its path, so the same key gives the same
+    adapters and one more target changes no other. An initializer that starts from the weight takes
+    the first product out of the base, one weight at a time; one that makes up for quantizing makes
+    the codes anew, and the output is nearer to that of the weights as they were. The factors of a
+    sharded weight are sharded as its axes that they carry, with equal values, and drawn where they
+    live.
+
+    Args:
+        key: random key.
+        fn: the function that uses the parameters, as ``model.apply``; it is traced, not run.
+        params: its first argument, arrays or `jax.ShapeDtypeStruct`.
+        *args: its other arguments, or their shapes.
+        config: what to adapt and how.
+        **kwargs: its keyword arguments, but for one named ``config``.
+
+    Warns:
+        SkippedWeightWarning: the targets leave out weights of two or more axes; once, with the
+            reason for each.
+
+    Returns:
+        The same tree with ``LoRAWeight(base, a, b)`` at the targets: ``a`` of shape
+        ``(*stack, *in, rank)``, ``b`` of shape ``(*stack, rank, *out)``, in ``config.dtype``.
+
+    Raises:
+        ValueError: params is adapted already or empty, has two leaves of one path, or the targets
+            do not fit the program (see `LoRAConfig`); the initializer starts from the weights,
+            and they are shapes or not finite; magnitudes and leaves to train, of shapes.
+        TypeError: key is no random key, fn no function, params no tree of arrays, or config no
+            `LoRAConfig`; the initializer cannot be called as it has to be.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["up"] @ params["down"], jnp.ones((2, 4))
+    >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
+    >>> config = jaxlora.LoRAConfig(rank=2, alpha=4, targets=("up",))
+    >>> jaxlora.init(jax.random.key(0), model, params, x, config=config)["up"]
+    LoRAWeight(base=(4, 8), a=(4, 2), b=(2, 8), alpha=4)
+    """
+    checks.check_key(key, _ORDER)
+    checks.check_function(fn, _ORDER)
+    checks.check_config(config, LoRAConfig)
+    tree_checks.check_plain(tree_checks.check_tree(params, _ORDER), "init")
+    leaves, treedef = paths.flatten(params)
+    sites = with_stacks(find_sites(fn, params, *args, **kwargs), config.stack)
+    for target in select(config, sites):
+        path = target.path
+        leaves[path] = _fresh(key, sites[path], target, leaves[path], config)
+        if config.magnitude:
+            leaves[path] = _with_magnitude(path, leaves[path])
+    for path, rows in select_whole(config, leaves).items():
+        leaf, now = leaves[path], quantized.values(leaves[path])
+        value = jnp.array(now) if rows is None else jnp.asarray(now)[jnp.array(rows)]
+        leaves[path] = TrainedLeaf(leaf, value, rows)
+    adapted = treedef.unflatten(leaves.values())
+    warn_of_skipped(config, sites, adapted)
+    return adapted
+
+
+def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRAConfig) -> LoRAWeight:
+    _, part, rank, alpha = target
+    whole = blocks.shape(part, site.shape)
+    stack, in_, _ = site.roles.sizes(whole)
+    initializer = config.initializer
+    if isinstance(initializer, str):
+        initializer = NAMED[initializer]
+    shape, key = (math.prod(in_), rank), paths.random_key(key, blocks.name(site.path, part))
+    if isinstance(initializer, FromWeight):
+        return residual.take_out(key, target, base, site.roles, initializer, config.dtype)
+    if isinstance(initializer, LoftQ):
+        return from_rounding.start(target, base, site.roles, initializer, config.dtype)
+    _check_initializer(initializer, key, shape, config.dtype, site.path)
+    factors = _Factors(
+        types.MethodType(_call, initializer),  # hashable, whatever the initializer is
+        math.prod(stack),
+        shape,
+        config.dtype,
+        site.roles.factor_shapes(whole, rank),
+    )
+    axes = factor_axes(site.roles, part)[:2]
+    a, b = placed.make(_draw, factors, key, paths.plain(base), axes)
+    return LoRAWeight(base, a, b, site.roles, alpha, part)
+
+
+def _check_initializer(
+    initializer: Callable[..., Any], key: jax.Array, shape: tuple[int, int], dtype: Any, path: str
+) -> None:
+    """Raise if an initializer does not return an array of the shape and dtype asked for."""
+    try:
+        made = jax.eval_shape(lambda key: initializer(key, shape, dtype), key)
+    except TypeError as error:
+        raise TypeError(
+            f"the initializer cannot be called as initializer(key, {shape}, dtype), as "
+            f"{path!r} needs: {error}"
+        ) from error
+    if not isinstance(made, jax.ShapeDtypeStruct):
+        got = checks.shown(made)
+    elif made.shape != shape or made.dtype != dtype:
+        got = f"{made.dtype} of shape {made.shape}"
+    else:
+        return
+    raise ValueError(
+        f"the initializer must return {dtype} of shape {shape} for {path!r}: got {got}"
+    )
+
+
+def _with_magnitude(path: str, node: LoRAWeight) -> LoRAWeight:
+    """Return a node with the norms of its columns as they are, so that its output stays."""
+    plain = node.plain
+    if not hasattr(quantized.stand_in(plain), "__array__"):
+        raise ValueError(f"a magnitude starts from values: {path!r} is {plain}")
+    axes = factor_axes(node.roles, node.part)
+    (magnitude,) = placed.run(_norms, None, (node,), plain, axes[2:])
+    return dataclasses.replace(node, magnitude=magnitude)
+
+
+def _norms(node: LoRAWeight, static: None) -> tuple[jax.Array]:
+    del static
+    return (norms(node),)
+
+
+class _Factors(NamedTuple):
+    """What has to be known to draw the factors of one weight."""
+
+    initializer: Callable[..., jax.Array]
+    entries: int
+    shape: tuple[int, int]
+    dtype: Any
+    factor_shapes: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _call(fn: Callable[..., Any], *args: Any) -> Any:
+    return fn(*args)
+
+
+def _draw(key: jax.Array, factors: _Factors) -> tuple[jax.Array, jax.Array]:
+    """Return ``a``, each entry of the stack from a key of its own, and ``b``, zero."""
+    a_shape, b_shape = factors.factor_shapes
+    keys = jax.random.split(key, factors.entries)
+    a = jax.vmap(lambda key: factors.initializer(key, factors.shape, factors.dtype))(keys)
+    return a.reshape(a_shape), jnp.zeros(b_shape, factors.dtype)

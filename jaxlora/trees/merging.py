@@ -1,0 +1,206 @@
+"""Fold the product of the factors into the weights, and take it out again."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxlora.messages import checks
+from jaxlora.trees.binding import nodes_over
+from jaxlora.weights import blocks, modules, paths, placed, quantized, sharding, tree_checks
+from jaxlora.weights.magnitude import merged
+from jaxlora.weights.nodes import Adapter, Adapters, LoRAWeight, TrainedLeaf, merge_dtype, scaling
+from jaxlora.weights.quantized import QuantizedWeight
+
+
+def merge(
+    params: Any, *, with_error: bool = False, donate: bool = False, requantize: bool = False
+) -> Any:
+    """Fold the product of the factors into the weights.
+
+    ``W = round(base + scaling * a b)``, summed in float32 (float64 for a float64 base) and rounded
+    once to the dtype of the base. A weight with a magnitude is scaled to it before, one that is
+    quantized dequantized.
+
+    Args:
+        params: a tree with `LoRAWeight` nodes.
+        with_error: also return the rounding error made.
+        donate: give up each adapted weight of params as soon as it is merged, so that no more
+            than one is in memory twice. Their arrays are deleted, as those that are donated to a
+            function under `jax.jit`, also where an error is raised.
+        requantize: quantize weights that were quantized again, as they were, but for those that
+            are trained themselves; else all becomes plain.
+
+    Returns:
+        A plain tree with the structure, shapes and dtypes of the base. With ``with_error`` a
+        pair of it and a dict from path to the largest absolute rounding error, a float32 scalar.
+
+    Raises:
+        TypeError: params is adapters alone, or a `jaxlora.nnx.Adapted`, which `jaxlora.nnx.merge`
+            takes; a flag is no bool.
+        ValueError: no leaf is adapted, or a merged weight is not finite. Under `jax.jit` values
+            are unknown, and finiteness is not checked.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
+    >>> jax.tree.map(jnp.shape, jaxlora.merge(params))
+    {'w': (4, 3)}
+    """
+    flags = {"with_error": with_error, "donate": donate, "requantize": requantize}
+    for name, flag in flags.items():
+        checks.check_flag(flag, name)
+    leaves, treedef = tree_checks.flatten_adapted(
+        params,
+        "use jaxlora.nnx.merge(adapted)",
+        "merge needs a tree with adapted weights; put them together: merge(bind(base, adapters))",
+    )
+    errors = {}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, LoRAWeight):
+            how = {"donate": donate, "requantize": requantize}
+            leaves[path], errors[path] = _fold(path, leaf, 1, **how)
+        elif isinstance(leaf, QuantizedWeight) and not requantize:
+            leaves[path] = jax.jit(quantized.values)(leaf)
+        elif isinstance(leaf, TrainedLeaf):
+            leaves[path] = _finite(path, leaf.now)
+    plain = treedef.unflatten(leaves.values())
+    return (plain, errors) if with_error else plain
+
+
+def unmerge(plain: Any, adapters: Adapters, *, check_base: bool = True) -> Any:
+    """Take the product of the factors out of merged weights again.
+
+    What that leaves has to be the base that the adapters were made for: weights into which they
+    were not merged, or of which they were taken out already, are refused. Values are compared
+    where they are known, and not under `jax.jit`; see `jaxlora.bind`.
+
+    Args:
+        plain: a tree from `merge`.
+        adapters: the factors that were merged, by path.
+        check_base: False takes them out of any weights of their shapes.
+
+    Returns:
+        The base, within the rounding of its dtype.
+
+    Raises:
+        TypeError: plain is no tree of weights, a value of adapters no `Adapter`, or check_base no
+            bool.
+        ValueError: a path is not in plain or has another shape, a result is not finite or not the
+            base, or what was is lost: the norm that a magnitude was divided by, a leaf that was
+            trained whole, what quantizing has rounded.
+
+    >>> import jax, jax.numpy as jnp, jaxlora
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
+    >>> _, adapters = jaxlora.split(params)
+    >>> jaxlora.unmerge(jaxlora.merge(params), adapters)["w"].shape
+    (4, 3)
+    """
+    modules.refuse_adapted("plain", plain, "use what jaxlora.nnx.merge(adapted) returned")
+    checks.check_flag(check_base, "check_base")
+    leaves, treedef = paths.flatten(plain)
+    tree_checks.check_leaves(leaves, plain, "unmerge(plain, adapters)", "plain")
+    before = dict(leaves)
+    for path, node in nodes_over(leaves, adapters, check_base=False).items():
+        lost = "leaf" if isinstance(node, TrainedLeaf) else "magnitude"
+        if isinstance(node, TrainedLeaf) or node.has_magnitude:
+            raise ValueError(f"the {lost} of {path!r} cannot be unmerged: keep the base instead")
+        if isinstance(node.plain, QuantizedWeight):
+            raise ValueError(f"{path!r} is quantized and cannot be unmerged: keep the base instead")
+        leaves[path], _ = _fold(path, node, -1)
+    for name, adapter in adapters.items() if check_base else ():
+        path, _ = blocks.locate(name, leaves)
+        _check_undone(name, leaves[path], before[path], adapter)
+    return treedef.unflatten(leaves.values())
+
+
+def _check_undone(name: str, base: Any, merged: Any, adapter: Adapter) -> None:
+    """Raise if what was left of a merged weight is known not to be the base of an adapter."""
+    arrays = base, adapter.a, adapter.b
+    if any(isinstance(x, Tracer) for x in arrays):
+        return
+    a, b = (float(jnp.max(jnp.abs(x), initial=0)) for x in (adapter.a, adapter.b))
+    largest = adapter.rank * abs(scaling(adapter.alpha, adapter.rank)) * a * b
+    noise = float(jnp.finfo(merge_dtype(base.dtype)).eps) * largest
+    if not adapter.fingerprint.is_undone(base, merged, noise):
+        raise ValueError(
+            f"the adapters of {name!r} were not merged into this weight: what is left without them "
+            "is not their base; they were taken out already, or others were merged; "
+            "check_base=False takes them out of any weight of their shape"
+        )
+
+
+def _fold(
+    path: str, node: LoRAWeight, sign: int, *, donate: bool = False, requantize: bool = False
+) -> tuple[Any, Any]:
+    """Return ``base + sign * delta`` and its rounding error; raise if it is not finite."""
+    plain, dtype = node.plain, node.dtype
+    is_quantized = isinstance(plain, QuantizedWeight)
+    if requantize and is_quantized:
+        axes = (
+            sharding.even_axes(plain, plain),
+            (),
+            dict.fromkeys(("sum", *_arrays(plain, node)), ()),
+        )
+        folded, error, finite = placed.run(
+            _folded_again, sign, (plain, node.over(None)), plain, axes
+        )
+    else:
+        run = jax.jit(
+            _folded,
+            static_argnums=2,
+            out_shardings=(sharding.of(plain), None, None),
+            donate_argnums=0 if donate and not is_quantized else (),
+        )
+        folded, error, finite = run(plain, node.over(None), sign)
+    if donate and is_quantized:  # of other shapes than the result, which cannot take their place
+        jax.tree.map(lambda x: None if isinstance(x, Tracer) else x.delete(), plain)
+    if not isinstance(finite["sum"], Tracer) and not finite["sum"]:
+        what = "merged" if sign > 0 else "unmerged"
+        found = [name for name in finite if name != "sum" and not finite[name]]
+        where = f"{' and '.join(found)} hold NaN or inf" if found else f"it overflows {dtype}"
+        raise ValueError(f"the {what} weight {path!r} is not finite: {where}")
+    return folded, error
+
+
+def _finite(path: str, value: Any) -> Any:
+    """Return the value of a leaf that was trained whole, or raise if it is not finite."""
+    if not isinstance(value, Tracer) and not jnp.isfinite(value).all():
+        raise ValueError(f"the trained leaf {path!r} is not finite: it holds NaN or inf")
+    return value
+
+
+def _folded_again(plain: Any, nodes: LoRAWeight, sign: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Return what `_folded` does, quantized as the base."""
+    return _folded(plain, nodes, sign, round_as=lambda exact: quantized.again(exact, plain))
+
+
+def _folded(
+    plain: Any, nodes: LoRAWeight, sign: int, round_as: Callable[[Any], Any] | None = None
+) -> tuple[Any, Any, dict[str, Any]]:
+    base = quantized.values(plain)
+    node = nodes.over(base)
+    exact = merged(node) if sign > 0 else base.astype(merge_dtype(node.dtype)) - node.delta()
+    folded = exact.astype(node.dtype) if round_as is None else round_as(exact)
+    rounded = quantized.values(folded)
+    error = jnp.max(jnp.abs(exact - rounded.astype(exact.dtype)))
+    arrays = {"sum": [rounded], **_arrays(base, node)}
+    return folded, error, {n: _all_finite(found) for n, found in arrays.items()}
+
+
+def _arrays(base: Any, node: LoRAWeight) -> dict[str, list[Any]]:
+    """Return the arrays that a merged weight is computed from, by name."""
+    factors = ("a", "b", "magnitude")
+    found = {name: [getattr(layer, name) for layer in node.layers] for name in factors}
+    return {"base": [base]} | {n: arrays for n, arrays in found.items() if arrays[0] is not None}
+
+
+def _all_finite(arrays: Sequence[Any]) -> Any:
+    """Tell whether all elements are finite: by the largest of each row, a loop that vectorizes."""
+    rows = [jnp.max(jnp.abs(array), axis=-1, initial=0) for array in arrays]
+    return jnp.all(jnp.stack([jnp.isfinite(largest).all() for largest in rows]))

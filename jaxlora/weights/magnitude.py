@@ -1,0 +1,106 @@
+"""The magnitude of an adapted weight, which DoRA trains beside the factors.
+
+Weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv:2402.09353) has a magnitude ``m`` for
+each column of a weight, of shape ``(*stack, *out)``. With the norm over the in axes::
+
+    W = m * V / norm(V)    where    V = base + scaling * a b
+
+No gradient goes through the norm (section 4.3).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.weights import blocks, quantized, sharding
+from jaxlora.weights.nodes import LoRAWeight, merge_dtype
+from jaxlora.weights.quantized import QuantizedWeight
+from jaxlora.weights.roles import Roles
+
+
+def norms(weight: LoRAWeight) -> jax.Array:
+    """Return the norm of each column of ``base + scaling * a b``, which is not formed.
+
+    A column of it has the squared norm ``|w|² + 2 s (w^T a) b + s² b^T (a^T a) b``, with products
+    of the size of the rank alone.
+
+    Args:
+        weight: a node for a whole weight or for entries of its stack.
+
+    Returns:
+        Array ``(*stack, *out)`` of what the node is for, float32 or wider.
+    """
+    weight = _cut(weight)
+    roles, dtype = weight.roles, merge_dtype(weight.dtype)
+    if isinstance(weight.base, QuantizedWeight) and 0 in roles.stack:  # one entry at a time
+        return jax.lax.map(lambda entry: norms(_entry(entry, roles)), weight)
+    base, a, b = (x.astype(dtype) for x in (quantized.values(weight.base), weight.a, weight.b))
+    rank, other = len(weight.shape), len(weight.shape) + 1  # the next free names of axes
+    columns = (*roles.stack, *roles.out)
+    names = {"a": (*roles.stack, *roles.in_, rank), "b": (*roles.stack, rank, *roles.out)}
+    typed = sharding.explicit(weight.base)
+
+    def product(x, x_names, y, y_names, out):
+        kept = [None if name >= rank else name for name in out]
+        placed = None if typed is None else sharding.along(typed, tuple(kept))
+        how: Any = {"precision": jax.lax.Precision.HIGHEST, "out_sharding": placed}
+        return jnp.einsum(x, [*x_names], y, [*y_names], [*out], **how)
+
+    every = range(len(weight.shape))
+    crossed = product(a, names["a"], base, every, names["b"])
+    gram = product(a, names["a"], a, (*names["a"][:-1], other), (*roles.stack, rank, other))
+    of_b = product(
+        gram, (*roles.stack, other, rank), b, names["b"], (*roles.stack, other, *roles.out)
+    )
+    summed = (2 * weight.scaling * crossed + weight.scaling**2 * of_b) * b
+    squared = jnp.square(base).sum(roles.in_)
+    squared = squared.transpose([sorted(columns).index(axis) for axis in columns])
+    return jnp.sqrt(jnp.maximum(squared + summed.sum(len(roles.stack)), 0))
+
+
+def _cut(weight: LoRAWeight) -> LoRAWeight:
+    """Return the node of what a node is for alone: of the entries of a stack, if it is for some."""
+    index = blocks.slices(weight.part)
+    base = jax.tree.map(lambda x: x[index], weight.plain) if index else weight.plain
+    return dataclasses.replace(weight, base=base, part=None, dropout_keys=None)
+
+
+def _entry(weight: LoRAWeight, roles: Roles) -> LoRAWeight:
+    """Return the node of one entry along the first axis, a stack, of a weight of these roles."""
+    left = (
+        tuple(axis - 1 for axis in group if axis) for group in (roles.stack, roles.in_, roles.out)
+    )
+    return dataclasses.replace(weight, roles=Roles(*left))
+
+
+def gain(weight: LoRAWeight) -> jax.Array:
+    """Return ``m / norm(V)``, ``(*stack, *out)``, 1 where a column is zero or has no magnitude.
+
+    Args:
+        weight: a node of a weight with magnitudes, the outermost.
+    """
+    gains = [_own_gain(node) for node in weight.layers if node.magnitude is not None]
+    return functools.reduce(jnp.multiply, gains)  # no column is in two of them
+
+
+def _own_gain(node: LoRAWeight) -> jax.Array:
+    norm = norms(jax.lax.stop_gradient(node))
+    magnitude = node.magnitude.astype(norm.dtype)
+    own = jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
+    around = blocks.padding(node.part, node.shape)
+    columns = (*node.roles.stack, *node.roles.out)
+    return jnp.pad(own, [around[axis] for axis in columns], constant_values=1)
+
+
+def merged(weight: LoRAWeight) -> jax.Array:
+    """Return the weight in effect, ``base + delta`` times its gain, in float32 or wider."""
+    total = quantized.values(weight.plain).astype(merge_dtype(weight.dtype)) + weight.delta()
+    if not weight.has_magnitude:
+        return total
+    roles, factor = weight.roles, gain(weight)
+    columns = (*roles.stack, *roles.out)
+    factor = factor.transpose([columns.index(axis) for axis in sorted(columns)])
+    return total * jnp.expand_dims(factor, roles.in_)

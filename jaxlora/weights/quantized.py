@@ -1,0 +1,211 @@
+"""The node that stands for a quantized weight: few bits for each element, a scale for each block.
+
+A block is a run of elements along one axis. With the codes ``q`` and their meaning, which is the
+code itself for integers and a quantile of the normal distribution for NF4 (Dettmers et al. 2023,
+arXiv:2305.14314, section 3)::
+
+    W = scale[block] * meaning(q)
+
+Quantized doubly, the logarithms of the scales less their mean along the axis are codes of eight
+bits themselves, so that no scale, however small beside others, is off by more than a share of it.
+The codes and scales are those of qwix, which is imported where they are made or read.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+
+from jaxlora.weights.opaque import Opaque
+
+Kind = Literal["int8", "int4", "nf4"]
+_meta = {"static": True}
+_SCALES_PER_BLOCK = 256
+
+
+class Code(NamedTuple):
+    """How a weight is quantized.
+
+    Attributes:
+        kind: what the codes are.
+        block_size: the most elements that share a scale.
+        double: quantize the scales too.
+    """
+
+    kind: Kind
+    block_size: int
+    double: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight(Opaque):
+    """A frozen weight in few bits, in the place of the leaf it was made of.
+
+    It is a pytree node; `jaxlora.lora` makes functions accept it where they take an array, and
+    makes it one where it is used. Its arrays have the axes of the weight, in full but for the one
+    along which its blocks lie.
+
+    Attributes:
+        codes: int8, or uint8 with two codes of four bits in each, neighbours along the axis: the
+            first in its lower bits.
+        scale: of each block, float32; quantized doubly, int8 codes of ``log(scale) - offset``.
+        step: the scale of those codes, or None.
+        offset: the mean of those logarithms along the axis, or None.
+        code: how it is quantized.
+        dtype: dtype of the weight, in which it is used.
+        is_packed: whether there are two codes in each.
+    """
+
+    instead = "call the function as jaxlora.lora(fn), or use jaxlora.dequantize(params)"
+
+    codes: Any
+    scale: Any
+    step: Any
+    offset: Any
+    code: Code = dataclasses.field(metadata=_meta)
+    dtype: Any = dataclasses.field(metadata=_meta)
+    is_packed: bool = dataclasses.field(metadata=_meta)
+
+    @property
+    def axis(self) -> int:
+        """The axis along which its blocks lie."""
+        sizes = zip(self.codes.shape, self.scale.shape, strict=True)
+        return next((i for i, (size, count) in enumerate(sizes) if size != count), 0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        sizes = [*self.codes.shape]
+        if self.is_packed:
+            sizes[self.axis] *= 2
+        return tuple(sizes)
+
+    @property
+    def ndim(self) -> int:
+        """Number of its axes."""
+        return len(self.codes.shape)
+
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the weight, and on a mesh with Explicit axes its sharding."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=_typed(self))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    def __repr__(self):
+        shape = self.shape if hasattr(self.codes, "shape") else self.codes
+        return f"QuantizedWeight({self.code.kind}, {shape}, {self.dtype})"
+
+
+def values(weight: Any) -> Any:
+    """Return what a quantized weight stands for, in its dtype; anything else as it is."""
+    return dequantized(weight).astype(weight.dtype) if _is_quantized(weight) else weight
+
+
+def stand_in(weight: Any) -> Any:
+    """Return an array with the sharding of a weight, and if traced its shape, of other values."""
+    if not _is_quantized(weight):
+        return weight
+    is_smaller = weight.is_packed and isinstance(weight.codes, Tracer)
+    return jnp.concatenate([weight.codes] * 2, weight.axis) if is_smaller else weight.codes
+
+
+def _is_quantized(weight: Any) -> bool:
+    return isinstance(weight, QuantizedWeight)
+
+
+def level(weight: QuantizedWeight) -> jax.Array:
+    """Return the mean of the logarithms of the scales, a scalar."""
+    return jnp.mean(jnp.log(weight.scale) if weight.offset is None else weight.offset)
+
+
+def _typed(weight: QuantizedWeight) -> Any:
+    """Return the sharding in the type of the codes on a mesh with Explicit axes, else None."""
+    found = jax.typeof(weight.codes).sharding if isinstance(weight.codes, jax.Array) else None
+    return found if found and found.mesh.explicit_axes else None
+
+
+def dequantized(weight: QuantizedWeight) -> jax.Array:
+    """Return what a quantized weight stands for, in float32."""
+    if (typed := _typed(weight)) is None:
+        return _dequantized(weight)
+    automatic: Any = jax.sharding.auto_axes(_dequantized, out_sharding=typed)
+    return automatic(weight)
+
+
+def _dequantized(weight: QuantizedWeight) -> jax.Array:
+    codes, scale = weight.codes, weight.scale
+    if weight.step is not None:
+        scale = jnp.exp(_times(scale, weight.step, jnp.int8) + weight.offset)
+    if weight.is_packed:
+        codes = jnp.stack([codes & 15, codes >> 4], weight.axis + 1).reshape(weight.shape)
+    if weight.code.kind == "int4":
+        codes = (codes ^ 8).astype(jnp.int8) - 8  # the sign is the upper of four bits
+    return _times(codes, scale, "nf4" if weight.code.kind == "nf4" else jnp.int8)
+
+
+def _times(codes: jax.Array, scale: jax.Array, kind: Any) -> jax.Array:
+    """Return the meaning of codes times the scale of their block."""
+    qwix = _qwix()
+    return qwix.dequantize(qwix.QArray(codes, scale, qtype=kind))
+
+
+def quantized(weight: jax.Array, code: Code, axis: int) -> QuantizedWeight:
+    """Return a weight quantized in blocks along an axis.
+
+    Args:
+        weight: a floating array, finite.
+        code: how.
+        axis: the axis; a block is the largest part of it that divides it evenly, up to
+            ``code.block_size``, or all of it where none of a quarter of that does.
+    """
+    exact, block = weight.astype(jnp.float32), _block(weight.shape[axis], code.block_size)
+    kind = code.kind if code.kind == "nf4" else jnp.dtype(code.kind)
+    array = _in_blocks(exact, kind, axis, block)
+    codes = array.qvalue if code.kind == "int8" else array.qvalue.astype(jnp.uint8) & 15
+    is_packed = code.kind != "int8" and block > 2 and codes.shape[axis] % 2 == 0
+    if is_packed:
+        first, second = (lax.slice_in_dim(codes, i, None, 2, axis) for i in (0, 1))
+        codes = first | second << 4
+    scale, step, offset, count = array.scale, None, None, array.scale.shape[axis]
+    if code.double and 4 * count > count + 8:  # bytes of scales, and of codes for them
+        shape = [*weight.shape[:axis], count, block, *weight.shape[axis + 1 :]]
+        is_zero = jnp.max(jnp.abs(exact.reshape(shape)), axis + 1) == 0  # any scale will do there
+        logs = jnp.log(scale)
+        offset = jnp.mean(logs, axis, keepdims=True, where=~is_zero)
+        offset = jnp.where(is_zero.all(axis, keepdims=True), 0, offset)
+        centered = jnp.where(is_zero, 0, logs - offset)
+        scales = _in_blocks(centered, jnp.int8, axis, _block(count, _SCALES_PER_BLOCK))
+        scale, step = scales.qvalue, scales.scale
+    return QuantizedWeight(codes, scale, step, offset, code, weight.dtype, is_packed)
+
+
+def _in_blocks(array: jax.Array, kind: Any, axis: int, block: int) -> Any:
+    others = [i for i in range(array.ndim) if i != axis]
+    return _qwix().quantize(array, kind, channelwise_axes=others, tiled_axes={axis: block})
+
+
+def again(weight: jax.Array, like: QuantizedWeight) -> QuantizedWeight:
+    """Return a weight quantized as another, in whose dtype it is used."""
+    return dataclasses.replace(quantized(weight, like.code, like.axis), dtype=like.dtype)
+
+
+def _block(size: int, most: int) -> int:
+    """Return the largest divisor of a size up to a bound, or the size if that is far below."""
+    divisor = next(n for n in range(min(size, most), 0, -1) if size % n == 0)
+    return divisor if divisor > 1 and 4 * divisor >= min(size, most) else size
+
+
+def _qwix() -> Any:
+    try:
+        import qwix
+    except ImportError as error:
+        raise ImportError("quantized weights need qwix: install jaxlora[quantized]") from error
+    return qwix
