@@ -22,7 +22,6 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx_copybutton",
     "sphinx_design",
     "benchmark_tables",
@@ -31,12 +30,15 @@ extensions = [
 exclude_patterns = ["_build", "README.md"]
 default_role = "py:obj"  # a name in single backquotes, as in the docstrings
 nitpicky = True
+suppress_warnings = ["toc.empty_glob"]
 # names of other projects resolve only with intersphinx; type variables and private names never do
 nitpick_ignore_regex = [
-    ("py:.*", r"(jax|jnp|np|numpy|optax|flax|nn|nnx|orbax|qwix|tunix)\..*"),
+    ("py:.*", r"(jax|jnp|np|numpy|optax|flax|nn|nnx|orbax|qwix|etils)\..*"),
+    ("py:.*", r"(collections|os|pathlib|re|typing)\..*"),
+    ("py:class", r"jaxlora\..*\.[A-Z]"),
 ]
 
-myst_enable_extensions = ["colon_fence", "dollarmath", "deflist", "attrs_inline"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
@@ -66,6 +68,8 @@ html_css_files = ["pages.css"]
 html_theme_options = {
     "show_navbar_depth": 1,
     "show_toc_level": 2,
+    "navbar_persistent": [],
+    "secondary_sidebar_items": {"api/**": ["page-toc"], "**": []},  # room for code and tables
     "home_page_in_toc": False,
     "use_download_button": False,
     "use_fullscreen_button": False,

@@ -39,6 +39,7 @@ class Block:
 
     @property
     def language(self) -> str:
+        """The first word of the info string."""
         return self.info.split()[0] if self.info.strip() else ""
 
     def option(self, name: str) -> str:
@@ -91,10 +92,9 @@ def read_steps(text: str) -> list[Step]:
 
 
 def _message(kind: type, message: object) -> str:
-    shown = f"{kind.__name__}: {message}".replace(str(Path.cwd()), "/home/you")
-    lines = shown.splitlines()
-    options = {"break_long_words": False, "break_on_hyphens": False, "drop_whitespace": True}
-    return "\n".join(textwrap.fill(line, COLUMNS, **options) for line in lines)
+    lines = f"{kind.__name__}: {message}".replace(os.getcwd(), "/home/you").splitlines()
+    wrap = textwrap.TextWrapper(COLUMNS, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(wrap.fill, lines))
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def run_steps(page: Path, steps: Sequence[Step]) -> list[str | None]:
     """Run the code of a page in order.
 
     Args:
-        page: The page, for tracebacks.
+        page: The page; where an error names a line, it is that of a block, as ``page.py:3``.
         steps: Its code.
 
     Returns:
@@ -141,12 +141,14 @@ def run_steps(page: Path, steps: Sequence[Step]) -> list[str | None]:
                 printed.append(None)
                 continue
             session = step.code.option("session")
-            namespace = namespaces.setdefault(session, {"__name__": "__main__"})
-            padded = "\n" * step.code.start + step.code.content  # the page's line numbers
+            if session not in namespaces:
+                namespaces[session] = dict(namespaces.get("", {"__name__": "__main__"}))
+            namespace = namespaces[session]
+            code = compile(step.code.content, f"{page.stem}.py", "exec")
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
                 try:
-                    exec(compile(padded, str(page), "exec"), namespace)
+                    exec(code, namespace)
                 except Exception as error:
                     message = _message(type(error), error)
                     shown = step.output.content if step.output else ""

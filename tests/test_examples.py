@@ -1,4 +1,4 @@
-"""The README's code and every script, run as a user runs them."""
+"""Every script, run as a user runs it, and what the README says of them."""
 
 import importlib.util
 import json
@@ -49,23 +49,8 @@ def numbers(text):
     return np.array([float(number) for number in re.findall(r"\d+\.\d+", text)])
 
 
-def test_readme_prints_what_it_says():
-    readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    (wanted,) = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)
-    got = run("-c", code)
-    pattern = r"\d+\.\d+"
-    assert re.sub(pattern, "#", got) == re.sub(pattern, "#", wanted)
-    np.testing.assert_allclose(numbers(got), numbers(wanted), atol=2e-4)
-
-
-def test_readme_is_short_and_names_every_function():
-    readme = (ROOT / "README.md").read_text()
-    assert len(readme.splitlines()) < 160
-    functions = [name for name in jaxlora.__all__ if callable(getattr(jaxlora, name))]
-    functions = [name for name in functions if name.islower()]
-    assert [name for name in functions if f"`{name}(" not in readme] == []
-    assert [name for name in jaxlora.algebra.__all__ if name.islower() and name not in readme] == []
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
 
 
 def test_readme_installs_from_the_clone_with_extras_that_exist():
