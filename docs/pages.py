@@ -92,7 +92,7 @@ def read_steps(text: str) -> list[Step]:
 
 
 def _message(kind: type, message: object) -> str:
-    lines = f"{kind.__name__}: {message}".splitlines()
+    lines = f"{kind.__name__}: {message}".replace(os.getcwd(), "/home/you").splitlines()
     wrap = textwrap.TextWrapper(COLUMNS, break_long_words=False, break_on_hyphens=False)
     return "\n".join(map(wrap.fill, lines))
 
@@ -112,6 +112,7 @@ def _as_a_user() -> Iterator[None]:
         jax.numpy_rank_promotion("allow"),
     ):
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "", DeprecationWarning, r"(?!__main__$)")  # Python's own
         warnings.filterwarnings("ignore", "Error .* persistent compilation cache entry")
         warnings.showwarning = show
         os.chdir(folder)
