@@ -26,16 +26,17 @@ extensions = [
     "sphinx_design",
     "benchmark_tables",
     "linked_names",
+    "short_signatures",
 ]
 exclude_patterns = ["_build", "README.md"]
 default_role = "py:obj"  # a name in single backquotes, as in the docstrings
 nitpicky = True
-suppress_warnings = ["toc.empty_glob"]
-# names of other projects resolve only with intersphinx; type variables and private names never do
+# names of other projects resolve only with intersphinx
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|jnp|np|numpy|optax|flax|nn|nnx|orbax|qwix|etils)\..*"),
     ("py:.*", r"(collections|os|pathlib|re|typing)\..*"),
-    ("py:class", r"jaxlora\..*\.[A-Z]"),
+    ("py:class", r"(.*\.)?[A-Z]"),  # type variables
+    ("py:class", r"Code|Fingerprint|Row"),  # private types of attributes
 ]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -69,7 +70,12 @@ html_theme_options = {
     "show_navbar_depth": 1,
     "show_toc_level": 2,
     "navbar_persistent": [],
-    "secondary_sidebar_items": {"api/**": ["page-toc"], "**": []},  # room for code and tables
+    "secondary_sidebar_items": {  # elsewhere, code and tables have the room
+        "api/*": ["page-toc"],
+        "*": [],
+        "guides/*": [],
+        "coming_from/*": [],
+    },
     "home_page_in_toc": False,
     "use_download_button": False,
     "use_fullscreen_button": False,

@@ -160,10 +160,11 @@ def run_steps(page: Path, steps: Sequence[Step]) -> list[str | None]:
 
 
 def _is_close(one: str, other: str) -> bool:
-    digits = len(one.partition("e")[0].partition(".")[2])
-    unit = 10.0 ** (int(one.partition("e")[2] or 0) - digits)
+    digits = [len(x.partition("e")[0].partition(".")[2]) for x in (one, other)]
+    unit = 10.0 ** (int(one.partition("e")[2] or 0) - digits[0])
     a, b = float(one), float(other)
-    return abs(a - b) <= max(2.001 * unit, 0.01 * max(abs(a), abs(b)))
+    is_near = abs(a - b) <= max(2.001 * unit, 0.01 * max(abs(a), abs(b)))
+    return is_near and digits[0] == digits[1]
 
 
 def _shape(text: str) -> str:

@@ -41,8 +41,8 @@ class Adapter(Opaque):
         shape: shape of the whole weight that the factors were made for.
         fingerprint: what is known of that weight.
         changed: name of the initializer that took the first product out of the base, or empty.
-        magnitude: the norm of each column, ``(*stack, *out)``, or None; see
-            `jaxlora.weights.magnitude`.
+        magnitude: the norm of each column, ``(*stack, *out)``, or None (DoRA,
+            Liu et al. 2024, arXiv:2402.09353).
     """
 
     instead = _ALONE
@@ -89,8 +89,8 @@ class LoRAWeight(Opaque):
         dropout_keys: None, or one random key for each stack entry, ``(*stack,)``.
         dropout_rate: share of the low-rank path's input that is dropped.
         changed: name of the initializer that took the first product out of the base, or empty.
-        magnitude: the norm of each column, ``(*stack, *out)``, or None; see
-            `jaxlora.weights.magnitude`.
+        magnitude: the norm of each column, ``(*stack, *out)``, or None (DoRA,
+            Liu et al. 2024, arXiv:2402.09353).
     """
 
     instead = _NODE
@@ -153,7 +153,7 @@ class LoRAWeight(Opaque):
         return scaling(self.alpha, self.rank)
 
     def delta(self) -> jax.Array:
-        """Return the dense ``scaling * a b``, shaped and sharded as the base, in `merge_dtype`."""
+        """Return ``scaling * a b``, dense, shaped and sharded as the base, in float32 or wider."""
         if isinstance(self.base, LoRAWeight):
             return self.base.delta() + self._own_delta()
         return self._own_delta()

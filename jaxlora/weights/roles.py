@@ -48,7 +48,7 @@ class Roles:
         return tuple(tuple(shape[i] for i in axes) for axes in (self.stack, self.in_, self.out))
 
     def factor_shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple, tuple]:
-        """Return the shapes of ``a`` (*stack, *in, rank) and ``b`` (*stack, rank, *out)."""
+        """Return the shapes of a, ``(*stack, *in, rank)``, and b, ``(*stack, rank, *out)``."""
         stack, in_, out = self.sizes(shape)
         return (*stack, *in_, rank), (*stack, rank, *out)
 

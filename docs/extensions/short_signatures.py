@@ -1,0 +1,49 @@
+"""Signatures and types as a reader writes them, without the modules that define them."""
+
+import inspect
+import re
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.domains.python import PyObject
+
+MODULES = re.compile(r"\b(?:collections\.abc|jaxlora(?:\.[a-z_]\w*)+)\.(?=[A-Z])")
+DEFAULTS = {"<factory>": "{}", "<class 'jax.numpy.float32'>": "float32"}
+
+
+def shorten_signature(
+    app: Sphinx,
+    what: str,
+    name: str,
+    described: Any,
+    options: Any,
+    signature: str | None,
+    returned: str | None,
+) -> tuple[str | None, str | None]:
+    """Write defaults of a signature as code, and that of a class whose metaclass hides it."""
+    if what == "class" and signature == "(*args, **kwargs)":
+        parameters = [*inspect.signature(described.__init__).parameters.values()][1:]
+        plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+        signature = str(inspect.Signature(plain))
+    for told, code in DEFAULTS.items():
+        signature = signature and signature.replace(told, code)
+    return signature, returned
+
+
+def shorten_types(
+    app: Sphinx, what: str, name: str, described: Any, options: Any, lines: list[str]
+) -> None:
+    """Leave the modules out of the types of attributes, which napoleon writes in full."""
+    for number, line in enumerate(lines):
+        if line.startswith(":vartype"):
+            lines[number] = MODULES.sub("", line)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the extension, and call attributes so."""
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
+    app.connect("autodoc-process-signature", shorten_signature)
+    app.connect("autodoc-process-docstring", shorten_types, priority=900)  # after napoleon
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
