@@ -42,7 +42,7 @@ def test_operation_without_a_rule_is_correct_and_never_silent():
     params = adapted(regularized, {"w": normal(0, 8, 6)}, X)
     with pytest.warns(
         jaxlora.MaterializationWarning,
-        match=r"the weight 'w' reaches 'integer_pow' at .*test_tracing.py:\d+.* materialized",
+        match=r"the weight 'w' reaches 'integer_pow' at .*test_program.py:\d+.* materialized",
     ) as told:
         got = jaxlora.lora(regularized)(params, X)
     assert [warning.filename for warning in told] == [__file__]

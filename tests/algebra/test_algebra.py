@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention import PARAMS, X, model
 from cases import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,22 +19,6 @@ from jaxlora import algebra
 pytestmark = pytest.mark.once
 
 combine: Any = algebra.combine  # also with what its types refuse
-
-X = normal(0, 2, 5, 8)
-PARAMS = {
-    "query": normal(1, 8, 2, 4),
-    "out": normal(2, 2, 4, 8),
-    "experts": normal(3, 3, 8, 6),
-    "bias": normal(4, 6),
-}
-
-
-def model(params, x):
-    heads = jnp.einsum("btd,dnh->btnh", x, params["query"])
-    y = jnp.einsum("btnh,nhd->btd", jnp.tanh(heads), params["out"])
-    y = jnp.einsum("ebtd,edf->ebtf", jnp.stack([y, 2 * y, -y]), params["experts"])
-    return y + params["bias"].reshape(1, 1, 1, -1)
-
 
 OTHER = {name: weight + 1 for name, weight in PARAMS.items()}
 

@@ -171,7 +171,7 @@ def test_damaged_files_are_refused(saved, damage):
             )
     # in a process of its own, where an error of a thread that nobody can catch is seen
     command = [sys.executable, "-c", LOADING, str(path)]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert (done.returncode == 0) == (damage == "none")
     assert ("are damaged" in done.stderr) == (damage != "none")
     assert "Event loop is closed" not in done.stderr

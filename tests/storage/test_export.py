@@ -4,12 +4,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax import export
-from test_transforms import X, close, gradients, mlp, params
+from mlp import X, close, gradients, mlp, trained
 
 import jaxlora
 
-__all__ = ["params"]  # a fixture
+
+@pytest.fixture
+def params(key):
+    return trained(key)
 
 
 def test_exported_function_takes_adapted_weights_and_any_batch_and_has_gradients(params):

@@ -13,41 +13,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from numpy.testing import assert_array_equal
+from saved import BASE, adapters, names, value_at
 
 import jaxlora
 from jaxlora.storage import checkpoints
 from jaxlora.weights import fingerprints
-from jaxlora.weights.nodes import Adapter, Replacement
-from jaxlora.weights.roles import Roles
+from jaxlora.weights.nodes import Replacement
 
 pytestmark = pytest.mark.once
 
-HERE = Path(__file__).parent
-BASE = {"w": jnp.eye(4, 3), "v": jnp.ones((2, 5))}
-
-
-def adapters(value):
-    """Return adapters of which every element is a value."""
-
-    def adapter(base):
-        rows, columns = base.shape
-        factors = jnp.full((rows, 2), value), jnp.full((2, columns), value)
-        roles = Roles((), (0,), (1,))
-        return Adapter(*factors, roles, 4.0, base.shape, fingerprints.take(base))
-
-    return {name: adapter(base) for name, base in BASE.items()}
-
-
-def value_at(path):
-    """Return the value of adapters that were saved, after checking that all elements have it."""
-    leaves = jax.tree.leaves(jaxlora.load_adapters(path, base=BASE))
-    for leaf in leaves:
-        assert_array_equal(leaf, leaves[0][0, 0])
-    return float(leaves[0][0, 0])
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+TESTS = Path(__file__).parent.parent
 
 
 def with_fields(**fields):
@@ -212,7 +187,7 @@ def test_merged_weights_that_read_back_otherwise_are_not_kept(tmp_path, monkeypa
 FAILING = """
 import errno, os, pathlib, resource, signal, sys
 import conftest, jaxlora, orbax.checkpoint
-from test_saving import adapters, names, value_at
+from saved import adapters, names, value_at
 
 folder = pathlib.Path(sys.argv[1])
 path = folder / "run"
@@ -250,14 +225,14 @@ assert (value_at(path), names(folder)) == (3.0, ["run"])
 def test_error_of_the_disk_names_the_path_and_leaves_the_earlier_save(tmp_path):
     pytest.importorskip("resource", reason="limits of file sizes are of POSIX")
     command = [sys.executable, "-c", FAILING, str(tmp_path)]
-    done = subprocess.run(command, cwd=HERE, text=True, capture_output=True)
+    done = subprocess.run(command, cwd=TESTS, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 WRITING = """
 import sys
 import conftest, jaxlora
-from test_saving import adapters
+from saved import adapters
 
 for value in range(1, 25):
     jaxlora.save_adapters(sys.argv[1], adapters(float(value)))
@@ -269,7 +244,7 @@ def test_reader_beside_writers_sees_whole_saves(tmp_path):
     jaxlora.save_adapters(path, adapters(0.0))
     command = [sys.executable, "-c", WRITING, str(path)]
     writers = [
-        subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(command, cwd=TESTS, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
     seen = []
     while any(writer.poll() is None for writer in writers):

@@ -13,43 +13,14 @@ from cases import Case, normal
 from counts import products
 from jax import lax
 from jax.experimental import io_callback
-from numpy.testing import assert_allclose
+from mlp import WEIGHTS, X, close, gradients, mlp, of_adapters, trained
 
 import jaxlora
-
-X = normal(1, 5, 8)
-WEIGHTS = {"up": normal(0, 8, 12), "down": normal(2, 12, 8)}
-
-
-def mlp(params, x):
-    with jax.named_scope("block/up"):
-        h = jnp.tanh(x @ params["up"])
-    with jax.named_scope("block/down"):
-        return h @ params["down"]
 
 
 @pytest.fixture
 def params(key):
-    return Case(mlp, WEIGHTS, (X,)).trained(key)
-
-
-def close(got, wanted):
-    jax.tree.map(functools.partial(assert_allclose, rtol=1e-4, atol=1e-4), got, wanted)
-
-
-def of_adapters(fn, base):
-    """Return two functions of the adapters, with low-rank and with merged weights."""
-    return (
-        lambda adapters: jaxlora.lora(fn)(jaxlora.bind(base, adapters), X),
-        lambda adapters: fn(jaxlora.merge(jaxlora.bind(base, adapters)), X),
-    )
-
-
-def gradients(fn, params):
-    """Return the gradients of the adapters, with low-rank and with merged weights."""
-    base, adapters = jaxlora.split(params)
-    low_rank, merged = of_adapters(lambda params, x: jnp.sum(jnp.sin(fn(params, x))), base)
-    return jax.grad(low_rank)(adapters), jax.grad(merged)(adapters)
+    return trained(key)
 
 
 def hessian_product(f):  # in reverse over reverse

@@ -15,7 +15,7 @@ from jaxlora.weights.roles import Roles
 
 pytestmark = pytest.mark.once
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def grid(*shape, start=0, step=1 / 32):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention import PARAMS, X, model
 from cases import normal
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
-from test_algebra import PARAMS, X, model
 
 import jaxlora
 import jaxlora.nnx
