@@ -47,7 +47,7 @@ def test_page_names_what_there_is():
         if found not in fields:
             operator.attrgetter(found.removeprefix("jaxlora."))(jaxlora)
     missing = [name for name, other in rows() if not NAME.findall(other)]
-    assert all(dict(rows())[name] in ("–", "not needed") for name in missing)
+    assert all(dict(rows())[name] in ("\N{EN DASH}", "not needed") for name in missing)
 
 
 @pytest.mark.parametrize("start", re.findall(r'^\| `"(\w+)"` \| `"\w+"', PAGE.read_text(), re.M))
