@@ -116,6 +116,12 @@ def test_names_on_pages_exist(page):
     assert missing == []
 
 
+@pytest.mark.parametrize("page", TEXTS, ids=ids(TEXTS))
+def test_links_to_files_lead_somewhere(page):
+    links = re.findall(r"\]\((?!\w+:)([^)#\s]+)[^)]*\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 @pytest.mark.parametrize("name", ["jaxlora.nothing", "jaxlora.merge.nothing", "jaxlora._x"])
 def test_names_that_do_not_exist_are_found(name):
     with pytest.raises(AttributeError):
