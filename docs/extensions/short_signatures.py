@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from sphinx.application import Sphinx
-from sphinx.domains.python import PyObject
+from sphinx.domains.python import PyClasslike
 
 MODULES = re.compile(r"\b(?:collections\.abc|jaxlora(?:\.[a-z_]\w*)+)\.(?=[A-Z])")
 DEFAULTS = {"<factory>": "{}", "<class 'jax.numpy.float32'>": "float32"}
@@ -41,7 +41,7 @@ def shorten_types(
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension, and call attributes so."""
-    for field in PyObject.doc_field_types:
+    for field in PyClasslike.doc_field_types:
         if field.name == "variable":
             field.label = "Attributes"
     app.connect("autodoc-process-signature", shorten_signature)
