@@ -8,6 +8,7 @@ from sphinx.application import Sphinx
 from sphinx.domains.python import PyClasslike
 
 MODULES = re.compile(r"\b(?:collections\.abc|jaxlora(?:\.[a-z_]\w*)+)\.(?=[A-Z])")
+ARRAY = re.compile(r"[\w.]*\._jax\.Array")  # where JAX defines it
 DEFAULTS = {"<factory>": "{}", "<class 'jax.numpy.float32'>": "float32"}
 
 
@@ -36,7 +37,7 @@ def shorten_types(
     """Leave the modules out of the types of attributes, which napoleon writes in full."""
     for number, line in enumerate(lines):
         if line.startswith(":vartype"):
-            lines[number] = MODULES.sub("", line)
+            lines[number] = ARRAY.sub("jax.Array", MODULES.sub("", line))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
