@@ -26,6 +26,7 @@ extensions = [
     "sphinx_design",
     "benchmark_tables",
     "linked_names",
+    "mathml",
     "short_signatures",
 ]
 exclude_patterns = ["_build", "README.md"]
@@ -39,7 +40,7 @@ nitpick_ignore_regex = [
     ("py:class", r"Code|Fingerprint|Row"),  # private types of attributes
 ]
 
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
@@ -61,6 +62,7 @@ if "DOCS_INTERSPHINX" in os.environ:
         "optax": ("https://optax.readthedocs.io/en/latest", None),
     }
 
+html_math_renderer = "mathml"
 copybutton_exclude = ".linenos, .gp, .go"
 html_theme = "sphinx_book_theme"
 html_title = "jaxlora"

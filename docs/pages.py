@@ -23,6 +23,7 @@ import jax
 
 FENCE = re.compile(r"( *)(`{3,})(.*)")
 DECIMAL = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?")
+HASH = re.compile(r"(?<![.\w])(?=[a-f]*\d)[0-9a-f]{16}\b")
 OWN_PROCESS = "<!-- own process -->"
 COLUMNS = 88
 
@@ -168,14 +169,16 @@ def _is_close(one: str, other: str) -> bool:
 
 
 def _shape(text: str) -> str:
-    """Return the text without decimal numbers and the widths of columns."""
-    return re.sub("--+", "--", re.sub(" +", " ", DECIMAL.sub("#", text)))
+    """Return the text without decimal numbers, hashes and the widths of columns."""
+    text = DECIMAL.sub("#", HASH.sub("#", text))
+    return re.sub("--+", "--", re.sub(" +", " ", text))
 
 
 def agree(shown: str, printed: str) -> bool:
     """Whether two outputs are the same except in the last digits of decimal numbers."""
     if _shape(shown) != _shape(printed):
         return False
+    shown, printed = HASH.sub("", shown), HASH.sub("", printed)
     pairs = zip(DECIMAL.findall(shown), DECIMAL.findall(printed), strict=True)
     return all(_is_close(one, other) for one, other in pairs)
 

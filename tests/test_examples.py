@@ -1,6 +1,7 @@
 """Every script, run as a user runs it, and what the README says of them."""
 
 import importlib.util
+import itertools
 import json
 import re
 import runpy
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import pages
 import pytest
 import reviews
 import run as benchmark_run
@@ -120,6 +122,17 @@ def test_unknown_names_are_errors_that_list_what_there_is(command, listed, monke
     assert listed in message.partition("error:")[2]
 
 
+def shown_in_gallery(script):
+    """Return the output of a script that the gallery shows."""
+    blocks = list(pages.read_blocks((ROOT / "docs" / "gallery.md").read_text()))
+    (shown,) = (
+        after.content
+        for command, after in itertools.pairwise(blocks)
+        if command.content == f".venv/bin/python {script}"
+    )
+    return shown
+
+
 def test_digits_keeps_the_base_and_mends_the_worst_digit():
     out = run("examples/digits.py")
     before, after = (float(x) for x in re.findall(r"([\d.]+)% on (?:its worst|\d)", out))
@@ -127,6 +140,7 @@ def test_digits_keeps_the_base_and_mends_the_worst_digit():
     assert "base bit-identical: True" in out
     (old,) = re.findall(r"pretrained: ([\d.]+)%", out)
     assert f"without the adapters: {old}%" in out
+    assert pages.agree(shown_in_gallery("examples/digits.py"), out.rstrip())
 
 
 def test_both_ways_to_train_agree():
@@ -135,6 +149,8 @@ def test_both_ways_to_train_agree():
     assert one < before / 2
     assert one == two
     assert gap < 10
+    loss, _ = shown_in_gallery("examples/two_ways.py").splitlines()
+    assert pages.agree(loss, out.splitlines()[0])
 
 
 def test_benchmark_measures_every_variant(tmp_path):
