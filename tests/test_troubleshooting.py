@@ -25,7 +25,12 @@ INSIDE = {  # parts of another message, which are quoted as the reason that it g
     "an array must be …: got …",
     "module 'jaxlora' has no attribute …",
 }
-OF_JAX = {"Array has been deleted"}
+OF_OTHERS = {  # of JAX and Python
+    "Array has been deleted",
+    "Incompatible shapes",
+    "LoRAConfig.__init__() got an unexpected keyword argument 'r'",
+    "init() missing 1 required keyword-only argument: 'config'",
+}
 
 
 def text_of(node, names):
@@ -125,11 +130,11 @@ def quoted():
     for entry in re.findall(r"^- (.*(?:\n  .*)*)", PAGE, re.MULTILINE):
         head = re.match(r"(?:[^`:]*`[^`]*`)+?(?=:\s)", entry)
         if head and entry.startswith("`"):
-            found += re.findall(r"`([^`]*)`", head[0])
+            found += re.findall(r"`([^`]*)`", re.sub(r"\s+", " ", head[0]))
     return found
 
 
-QUOTED = [message for message in quoted() if message not in OF_JAX]
+QUOTED = [message for message in quoted() if message not in OF_OTHERS]
 TEMPLATES = templates()
 
 
