@@ -37,7 +37,6 @@ nitpick_ignore_regex = [
     ("py:.*", r"(jax|jnp|np|numpy|optax|flax|nn|nnx|orbax|qwix|etils)\..*"),
     ("py:.*", r"(collections|os|pathlib|re|typing)\..*"),
     ("py:class", r"(.*\.)?[A-Z]"),  # type variables
-    ("py:class", r"Code|Fingerprint|Row"),  # private types of attributes
 ]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
