@@ -35,7 +35,7 @@ nitpicky = True
 # names of other projects resolve only with intersphinx
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|jnp|np|numpy|optax|flax|nn|nnx|orbax|qwix|etils)\..*"),
-    ("py:.*", r"(collections|os|pathlib|re|typing)\..*"),
+    ("py:.*", r"(collections|os|pathlib|re|typing|weakref)\..*"),
     ("py:class", r"(.*\.)?[A-Z]"),  # type variables
 ]
 
