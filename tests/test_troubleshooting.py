@@ -27,6 +27,7 @@ INSIDE = {  # parts of another message, which are quoted as the reason that it g
 }
 OF_OTHERS = {  # of JAX and Python
     "Array has been deleted",
+    "Cannot deserialize a PyTreeDef containing an unregistered type",
     "Incompatible shapes",
     "LoRAConfig.__init__() got an unexpected keyword argument 'r'",
     "init() missing 1 required keyword-only argument: 'config'",
