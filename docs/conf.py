@@ -35,9 +35,8 @@ nitpicky = True
 # names of other projects resolve only with intersphinx
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|jnp|np|numpy|optax|flax|nn|nnx|orbax|qwix|etils)\..*"),
-    ("py:.*", r"(collections|os|pathlib|re|typing)\..*"),
+    ("py:.*", r"(collections|os|pathlib|re|typing|weakref)\..*"),
     ("py:class", r"(.*\.)?[A-Z]"),  # type variables
-    ("py:class", r"Code|Fingerprint|Row"),  # private types of attributes
 ]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]

@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import re
-import types
 from pathlib import Path
 
 import pages
@@ -22,8 +21,8 @@ TEXTS = sorted(
     if "_build" not in path.parts and path.name != "CHANGELOG.md"
 )
 PROGRAMS = [path for path in TEXTS if pages.read_steps(path.read_text())]
-NAMED_MODULE = re.compile(r"^\.\. (?:current)?module:: (\S+)$", re.MULTILINE)
-DESCRIBED = re.compile(r"^\.\. auto(?:function|class|exception|data):: (\w+)$", re.MULTILINE)
+DIRECTIVE = re.compile(r"^\.\. (\w+):: (\S+)$", re.MULTILINE)
+DESCRIBES = {"autofunction", "autoclass", "autoexception", "autodata"}
 
 
 def ids(paths):
@@ -45,9 +44,10 @@ def described():
     """The full names that the API pages describe, in their order."""
     names = []
     for page in sorted((DOCS / "api").glob("*.rst")):
-        text = page.read_text()
-        (module,) = NAMED_MODULE.findall(text)
-        names += [f"{module}.{name}" for name in DESCRIBED.findall(text)]
+        module = ""
+        for directive, name in DIRECTIVE.findall(page.read_text()):
+            module = name if directive.endswith("module") else module
+            names += [f"{module}.{name}"] if directive in DESCRIBES else []
     return names
 
 
@@ -56,16 +56,20 @@ def public():
     found = {}
     for module in [jaxlora, *namespaces()]:
         for name, value in members(module).items():
-            if not isinstance(value, types.ModuleType):
+            if not inspect.ismodule(value):
                 found[f"{module.__name__}.{name}"] = value
     return found
 
 
 def namespaces():
     named = {name.rpartition(".")[0] for name in described()} - {"jaxlora"}
-    listed = [getattr(jaxlora, name) for name in jaxlora.__all__]
-    named |= {value.__name__ for value in listed if isinstance(value, types.ModuleType)}
-    return [importlib.import_module(name) for name in sorted(named)]
+    found = {name: importlib.import_module(name) for name in named}
+    new = [jaxlora]
+    while new:  # and those in others, as jaxlora.formats.peft
+        listed = [value for value in members(new.pop()).values() if inspect.ismodule(value)]
+        new += [module for module in listed if module.__name__ not in found]
+        found |= {module.__name__: module for module in listed}
+    return [found[name] for name in sorted(found)]
 
 
 def members(module):
@@ -114,6 +118,12 @@ def test_names_on_pages_exist(page):
         except AttributeError:
             missing.append(name)
     assert missing == []
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=ids(TEXTS))
+def test_links_to_files_lead_somewhere(page):
+    links = re.findall(r"\]\((?!\w+:)([^)#\s]+)[^)]*\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("name", ["jaxlora.nothing", "jaxlora.merge.nothing", "jaxlora._x"])

@@ -51,7 +51,8 @@ def find_by_last_part(
     if module and module.partition(".")[0] != "jaxlora":
         return None
     objects = env.domains.python_domain.objects
-    found = [name for name in objects if name.rpartition(".")[2] == last]
+    documented = [name for name, entry in objects.items() if not entry.aliased]
+    found = [name for name in documented if name.rpartition(".")[2] == last]
     found = [name for name in found if f"jaxlora.{last}" == name] or found
     if len(found) != 1:
         return None

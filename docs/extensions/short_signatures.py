@@ -5,9 +5,10 @@ import re
 from typing import Any
 
 from sphinx.application import Sphinx
-from sphinx.domains.python import PyObject
+from sphinx.domains.python import PyClasslike
 
 MODULES = re.compile(r"\b(?:collections\.abc|jaxlora(?:\.[a-z_]\w*)+)\.(?=[A-Z])")
+ARRAY = re.compile(r"[\w.]*\._jax\.Array")  # where JAX defines it
 DEFAULTS = {"<factory>": "{}", "<class 'jax.numpy.float32'>": "float32"}
 
 
@@ -36,12 +37,12 @@ def shorten_types(
     """Leave the modules out of the types of attributes, which napoleon writes in full."""
     for number, line in enumerate(lines):
         if line.startswith(":vartype"):
-            lines[number] = MODULES.sub("", line)
+            lines[number] = ARRAY.sub("jax.Array", MODULES.sub("", line))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension, and call attributes so."""
-    for field in PyObject.doc_field_types:
+    for field in PyClasslike.doc_field_types:
         if field.name == "variable":
             field.label = "Attributes"
     app.connect("autodoc-process-signature", shorten_signature)

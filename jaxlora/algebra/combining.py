@@ -42,7 +42,7 @@ def combine(
     - ``"linear"``: factors are summed, ``a`` and ``b`` apart, each times the square root of weight
       and scaling: a rough approximation of the sum of products, but of the same rank.
     - ``"magnitude_prune"``, ``"ties"``, ``"dare_linear"``, ``"dare_ties"``: the same, of
-      pruned factors.
+      pruned factors, see `jaxlora.algebra.rules`.
     - the same with ``"_svd"``: the products are pruned and summed, dense, and what is nearest to
       that of a rank is taken.
 
