@@ -27,6 +27,7 @@ INSIDE = {  # parts of another message, which are quoted as the reason that it g
 }
 OF_OTHERS = {  # of JAX and Python
     "Array has been deleted",
+    "Cannot deserialize a PyTreeDef containing an unregistered type",
     "Incompatible shapes",
     "LoRAConfig.__init__() got an unexpected keyword argument 'r'",
     "init() missing 1 required keyword-only argument: 'config'",
@@ -136,6 +137,7 @@ def quoted():
 
 QUOTED = [message for message in quoted() if message not in OF_OTHERS]
 TEMPLATES = templates()
+TOLD = [text for text, where in TEMPLATES.items() if not {text, where.partition(":")[0]} & INSIDE]
 
 
 def test_messages_are_found():
@@ -149,12 +151,10 @@ def test_quoted_message_is_one_of_the_library(message):
     assert any(pattern(template).match(message) for template in TEMPLATES)
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", TOLD)
 def test_every_message_is_quoted(template):
-    where = TEMPLATES[template]
-    if template in INSIDE or where.split(":")[0] in INSIDE:
-        pytest.skip("it is the reason in another message")
-    assert any(pattern(template).match(message) for message in QUOTED), f"{where}: {template}"
+    found = [message for message in QUOTED if pattern(template).match(message)]
+    assert found, f"{TEMPLATES[template]}: {template}"
 
 
 def test_every_kind_of_warning_has_a_section():

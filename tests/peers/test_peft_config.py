@@ -5,6 +5,7 @@ import operator
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,4 +54,5 @@ def test_page_names_what_there_is():
 @pytest.mark.parametrize("start", re.findall(r'^\| `"(\w+)"` \| `"\w+"', PAGE.read_text(), re.M))
 def test_page_names_starts_that_peft_has(start):
     peft.LoraConfig(init_lora_weights=start)
-    jaxlora.LoRAConfig(initializer={"gaussian": "normal"}.get(start, start))
+    ours: Any = {"gaussian": "normal"}.get(start, start)
+    jaxlora.LoRAConfig(initializer=ours)
