@@ -78,7 +78,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for kind in options.kinds:
         params = shapes(options)
         if kind != "bfloat16":
-            how = jaxlora.Quantization(kind)
+            how = jaxlora.QuantizationConfig(kind)
             params = jaxlora.quantize(model, params, tokens, config=how)
         params = jax.eval_shape(
             lambda params=params: jaxlora.init(

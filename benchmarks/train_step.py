@@ -81,7 +81,7 @@ def variants(options: argparse.Namespace) -> dict[str, peers.Variant]:
         )
 
     def quantized(kind):
-        how = jaxlora.Quantization(kind, targets=options.targets)
+        how = jaxlora.QuantizationConfig(kind, targets=options.targets)
         loss, *_ = lora("auto")
         return loss, adapters, jaxlora.quantize(model.apply, base, x, config=how)
 

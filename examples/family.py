@@ -50,7 +50,7 @@ def adapted(name: str, params: Any, example: Any, seed: int) -> tuple[Any, Any, 
         if iterations := QUANTIZED[name]:
             start = jaxlora.initializers.loftq(params, iterations=iterations)
             config = dataclasses.replace(config, initializer=start)
-        nf4 = jaxlora.Quantization("nf4", exclude=("head",))
+        nf4 = jaxlora.QuantizationConfig("nf4", exclude=("head",))
         params = jaxlora.quantize(model.apply, params, *example, config=nf4)
     params = jaxlora.init(jax.random.key(seed), model.apply, params, *example, config=config)
     base, adapters = jaxlora.split(params)

@@ -19,64 +19,59 @@ and merges them back into plain weights.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxlora import algebra, initializers, optim
-from jaxlora.algebra.rebasing import to_plain
-from jaxlora.calibration import gradients, moments
+from jaxlora import (
+    algebra,
+    calibration,
+    formats,
+    initializers,
+    optim,
+    reports,
+    targets,
+    weights,
+)
+from jaxlora.messages import names as _names
 from jaxlora.optim import freeze
-from jaxlora.reports.counts import Summary, summary
-from jaxlora.reports.usage import Report, explain
+from jaxlora.reports.counts import summary
+from jaxlora.reports.usage import explain
 from jaxlora.storage import export as _export  # noqa: F401  lets jax.export write nodes
 from jaxlora.storage import serialization as _serialization  # noqa: F401  and Flax too
 from jaxlora.storage.adapters import load_adapters, save_adapters
 from jaxlora.storage.merged import save_merged
 from jaxlora.targets.config import LoRAConfig
-from jaxlora.targets.sites import Site, Sites, find_sites
+from jaxlora.targets.sites import find_sites
 from jaxlora.targets.skipped import SkippedWeightWarning
 from jaxlora.tracing.interpreter import MaterializationWarning
-from jaxlora.tracing.jaxprs.cost import Cost
-from jaxlora.tracing.recorder import Use
 from jaxlora.tracing.transform import lora
 from jaxlora.trees.adapting import init
 from jaxlora.trees.binding import bind, split
 from jaxlora.trees.dropout import dropout
 from jaxlora.trees.masks import labels, mask
-from jaxlora.trees.merging import merge, unmerge
-from jaxlora.trees.quantization import Quantization, dequantize, quantize
+from jaxlora.trees.merging import merge, merge_error, unmerge
+from jaxlora.trees.quantization import QuantizationConfig, dequantize, quantize
 from jaxlora.version import __version__ as __version__
-from jaxlora.weights.adapters import Adapter, Replacement
-from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
-from jaxlora.weights.quantized import QuantizedWeight
-from jaxlora.weights.roles import Roles
+from jaxlora.weights.adapters import Adapter
+from jaxlora.weights.nodes import LoRAWeight
 
 if TYPE_CHECKING:
-    from jaxlora import nnx as nnx
+    from jaxlora import nnx
 
 
 __all__ = [
     "Adapter",
-    "Cost",
     "LoRAConfig",
     "LoRAWeight",
     "MaterializationWarning",
-    "Quantization",
-    "QuantizedWeight",
-    "Replacement",
-    "Report",
-    "Roles",
-    "Site",
-    "Sites",
+    "QuantizationConfig",
     "SkippedWeightWarning",
-    "Summary",
-    "TrainedLeaf",
-    "Use",
     "algebra",
     "bind",
+    "calibration",
     "dequantize",
     "dropout",
     "explain",
     "find_sites",
+    "formats",
     "freeze",
-    "gradients",
     "init",
     "initializers",
     "labels",
@@ -84,15 +79,18 @@ __all__ = [
     "lora",
     "mask",
     "merge",
-    "moments",
+    "merge_error",
+    "nnx",
     "optim",
     "quantize",
+    "reports",
     "save_adapters",
     "save_merged",
     "split",
     "summary",
-    "to_plain",
+    "targets",
     "unmerge",
+    "weights",
 ]
 
 
@@ -100,8 +98,8 @@ def __getattr__(name: str) -> Any:
     """Import ``jaxlora.nnx`` where it is first used: it imports Flax, which the rest does not."""
     if name == "nnx":
         return importlib.import_module("jaxlora.nnx")
-    raise AttributeError(f"module 'jaxlora' has no attribute {name!r}")
+    raise AttributeError(_names.no_attribute("jaxlora", name, _names.public(globals())))
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "nnx"})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -21,6 +21,8 @@ from jaxlora.weights.adapters import Adapter
 from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import QuantizedWeight
 
+__all__ = ["gradients", "moments"]
+
 
 def moments(
     fn: Callable[..., Any], params: Any, batches: Iterable[tuple[Any, ...]], *, config: LoRAConfig
@@ -47,7 +49,7 @@ def moments(
     >>> import jax.numpy as jnp, jaxlora
     >>> model, params = lambda params, x: x @ params["w"], {"w": jnp.ones((4, 3))}
     >>> config = jaxlora.LoRAConfig(rank=1)
-    >>> found = jaxlora.moments(model, params, [(jnp.ones((2, 4)),)] * 3, config=config)
+    >>> found = jaxlora.calibration.moments(model, params, [(jnp.ones((2, 4)),)] * 3, config=config)
     >>> found["w"].shape, float(found["w"].max())
     ((1, 4, 4), 6.0)
     """

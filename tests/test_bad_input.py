@@ -191,7 +191,7 @@ UNSPLIT = "must be an Adapter: got .*; jaxlora.split returns the base and such a
         (lambda: jaxlora.algebra.add(ADAPTED, ADAPTED), UNSPLIT),
         (lambda: combine(ADAPTERS, [1.0]), "a sequence of sets .* got one set"),
         (lambda: jaxlora.algebra.extract(BASE, ADAPTED, 1), "'block/query' is adapted, merge it"),
-        (lambda: jaxlora.to_plain(ADAPTED, ADAPTERS, base=BASE), UNSPLIT),
+        (lambda: jaxlora.algebra.rebase(ADAPTED, ADAPTERS, base=BASE), UNSPLIT),
     ],
 )
 def test_wrong_object_is_refused(call, message):
@@ -241,7 +241,7 @@ def test_adapters_that_overlap_are_refused():
 
 
 def test_replacement_of_a_part_is_refused():
-    value = jaxlora.Replacement(jnp.ones(6), (6,))
+    value = jaxlora.weights.Replacement(jnp.ones(6), (6,))
     with pytest.raises(ValueError, match=r"whole leaf or for rows of it: got 'bias\[0:3\]'"):
         jaxlora.bind(BASE, {"bias[0:3]": value})
 

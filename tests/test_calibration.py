@@ -78,7 +78,7 @@ def wanted():
 
 def moments(targets: Any = TARGETS, batches: Any = BATCHES, **config):
     config = jaxlora.LoRAConfig(rank=2, targets=targets, **config)
-    return jaxlora.moments(fn, PARAMS, batches, config=config)
+    return jaxlora.calibration.moments(fn, PARAMS, batches, config=config)
 
 
 def init(initializer, targets=TARGETS) -> Any:
@@ -137,7 +137,7 @@ def test_what_has_no_moments_is_refused():
 
     config = jaxlora.LoRAConfig(rank=2, targets=("table",))
     with pytest.raises(ValueError, match="the target 'table' has no inputs"):
-        jaxlora.moments(looked_up, PARAMS, [(jnp.arange(3),)], config=config)
+        jaxlora.calibration.moments(looked_up, PARAMS, [(jnp.arange(3),)], config=config)
     with pytest.raises(ValueError, match="there is no batch"):
         moments(batches=[])
     some = moments(targets=("query",))
@@ -153,7 +153,7 @@ def loss(params, x):
 
 def test_gradients_are_means_over_batches():
     config = jaxlora.LoRAConfig(rank=2, targets=("query", "experts", "layers[1:3]"))
-    found = jaxlora.gradients(loss, PARAMS, BATCHES, config=config)
+    found = jaxlora.calibration.gradients(loss, PARAMS, BATCHES, config=config)
     mean: Any = jax.tree.map(
         lambda *g: sum(g) / 3, *(jax.grad(loss)(PARAMS, x) for (x,) in BATCHES)
     )
@@ -164,7 +164,7 @@ def test_gradients_are_means_over_batches():
 
 def test_lora_ga_starts_along_the_gradient():
     config = jaxlora.LoRAConfig(rank=2, targets=("query", "experts"))
-    found = jaxlora.gradients(loss, PARAMS, BATCHES, config=config)
+    found = jaxlora.calibration.gradients(loss, PARAMS, BATCHES, config=config)
     params = init(initializers.lora_ga(found), targets=("query", "experts"))
     for name, gradient in found.items():
         out = gradient.shape[-1]
@@ -184,6 +184,6 @@ def test_lora_ga_starts_along_the_gradient():
 def test_moments_of_narrow_inputs_are_summed_wide():
     params, x = {"w": normal(0, 8, 6, dtype=jnp.bfloat16)}, normal(1, 400, 8, dtype=jnp.bfloat16)
     config = jaxlora.LoRAConfig(rank=2)
-    found = jaxlora.moments(lambda p, x: x @ p["w"], params, [(x,)], config=config)["w"]
+    found = jaxlora.calibration.moments(lambda p, x: x @ p["w"], params, [(x,)], config=config)["w"]
     assert found.dtype == jnp.float32
     assert_allclose(found[0], gram(x, 8), rtol=1e-5, atol=1e-5)

@@ -6,11 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from cases import Case, normal
 from flax.core import freeze
-from flax.training.train_state import TrainState
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
@@ -212,7 +210,7 @@ def test_module_equals_that_of_merged_weights(make, key):
 
 def test_ensemble_has_factors_for_each_member(key):
     _, adapters = jaxlora.split(each_of_an_ensemble().init(key))
-    assert adapters["params/projection/kernel"].roles == jaxlora.Roles((1,), (0,), (2,))
+    assert adapters["params/projection/kernel"].roles == jaxlora.weights.Roles((1,), (0,), (2,))
 
 
 def test_normalized_weight_is_taken_dense_and_told(key):
@@ -255,47 +253,3 @@ def test_decoding_adapts_no_cache_and_fills_it(key):
         close((got, cache), (wanted, plain_cache))
         params, plain = {**params, **cache}, {**plain, **plain_cache}
     assert params["cache"]["cache_index"] == 3
-
-
-class Network(nn.Module):
-    @nn.compact
-    def __call__(self, x, train):
-        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(12, name="up")(x))
-        return nn.Dense(1, name="down")(nn.Dropout(0.5, deterministic=not train)(jnp.tanh(x)))
-
-
-class StateWithStatistics(TrainState):
-    batch_stats: Any
-
-
-def test_train_state_moves_factors_and_statistics_as_with_merged_weights(key):
-    model, tx = Network(), optax.sgd(0.1, momentum=0.9)
-    variables = model.init(key, X, train=False)
-    stats, config = variables["batch_stats"], jaxlora.LoRAConfig(rank=2, targets=("up",))
-    adapted = jaxlora.init(key, model.apply, variables, X, train=False, config=config)
-    base, adapters = jaxlora.split(adapted["params"])
-
-    def merged_apply(variables, x, **how):
-        merged = jaxlora.merge(jaxlora.bind(base, variables["params"]))
-        return model.apply({**variables, "params": merged}, x, **how)
-
-    @jax.jit
-    def step(state, key):
-        def loss(params):
-            variables, rngs = {"params": params, "batch_stats": state.batch_stats}, {"dropout": key}
-            y, new = state.apply_fn(variables, X, train=True, rngs=rngs, mutable=["batch_stats"])
-            return jnp.mean((y - 1.0) ** 2), new["batch_stats"]
-
-        grads, stats = jax.grad(loss, has_aux=True)(state.params)
-        return state.apply_gradients(grads=grads, batch_stats=stats)
-
-    create: Any = functools.partial(StateWithStatistics.create, batch_stats=stats)
-    apply = jaxlora.lora(model.apply)
-    state = create(apply_fn=apply, params=adapted["params"], tx=jaxlora.freeze(tx))
-    wanted = create(apply_fn=merged_apply, params=adapters, tx=tx)
-    for i in range(3):
-        state, wanted = (step(one, jax.random.key(i)) for one in (state, wanted))
-    base_after, adapters_after = jaxlora.split(state.params)
-    jax.tree.map(assert_array_equal, base_after, base)
-    close((adapters_after, state.batch_stats), (wanted.params, wanted.batch_stats))
-    assert adapters_after["up/kernel"].b.any()

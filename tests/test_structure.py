@@ -1,9 +1,16 @@
-"""The bounds of the code: which folder may import which, and how large things get."""
+"""The bounds of the code: which folder may import which, what is kept, how large things get."""
 
 import ast
+import importlib
+import inspect
+from collections.abc import MutableMapping, MutableSequence, MutableSet
 from pathlib import Path
 
+import pytest
+
 import jaxlora
+
+pytestmark = pytest.mark.once
 
 FOLDER = Path(jaxlora.__file__).parent
 FILES = sorted(FOLDER.rglob("*.py"))
@@ -29,6 +36,7 @@ ORDER = (
         "jaxlora.reports",
         "jaxlora.storage",
     ),
+    ("jaxlora.formats",),
     ("jaxlora.nnx",),
     ("jaxlora",),
 )
@@ -78,3 +86,47 @@ def test_no_import_runs_in_a_circle():
     while leaves := {module for module, others in left.items() if not others & left.keys()}:
         left = {module: others for module, others in left.items() if module not in leaves}
     assert not left, {module: sorted(others & left.keys()) for module, others in left.items()}
+
+
+def test_no_function_hides_a_module():
+    loaded = {name: importlib.import_module(name) for name in MODULES}
+    inner = [name.rpartition(".") for name in MODULES if "." in name]
+    hidden = [
+        f"{package}.{name}"
+        for package, _, name in inner
+        if not inspect.ismodule(getattr(loaded[package], name))
+    ]
+    assert not hidden, hidden
+
+
+def test_root_has_few_names():
+    assert len(jaxlora.__all__) <= 34
+
+
+# filled while the modules of rules are imported, and read afterwards
+REGISTRY = {"jaxlora.tracing.interpreter._RULES", "jaxlora.tracing.interpreter._PASSING"}
+
+
+def test_nothing_at_module_level_can_be_changed_but_the_registry():
+    kept = {
+        f"{module}.{name}": value
+        for module in MODULES
+        for name, value in vars(importlib.import_module(module)).items()
+        if not name.startswith("__")
+    }
+    changeable = MutableMapping | MutableSequence | MutableSet
+    found = {name for name, value in kept.items() if isinstance(value, changeable)}
+    assert found == REGISTRY
+
+
+SOURCES = [
+    file
+    for folder in ("jaxlora", "tests", "examples", "benchmarks")
+    for file in sorted((FOLDER.parent / folder).rglob("*.py"))
+]
+
+
+def test_no_file_is_long():
+    lengths = {file: len(file.read_text().splitlines()) for file in SOURCES}
+    long = {str(file): length for file, length in lengths.items() if length > 300}
+    assert not long, long

@@ -80,7 +80,7 @@ def drawn(adapters, seed):
 def test_threads_get_their_own_results(program, is_quantized, way):
     fn, base = PROGRAMS[program], PLAIN
     if is_quantized:
-        base = jaxlora.quantize(fn, base, X, config=jaxlora.Quantization("int8"))
+        base = jaxlora.quantize(fn, base, X, config=jaxlora.QuantizationConfig("int8"))
     config = jaxlora.LoRAConfig(rank=4, targets=tuple("qkv"))
     base, first = jaxlora.split(jaxlora.init(jax.random.key(0), fn, base, X, config=config))
     mine = [drawn(first, seed) for seed in range(THREADS)]

@@ -1,14 +1,16 @@
 """One tree in a `TrainState` with labels or a mask: what trains, and what must not."""
 
+import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from cases import normal
 from flax.training.train_state import TrainState
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
 
@@ -69,3 +71,49 @@ def test_mask_alone_does_what_its_docstring_warns_of():
     frozen = optax.chain(SGD, optax.transforms.freeze(mask))
     after = after_three_steps(frozen, params)
     assert_array_equal(after["up"].b, params["up"].b)
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(12, name="up")(x))
+        return nn.Dense(1, name="down")(nn.Dropout(0.5, deterministic=not train)(jnp.tanh(x)))
+
+
+class StateWithStatistics(TrainState):
+    batch_stats: Any
+
+
+def test_train_state_moves_factors_and_statistics_as_with_merged_weights(key):
+    model, tx = Network(), optax.sgd(0.1, momentum=0.9)
+    variables = model.init(key, X, train=False)
+    stats, config = variables["batch_stats"], jaxlora.LoRAConfig(rank=2, targets=("up",))
+    adapted = jaxlora.init(key, model.apply, variables, X, train=False, config=config)
+    base, adapters = jaxlora.split(adapted["params"])
+
+    def merged_apply(variables, x, **how):
+        merged = jaxlora.merge(jaxlora.bind(base, variables["params"]))
+        return model.apply({**variables, "params": merged}, x, **how)
+
+    @jax.jit
+    def step(state, key):
+        def loss(params):
+            variables, rngs = {"params": params, "batch_stats": state.batch_stats}, {"dropout": key}
+            y, new = state.apply_fn(variables, X, train=True, rngs=rngs, mutable=["batch_stats"])
+            return jnp.mean((y - 1.0) ** 2), new["batch_stats"]
+
+        grads, stats = jax.grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, batch_stats=stats)
+
+    create: Any = functools.partial(StateWithStatistics.create, batch_stats=stats)
+    apply = jaxlora.lora(model.apply)
+    state = create(apply_fn=apply, params=adapted["params"], tx=jaxlora.freeze(tx))
+    wanted = create(apply_fn=merged_apply, params=adapters, tx=tx)
+    for i in range(3):
+        state, wanted = (step(one, jax.random.key(i)) for one in (state, wanted))
+    base_after, adapters_after = jaxlora.split(state.params)
+    jax.tree.map(assert_array_equal, base_after, base)
+    close = functools.partial(assert_allclose, rtol=1e-4, atol=1e-4)
+    got, of_merged = (adapters_after, state.batch_stats), (wanted.params, wanted.batch_stats)
+    jax.tree.map(close, got, of_merged)
+    assert adapters_after["up/kernel"].b.any()

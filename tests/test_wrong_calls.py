@@ -34,6 +34,7 @@ from wrong_calls import (
 
 import jaxlora
 import jaxlora.nnx
+from jaxlora.formats import peft
 
 pytestmark = pytest.mark.once
 
@@ -76,13 +77,14 @@ def test_wrong_argument_is_refused_by_a_message_of_ours(name, tmp_path, monkeypa
 
 
 def test_every_function_has_a_row():
-    modules = (jaxlora, jaxlora.algebra, jaxlora.initializers, jaxlora.optim, jaxlora.nnx)
+    inner = (jaxlora.algebra, jaxlora.initializers, jaxlora.optim)
+    modules = dict.fromkeys((jaxlora, *inner), "")
+    modules |= {jaxlora.calibration: "calibration.", jaxlora.nnx: "nnx.", peft: "peft."}
     found = set()
-    for module in modules:
-        prefix = "nnx." if module is jaxlora.nnx else ""
-        public = {name for name in vars(module) if not name.startswith("_")}
-        found |= {prefix + name for name in public if inspect.isfunction(vars(module)[name])}
-    assert found - {name.rpartition("optim.")[2] for name in CALLS} == {"mask", "labels"}
+    for module, prefix in modules.items():
+        public = {name for name in module.__all__ if inspect.isfunction(getattr(module, name))}
+        found |= {prefix + name for name in public}
+    assert found - {*CALLS} == {"mask", "labels"}
 
 
 def test_mask_and_labels_take_any_tree():
@@ -117,11 +119,11 @@ def test_mask_and_labels_take_any_tree():
         ),
         (
             lambda: jaxlora.init(KEY, model, PARAMS, X, config=CODES),  # pyright: ignore
-            "config must be a jaxlora.LoRAConfig: got Quantization",
+            "config must be a jaxlora.LoRAConfig: got QuantizationConfig",
         ),
         (
             lambda: jaxlora.quantize(model, PARAMS, X, config=CONFIG),  # pyright: ignore
-            "config must be a jaxlora.Quantization: got LoRAConfig",
+            "config must be a jaxlora.QuantizationConfig: got LoRAConfig",
         ),
         (
             lambda: jaxlora.init(KEY, model, ADAPTERS, X, config=CONFIG),
@@ -132,15 +134,17 @@ def test_mask_and_labels_take_any_tree():
             r"got 0.1; .* the order is dropout\(params, key, rate\)",
         ),
         (
-            lambda: jaxlora.moments(model, PARAMS, (X,), config=CONFIG),  # pyright: ignore
+            lambda: jaxlora.calibration.moments(model, PARAMS, (X,), config=CONFIG),  # pyright: ignore
             "batches must be tuples, .* got an array of shape .* for one; put it in a tuple",
         ),
         (
-            lambda: jaxlora.gradients(model, PARAMS, [(X,)], config=CONFIG),
+            lambda: jaxlora.calibration.gradients(model, PARAMS, [(X,)], config=CONFIG),
             r"loss must return one floating number: got float32 of shape \(5, 8\)",
         ),
         (
-            lambda: jaxlora.moments(model, jax.eval_shape(lambda: PARAMS), [(X,)], config=CONFIG),
+            lambda: jaxlora.calibration.moments(
+                model, jax.eval_shape(lambda: PARAMS), [(X,)], config=CONFIG
+            ),
             "is the shape of an array: moments needs its values",
         ),
         (
@@ -189,8 +193,8 @@ def test_mask_and_labels_take_any_tree():
             r"moments must be arrays \(stack, .* got an array of shape \(8, 6\), float32 for 'up'",
         ),
         (
-            lambda: jaxlora.to_plain(ADAPTERS, ADAPTERS, base=ADAPTED),
-            "'down' is adapted already: to_plain needs a plain tree",
+            lambda: jaxlora.algebra.rebase(ADAPTERS, ADAPTERS, base=ADAPTED),
+            "'down' is adapted already: rebase needs a plain tree",
         ),
     ],
 )

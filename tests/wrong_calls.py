@@ -11,11 +11,12 @@ from flax import nnx
 import jaxlora
 import jaxlora.nnx
 from jaxlora import algebra, initializers
+from jaxlora.formats import peft
 
 X, KEY = normal(0, 5, 8), jax.random.key(0)
 PARAMS = {"up": normal(1, 8, 6), "down": normal(2, 6, 8)}
 CONFIG = jaxlora.LoRAConfig(rank=2)
-CODES = jaxlora.Quantization("int8", 2, double=False)
+CODES = jaxlora.QuantizationConfig("int8", 2, double=False)
 
 
 def model(params, x):
@@ -93,13 +94,13 @@ CALLS = {
     "lora": (jaxlora.lora, {"fn": model}, {"strict": False, "form": "auto"}),
     "quantize": (jaxlora.quantize, {"fn": model, "params": PARAMS, "x": X}, {"config": CODES}),
     "dequantize": (jaxlora.dequantize, {"params": PARAMS}, {}),
-    "moments": (
-        jaxlora.moments,
+    "calibration.moments": (
+        jaxlora.calibration.moments,
         {"fn": model, "params": PARAMS, "batches": [(X,)]},
         {"config": CONFIG},
     ),
-    "gradients": (
-        jaxlora.gradients,
+    "calibration.gradients": (
+        jaxlora.calibration.gradients,
         {"fn": loss, "params": PARAMS, "batches": [(X,)]},
         {"config": CONFIG},
     ),
@@ -112,14 +113,15 @@ CALLS = {
     "scale_rates.init": (jaxlora.optim.scale_rates().init, {"factors": ADAPTERS}, {}),
     "precondition.init": (jaxlora.optim.precondition().init, {"factors": ADAPTERS}, {}),
     "LoRAConfig": (jaxlora.LoRAConfig, {}, vars(CONFIG)),
-    "Quantization": (jaxlora.Quantization, {}, vars(CODES)),
+    "QuantizationConfig": (jaxlora.QuantizationConfig, {}, vars(CODES)),
     "split": (jaxlora.split, {"adapted": ADAPTED}, {}),
     "bind": (jaxlora.bind, {"base": BASE, "adapters": ADAPTERS}, {"check_base": True}),
     "merge": (
         jaxlora.merge,
         {"adapted": ADAPTED},
-        {"with_error": False, "donate": False, "requantize": False},
+        {"donate": False, "requantize": False},
     ),
+    "merge_error": (jaxlora.merge_error, {"adapted": ADAPTED}, {"requantize": False}),
     "unmerge": (
         jaxlora.unmerge,
         {"plain": jaxlora.merge(ADAPTED), "adapters": ADAPTERS},
@@ -133,8 +135,8 @@ CALLS = {
     ),
     "load_adapters": (jaxlora.load_adapters, {"path": SAVED}, {"base": BASE}),
     "save_merged": (jaxlora.save_merged, {"path": "merged", "adapted": ADAPTED}, {}),
-    "to_plain": (
-        jaxlora.to_plain,
+    "rebase": (
+        jaxlora.algebra.rebase,
         {"adapters": INITIAL, "initial": INITIAL},
         {"base": PARAMS},
     ),
@@ -145,8 +147,18 @@ CALLS = {
     "delta": (algebra.delta, {"adapted": ADAPTED, "name": "up"}, {}),
     "combine": (
         algebra.combine,
-        {"sets": [ADAPTERS], "weights": [1.0], "method": "dare_ties_svd"},
-        {"rank": 1, "density": 0.5, "majority": "total", "key": KEY},
+        {"sets": [ADAPTERS], "weights": [1.0], "combining": algebra.Concatenation()},
+        {},
+    ),
+    "MagnitudePruning": (algebra.MagnitudePruning, {"density": 0.5}, {}),
+    "Ties": (algebra.Ties, {"density": 0.5}, {"majority": "total"}),
+    "DareLinear": (algebra.DareLinear, {"density": 0.5, "key": KEY}, {}),
+    "DareTies": (algebra.DareTies, {"density": 0.5, "key": KEY}, {"majority": "total"}),
+    "Svd": (algebra.Svd, {}, {"rule": algebra.Linear(), "rank": 1}),
+    "peft.combine": (
+        peft.combine,
+        {"sets": [ADAPTERS], "weights": [1.0], "combination_type": "dare_ties_svd"},
+        {"svd_rank": 1, "density": 0.5, "majority_sign_method": "total", "key": KEY},
     ),
     "extract": (
         algebra.extract,
@@ -203,12 +215,12 @@ FITTING = {
     "load_adapters.base": {"params", "adapted params"},
     **{name: {"adapters"} for name in ("adapters", "initial")},
     "a set of adapters": {"adapters", "an empty dict"},
-    **{name: {"a bool"} for name in ("check_base", "with_error", "donate", "requantize", "keep")},
+    **{name: {"a bool"} for name in ("check_base", "donate", "requantize", "keep")},
     **{name: {"a string"} for name in ("path", "name", "FromWeight.name")},
     "delta.adapted": {"adapted params"},
     "number": NUMBERS,
-    "combine.rank": {"None", "an int"},
-    "majority": {"None"},
+    **{name: {"None", "an int"} for name in ("Svd.rank", "svd_rank")},
+    "rule": {"None"},
     "sites": {"None"},
     "factors": ADAPTED_TREES,
     "FromWeight.factors": FUNCTIONS,

@@ -7,5 +7,28 @@ what becomes of that product; how it is shared out to ``a`` and ``b`` is theirs 
 from jaxlora.algebra.arithmetic import delta, pad, scale, truncate
 from jaxlora.algebra.combining import add, combine
 from jaxlora.algebra.extraction import Extracted, extract
+from jaxlora.algebra.methods import Concatenation, Method
+from jaxlora.algebra.nearest import Svd
+from jaxlora.algebra.rebasing import rebase
+from jaxlora.algebra.rules import DareLinear, DareTies, Linear, MagnitudePruning, Rule, Ties
 
-__all__ = ["Extracted", "add", "combine", "delta", "extract", "pad", "scale", "truncate"]
+__all__ = [
+    "Concatenation",
+    "DareLinear",
+    "DareTies",
+    "Extracted",
+    "Linear",
+    "MagnitudePruning",
+    "Method",
+    "Rule",
+    "Svd",
+    "Ties",
+    "add",
+    "combine",
+    "delta",
+    "extract",
+    "pad",
+    "rebase",
+    "scale",
+    "truncate",
+]

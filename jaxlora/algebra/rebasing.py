@@ -10,7 +10,7 @@ from jaxlora.weights import blocks, fingerprints, paths, tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, Replacement
 
 
-def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
+def rebase(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
     """Turn adapters for a base that their initializer changed into those for the base as it was.
 
     With ``W' = W - s a0 b0`` the weight in effect is ``W' + s a b = W + s [a, a0] [b; -b0]``: of
@@ -35,7 +35,7 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
     >>> config = jaxlora.LoRAConfig(rank=1, initializer="pissa")
     >>> params = jaxlora.init(jax.random.key(0), model, w, x, config=config)
     >>> _, initial = jaxlora.split(params)
-    >>> jaxlora.to_plain(initial, initial, base=w)
+    >>> jaxlora.algebra.rebase(initial, initial, base=w)
     {'w': Adapter(a=(4, 2), b=(2, 3), alpha=32)}
     """
     tree_checks.check_adapters(adapters)
@@ -44,8 +44,8 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
         raise ValueError(
             f"adapters and initial must have the same paths: {odd[0]!r} is in one alone"
         )
-    leaves = tree_checks.check_tree(base, "to_plain(adapters, initial, base=base)", "base")
-    tree_checks.check_plain(leaves, "to_plain")
+    leaves = tree_checks.check_tree(base, "rebase(adapters, initial, base=base)", "base")
+    tree_checks.check_plain(leaves, "rebase")
     plain: Adapters = {}
     for name, adapter in adapters.items():
         path, text = blocks.locate(name, leaves)

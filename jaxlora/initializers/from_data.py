@@ -18,7 +18,7 @@ def eva(moments: Mapping[str, jax.Array]) -> FromWeight:
     arXiv:2410.07170), each of its rank, for which there is `eva_ranks`. The base stays as it is.
 
     Args:
-        moments: from `jaxlora.moments`.
+        moments: from `jaxlora.calibration.moments`.
 
     Raises:
         TypeError: moments is no mapping of arrays.
@@ -43,7 +43,7 @@ def eva_ranks(moments: Mapping[str, jax.Array], rank: int, *, rho: float = 2.0) 
     is not among them.
 
     Args:
-        moments: from `jaxlora.moments`.
+        moments: from `jaxlora.calibration.moments`.
         rank: the mean rank, at least 1.
         rho: no rank is above ``round(rho * rank)``; at least 1.
 
@@ -82,7 +82,7 @@ def corda(moments: Mapping[str, jax.Array], *, keep: bool = False) -> FromWeight
     is ``C^-1 u s v`` of the largest singular values (Yang et al. 2024, arXiv:2406.05223).
 
     Args:
-        moments: from `jaxlora.moments`.
+        moments: from `jaxlora.calibration.moments`.
         keep: of the smallest instead, which keeps what is known about these inputs.
 
     Raises:
@@ -112,7 +112,7 @@ def lora_ga(gradients: Mapping[str, jax.Array], *, gamma: float = 16.0) -> FromW
     the directions and the scale of PEFT).
 
     Args:
-        gradients: from `jaxlora.gradients`.
+        gradients: from `jaxlora.calibration.gradients`.
         gamma: the larger, the smaller ``b``; positive.
 
     Raises:
@@ -120,7 +120,7 @@ def lora_ga(gradients: Mapping[str, jax.Array], *, gamma: float = 16.0) -> FromW
         ValueError: gradients is empty, or an array in it is no stack of matrices; gamma is not
             finite and positive.
     """
-    tree_checks.check_matrices(gradients, "gradients", "jaxlora.gradients")
+    tree_checks.check_matrices(gradients, "gradients", "jaxlora.calibration.gradients")
     checks.check_number(gamma, "gamma", "finite and positive")
 
     def factors(key, weight, rank, scaling, gradient):

@@ -25,7 +25,7 @@ class FromWeight:
             ``(in, out)``; ``scaling * a b`` is taken out of the base.
         changes_base: the product is not zero.
         data: what the function gets behind the others, for each target one array for each entry of
-            its stack, from `jaxlora.moments` or `jaxlora.gradients`; or None.
+            its stack, as from `jaxlora.calibration`; or None.
     """
 
     name: str

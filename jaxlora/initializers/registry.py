@@ -1,6 +1,7 @@
 """The initializers that have names, and the types of all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from jaxlora.initializers.from_weight import FromWeight, milora, olora, pissa
@@ -10,12 +11,14 @@ Initializer = Callable[..., Any]
 
 InitializerName = Literal["uniform", "normal", "kaiming", "orthogonal", "pissa", "milora", "olora"]
 
-NAMED: dict[str, Initializer | FromWeight] = {
-    "uniform": uniform,
-    "normal": normal,
-    "kaiming": kaiming,
-    "orthogonal": orthogonal,
-    "pissa": pissa(),
-    "milora": FromWeight("milora", milora),
-    "olora": FromWeight("olora", olora),
-}
+NAMED: Mapping[str, Initializer | FromWeight] = MappingProxyType(
+    {
+        "uniform": uniform,
+        "normal": normal,
+        "kaiming": kaiming,
+        "orthogonal": orthogonal,
+        "pissa": pissa(),
+        "milora": FromWeight("milora", milora),
+        "olora": FromWeight("olora", olora),
+    }
+)

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,14 +19,16 @@ import numpy as np
 from jax.core import Tracer
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_RANGES: dict[str, Callable[[float], bool]] = {
-    "finite": math.isfinite,
-    "finite and positive": lambda x: 0 < x < math.inf,
-    "finite and not negative": lambda x: 0 <= x < math.inf,
-    "finite and at least 1": lambda x: 1 <= x < math.inf,
-    "in [0, 1)": lambda x: 0 <= x < 1,
-    "in (0, 1]": lambda x: 0 < x <= 1,
-}
+_RANGES: Mapping[str, Callable[[float], bool]] = MappingProxyType(
+    {
+        "finite": math.isfinite,
+        "finite and positive": lambda x: 0 < x < math.inf,
+        "finite and not negative": lambda x: 0 <= x < math.inf,
+        "finite and at least 1": lambda x: 1 <= x < math.inf,
+        "in [0, 1)": lambda x: 0 <= x < 1,
+        "in (0, 1]": lambda x: 0 < x <= 1,
+    }
+)
 
 
 def warn(message: str, category: type[Warning]) -> None:

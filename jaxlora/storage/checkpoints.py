@@ -12,6 +12,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
@@ -26,7 +27,7 @@ from jaxlora.weights import sharding
 ADAPTERS, MERGED = "jaxlora.adapters", "jaxlora.merged"  # formats
 MARK = "_CHECKPOINT_METADATA"
 NOT_WRITTEN = "what was written is not what was to be saved"
-_NAMES = {ADAPTERS: "adapters", MERGED: "merged weights"}
+_NAMES = MappingProxyType({ADAPTERS: "adapters", MERGED: "merged weights"})
 T = TypeVar("T")
 
 

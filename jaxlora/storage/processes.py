@@ -1,6 +1,7 @@
 """Programs of several processes: one action in all, and what goes wrong in one raised in all."""
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import TypeVar, cast
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 _LONGEST = 1000  # bytes that other processes are told
 _KINDS = (FileExistsError, FileNotFoundError, ImportError, OSError, TimeoutError, TypeError)
-_TOLD = {kind.__name__: kind for kind in (*_KINDS, ValueError)}
+_TOLD = MappingProxyType({kind.__name__: kind for kind in (*_KINDS, ValueError)})
 T = TypeVar("T")
 
 

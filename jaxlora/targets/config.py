@@ -34,7 +34,7 @@ class LoRAConfig:
             a run of whole path parts, with slices behind it for a part of the weight:
             ``"qkv/kernel[:, 0:64]"``. ``"all-linear"`` may be among the names. A weight that no
             low-rank rule covers is adapted if a name ends at it, as ``"gate/kernel"``, or a target
-            matches nothing else, and runs dense (see `jaxlora.Sites`).
+            matches nothing else, and runs dense (see `jaxlora.targets.Sites`).
         exclude: as targets, but whole weights alone, and wins over them.
         layers: adapt these layers alone, by index from 0: those with such a number in their path
             (the first that ends a part of it, as in ``block_3``), or, of a weight with no number

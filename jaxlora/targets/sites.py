@@ -20,7 +20,7 @@ from jaxlora.weights import paths, tree_checks
 from jaxlora.weights.roles import Roles
 
 UNUSED, RETURNED = "the program does not use it", "the program returns it and consumes it nowhere"
-_ADDITIONS = {"add", "add_any", "sub"}
+_ADDITIONS = frozenset({"add", "add_any", "sub"})
 
 
 @dataclasses.dataclass(frozen=True)

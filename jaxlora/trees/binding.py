@@ -211,5 +211,5 @@ def changed_hint(adapter: Adapter | Replacement) -> str:
     changed = adapter.changed
     if not changed:
         return ""
-    other = "" if changed == "loftq" else ", or jaxlora.to_plain"
+    other = "" if changed == "loftq" else ", or jaxlora.algebra.rebase"
     return f"; the base that {changed} has left is needed{other}"

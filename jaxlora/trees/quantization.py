@@ -20,7 +20,7 @@ from jaxlora.weights.quantized import Code, Kind, QuantizedWeight
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantization:
+class QuantizationConfig:
     """Which weights to quantize and how.
 
     Attributes:
@@ -52,7 +52,7 @@ class Quantization:
 
 
 def quantize(
-    fn: Callable[..., Any], params: Any, /, *args: Any, config: Quantization, **kwargs: Any
+    fn: Callable[..., Any], params: Any, /, *args: Any, config: QuantizationConfig, **kwargs: Any
 ) -> Any:
     """Return the parameters with a `QuantizedWeight` in the place of each target.
 
@@ -76,12 +76,12 @@ def quantize(
     Raises:
         ValueError: the targets do not fit the program or name parts of weights, a weight is
             quantized already or trained whole, or is not finite.
-        TypeError: fn is no function, params no tree of arrays, or config no `Quantization`.
+        TypeError: fn is no function, params no tree of arrays, or config no `QuantizationConfig`.
         ImportError: qwix is not installed.
 
     >>> import jax, jax.numpy as jnp, jaxlora
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 128))
-    >>> nf4, lora = jaxlora.Quantization("nf4"), jaxlora.LoRAConfig(rank=4)
+    >>> nf4, lora = jaxlora.QuantizationConfig("nf4"), jaxlora.LoRAConfig(rank=4)
     >>> base = jaxlora.quantize(model, {"w": jnp.ones((128, 64))}, x, config=nf4)
     >>> base
     {'w': QuantizedWeight(nf4, (128, 64), float32)}
@@ -92,7 +92,7 @@ def quantize(
     order = "quantize(fn, params, *args, config=config)"
     checks.check_function(fn, order)
     tree_checks.check_tree(params, order)
-    checks.check_config(config, Quantization)
+    checks.check_config(config, QuantizationConfig)
     leaves, treedef = paths.flatten(params)
     sites = find_sites(fn, params, *args, **kwargs)
     code = Code(config.kind, config.block_size, config.double)

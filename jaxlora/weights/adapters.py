@@ -14,6 +14,7 @@ answer the same questions, so that nothing else has to know which of the two it 
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -26,7 +27,7 @@ from jaxlora.weights.opaque import Opaque
 from jaxlora.weights.roles import Roles, factor_axes
 from jaxlora.weights.sharding import Axes
 
-_static = {"static": True}
+_static = MappingProxyType({"static": True})
 _ALONE = "put adapters on their base with jaxlora.bind(base, adapters)"
 FACTORS = ("a", "b", "magnitude", "value")  # the names of what is trained
 MakeArray = Callable[[str, tuple[int, ...], Axes], Any]

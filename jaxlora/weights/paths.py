@@ -109,7 +109,7 @@ def random_key(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-_STATES = {"BatchStat", "Cache", "Intermediate", "Perturbation", "RngState"}
+_STATES = frozenset({"BatchStat", "Cache", "Intermediate", "Perturbation", "RngState"})
 
 
 def states(tree: Any) -> set[str]:

@@ -12,6 +12,7 @@ The codes and scales are those of qwix, which is imported where they are made or
 """
 
 import dataclasses
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from jax.core import Tracer
 from jaxlora.weights.opaque import Opaque
 
 Kind = Literal["int8", "int4", "nf4"]
-_meta = {"static": True}
+_meta = MappingProxyType({"static": True})
 _SCALES_PER_BLOCK = 256
 
 

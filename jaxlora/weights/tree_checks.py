@@ -76,7 +76,7 @@ def check_adapters(adapters: Any, name: str = "adapters", *, some: bool = False)
             raise TypeError(f"{name}[{path!r}] must be an Adapter: got {shown(adapter)}; {hint}")
 
 
-def check_matrices(arrays: Any, name: str, source: str = "jaxlora.moments") -> None:
+def check_matrices(arrays: Any, name: str, source: str = "jaxlora.calibration.moments") -> None:
     """Raise if these are no stacks of matrices by target, as a pass over data returns."""
     needed = f"{name} must be arrays (stack, rows, columns) by target, from {source}"
     if not isinstance(arrays, Mapping):

@@ -92,3 +92,12 @@ def trained(key, adapters):
 def normal(seed, *shape, dtype=jnp.float32):
     x = np.random.default_rng(seed).normal(size=shape) / math.sqrt(shape[0] if shape else 1)
     return jnp.asarray(x, dtype)
+
+
+def adapted(fn, params, *args, **config):
+    """Return parameters with adapters that have moved from their start."""
+    config = jaxlora.LoRAConfig(**{"rank": 2, "alpha": 3.0, **config})
+    base, adapters = jaxlora.split(
+        jaxlora.init(jax.random.key(0), fn, params, *args, config=config)
+    )
+    return jaxlora.bind(base, jax.tree.map(lambda x: x + 0.1, adapters))

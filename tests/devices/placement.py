@@ -225,7 +225,8 @@ def test_merge_and_unmerge_stay_where_the_base_is(plain, plain_params, params):
 
 
 def test_merge_sends_no_more_than_scalars(params):
-    sent = meshes.collectives(lambda params: jaxlora.merge(params, with_error=True), params)
+    both = lambda params: (jaxlora.merge(params), jaxlora.merge_error(params))  # noqa: E731
+    sent = meshes.collectives(both, params)
     assert all(meshes.size(collective) == 1 for collective in sent), sent
 
 

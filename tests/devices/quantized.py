@@ -16,7 +16,7 @@ from devices import meshes
 
 SHAPES = {"up": (3, 64, 128), "down": (3, 128, 64)}
 SPECS = {"up": P(None, "data", "model"), "down": P(None, "model", None)}
-NF4 = jaxlora.Quantization("nf4", block_size=8)
+NF4 = jaxlora.QuantizationConfig("nf4", block_size=8)
 LORA = jaxlora.LoRAConfig(rank=3, alpha=6)
 
 
@@ -115,7 +115,7 @@ def test_shards_of_blocks_in_shard_map(kind, double, adapted):
 
     params = {"w": jax.device_put(meshes.random({"w": (128, 32)})["w"], rows)}
     x = jnp.cos(jnp.arange(4 * 128.0)).reshape(4, 128)
-    config = jaxlora.Quantization(kind, block_size=8, double=double, targets=("w",))
+    config = jaxlora.QuantizationConfig(kind, block_size=8, double=double, targets=("w",))
     params = jaxlora.quantize(summed, params, x, config=config)
     wanted = summed(jaxlora.dequantize(params), x)
     if adapted:

@@ -92,7 +92,7 @@ def test_base_keeps_its_dtype():
 @every
 def test_adapters_of_a_changed_base_become_adapters_of_the_weights_as_they_were(initializer):
     base, initial, adapters = trained(init(initializer))
-    plain = jaxlora.to_plain(adapters, initial, base=PARAMS)
+    plain = jaxlora.algebra.rebase(adapters, initial, base=PARAMS)
     assert {(adapter.rank, adapter.alpha) for adapter in plain.values()} == {(4, 12.0)}
     changed = jaxlora.merge(jaxlora.bind(base, adapters))
     merged = jaxlora.merge(jaxlora.bind(PARAMS, plain))
@@ -103,7 +103,7 @@ def test_adapters_of_a_changed_base_become_adapters_of_the_weights_as_they_were(
 def test_adapters_of_other_strengths_become_plain():
     base, initial, adapters = trained(init("pissa"))
     stronger = jaxlora.algebra.truncate(adapters, rank=1)  # of another scaling and rank
-    plain = jaxlora.to_plain(stronger, initial, base=PARAMS)
+    plain = jaxlora.algebra.rebase(stronger, initial, base=PARAMS)
     merged = jaxlora.merge(jaxlora.bind(PARAMS, plain))
     for path, weight in jaxlora.merge(jaxlora.bind(base, stronger)).items():
         assert_allclose(merged[path], weight, rtol=1e-4, atol=1e-5)
@@ -112,11 +112,11 @@ def test_adapters_of_other_strengths_become_plain():
 def test_loading_on_the_weights_as_they_were_is_refused_and_told(tmp_path):
     base, initial, adapters = trained(init("pissa"))
     jaxlora.save_adapters(tmp_path / "changed", adapters)
-    with pytest.raises(ValueError, match=r"the base that pissa has left is needed, or .*to_plain"):
+    with pytest.raises(ValueError, match=r"the base that pissa has left is needed, or .*rebase"):
         jaxlora.load_adapters(tmp_path / "changed", base=PARAMS)
     loaded = jaxlora.load_adapters(tmp_path / "changed", base=base)
     assert loaded["query"].changed == "pissa"
-    jaxlora.save_adapters(tmp_path / "plain", jaxlora.to_plain(loaded, initial, base=PARAMS))
+    jaxlora.save_adapters(tmp_path / "plain", jaxlora.algebra.rebase(loaded, initial, base=PARAMS))
     assert jaxlora.load_adapters(tmp_path / "plain", base=PARAMS)["query"].changed == ""
 
 
@@ -177,19 +177,19 @@ def test_adapters_that_cannot_become_plain_are_refused():
     _, initial, adapters = trained(init("pissa"))
     fresh = jaxlora.split(init("uniform"))[1]
     with pytest.raises(ValueError, match="the adapter of 'experts' is plain: nothing changed"):
-        jaxlora.to_plain(fresh, fresh, base=PARAMS)
+        jaxlora.algebra.rebase(fresh, fresh, base=PARAMS)
     other = init("pissa", {name: weight + 1 for name, weight in PARAMS.items()})
     with pytest.raises(ValueError, match="must be of one base: 'experts' has the hashes"):
-        jaxlora.to_plain(adapters, jaxlora.split(other)[1], base=PARAMS)
+        jaxlora.algebra.rebase(adapters, jaxlora.split(other)[1], base=PARAMS)
     with pytest.raises(ValueError, match="must be of one base: 'experts' has"):
-        jaxlora.to_plain(adapters, fresh, base=PARAMS)
+        jaxlora.algebra.rebase(adapters, fresh, base=PARAMS)
     with pytest.raises(ValueError, match="must have the same paths: 'experts' is in one"):
-        jaxlora.to_plain(adapters, {"query": initial["query"]}, base=PARAMS)
+        jaxlora.algebra.rebase(adapters, {"query": initial["query"]}, base=PARAMS)
     other = {k: v for k, v in PARAMS.items() if k != "out"}
     with pytest.raises(ValueError, match="the base has no leaf 'out'"):
-        jaxlora.to_plain(adapters, initial, base=other)
+        jaxlora.algebra.rebase(adapters, initial, base=other)
     with pytest.raises(ValueError, match="for a weight of shape"):
-        jaxlora.to_plain(adapters, initial, base=PARAMS | {"out": normal(0, 3, 4, 8)})
+        jaxlora.algebra.rebase(adapters, initial, base=PARAMS | {"out": normal(0, 3, 4, 8)})
 
 
 def test_start_inside_of_jit_is_that_outside():
@@ -213,13 +213,15 @@ def test_adapters_of_many_layers_become_plain_whatever_their_order():
     base, initial = jaxlora.split(adapted)
     adapters = jax.tree.map(lambda x: x + 0.1, initial)  # sorts the paths
     assert list(adapters) != list(initial)
-    merged = jaxlora.merge(jaxlora.bind(params, jaxlora.to_plain(adapters, initial, base=params)))
+    merged = jaxlora.merge(
+        jaxlora.bind(params, jaxlora.algebra.rebase(adapters, initial, base=params))
+    )
     for got, wanted in zip(
         merged["layers"], jaxlora.merge(jaxlora.bind(base, adapters))["layers"], strict=True
     ):
         assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="the base must be that given to init: 'layers/0' is what"):
-        jaxlora.to_plain(adapters, initial, base=base)
+        jaxlora.algebra.rebase(adapters, initial, base=base)
 
 
 def test_factors_of_other_shapes_are_refused():

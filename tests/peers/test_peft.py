@@ -10,7 +10,9 @@ import pytest
 from numpy.testing import assert_allclose
 
 import jaxlora
-from jaxlora import Adapter, Roles, algebra, optim
+from jaxlora import Adapter, optim
+from jaxlora.formats.peft import combine
+from jaxlora.weights import Roles
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -18,7 +20,6 @@ with warnings.catch_warnings():
     torch = pytest.importorskip("torch", reason=REASON)
     peft = pytest.importorskip("peft", reason=REASON)
 
-combine: Any = algebra.combine
 WEIGHTS = [0.9, -0.4, 0.3]
 LAYERS = ("up", "down")
 
@@ -69,13 +70,13 @@ def adapters_of(model, name, field="data"):
         ("cat", {}),
         ("linear", {}),
         ("svd", {}),
-        ("svd", {"rank": 2}),
+        ("svd", {"svd_rank": 2}),
         ("magnitude_prune", {"density": 0.7}),
         ("ties", {"density": 0.7}),
-        ("ties", {"density": 0.7, "majority": "frequency"}),
+        ("ties", {"density": 0.7, "majority_sign_method": "frequency"}),
         ("magnitude_prune_svd", {"density": 0.7}),
-        ("ties_svd", {"density": 0.7, "rank": 2}),
-        ("ties_svd", {"density": 0.7, "majority": "frequency"}),
+        ("ties_svd", {"density": 0.7, "svd_rank": 2}),
+        ("ties_svd", {"density": 0.7, "majority_sign_method": "frequency"}),
         ("dare_linear", {"density": 1.0}),
         ("dare_ties", {"density": 1.0}),
     ],
@@ -85,14 +86,12 @@ def test_combined_product_is_that_of_peft(method, options):
     uses_factors = not method.endswith("svd") and method != "cat"
     model = adapted((3, 3, 3) if uses_factors else (2, 3, 4))
     ours = [adapters_of(model, str(i)) for i in range(3)]
-    renamed = {"rank": "svd_rank", "majority": "majority_sign_method"}
-    their_options: Any = {renamed.get(name, name): value for name, value in options.items()}
     model.add_weighted_adapter(
         ["0", "1", "2"],
         WEIGHTS,
         "combined",
         combination_type=method,
-        **their_options,
+        **options,
     )
     key = jax.random.key(0) if method.startswith("dare") else None
     combined = combine(ours, WEIGHTS, method, key=key, **options)
@@ -199,7 +198,7 @@ def test_corda_takes_out_the_same(keep):
     config = start_config(init_lora_weights="corda", corda_config=method)
     preprocess_corda(model, config, run_model=lambda: model.up(x))
     batches = [(jnp.asarray(x.numpy()),)]
-    found = jaxlora.moments(lambda p, x: x @ p["up"], kernel, batches, config=CONFIG)
+    found = jaxlora.calibration.moments(lambda p, x: x @ p["up"], kernel, batches, config=CONFIG)
     compared(model, config, jaxlora.initializers.corda(found, keep=keep))
 
 
@@ -224,7 +223,7 @@ def test_lora_ga_takes_out_the_same():
         return jnp.sin(x @ params["up"] + bias[None]).sum()
 
     batches = [(jnp.asarray(x.numpy()),)]
-    found = jaxlora.gradients(loss, kernel, batches, config=CONFIG)
+    found = jaxlora.calibration.gradients(loss, kernel, batches, config=CONFIG)
     compared(model, config, jaxlora.initializers.lora_ga(found))
 
 
@@ -257,7 +256,7 @@ def test_eva_gives_the_same_ranks_and_directions(power, found_ranks):
         return jnp.tanh(x @ params["up"]) @ params["down"]
 
     batch, config = jnp.asarray(x.numpy()), jaxlora.LoRAConfig(rank=3)
-    found = jaxlora.moments(ours, weights, [(batch,)], config=config)
+    found = jaxlora.calibration.moments(ours, weights, [(batch,)], config=config)
     ranks = jaxlora.initializers.eva_ranks(found, 3)
     start = jaxlora.initializers.eva(found)
     config = jaxlora.LoRAConfig(targets=tuple(ranks), rank_pattern=ranks, initializer=start)

@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
-from jaxlora import Quantization
+from jaxlora import QuantizationConfig
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -23,7 +23,7 @@ with warnings.catch_warnings():
 
 WEIGHT = np.random.default_rng(0).standard_normal((48, 128), np.float32)  # (out, in)
 X = np.random.default_rng(1).standard_normal((4, 128), np.float32)
-NF4 = Quantization("nf4", block_size=64, double=False)
+NF4 = QuantizationConfig("nf4", block_size=64, double=False)
 
 
 def model(params, x):

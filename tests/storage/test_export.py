@@ -41,7 +41,7 @@ def test_exported_function_holds_adapted_weights(params):
 
 
 def test_exported_function_takes_quantized_weights(params):
-    config = jaxlora.Quantization(block_size=4)
+    config = jaxlora.QuantizationConfig(block_size=4)
     params = jaxlora.quantize(mlp, params, X, config=config)
     data = export.export(jax.jit(jaxlora.lora(mlp)))(params, X).serialize()
     close(export.deserialize(data).call(params, X), mlp(jaxlora.merge(params), X))

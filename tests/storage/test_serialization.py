@@ -34,7 +34,7 @@ def made(seed=0, plain=PLAIN, **config) -> Any:
 
 
 def quantized():
-    return jaxlora.quantize(model, PLAIN, X, config=jaxlora.Quantization(block_size=4))
+    return jaxlora.quantize(model, PLAIN, X, config=jaxlora.QuantizationConfig(block_size=4))
 
 
 def same(got, wanted):
@@ -106,9 +106,11 @@ import sys
 names = [type(finder).__name__ for finder in sys.meta_path]
 if "flax" in sys.modules:
     import jax.numpy as jnp
-    leaf = jaxlora.TrainedLeaf(jnp.zeros(3), jaxlora.Replacement(jnp.ones(3), (3,)))
+    leaf = jaxlora.weights.TrainedLeaf(
+        jnp.zeros(3), jaxlora.weights.Replacement(jnp.ones(3), (3,))
+    )
     back = serialization.from_bytes(leaf, serialization.to_bytes(leaf))
-    assert isinstance(back, jaxlora.TrainedLeaf) and (back.value == 1).all()
+    assert isinstance(back, jaxlora.weights.TrainedLeaf) and (back.value == 1).all()
     assert "_WhenImported" not in names
     import inspect
     assert "to_state_dict" in inspect.getsource(serialization)

@@ -103,7 +103,7 @@ def test_stack_entries_differ(key):
     node = jaxlora.init(
         key, lambda p, x: jnp.einsum("etd,edo->eto", x, p["w"]), params, x, config=config
     )["w"]
-    assert node.roles == jaxlora.Roles((0,), (1,), (2,))
+    assert node.roles == jaxlora.weights.Roles((0,), (1,), (2,))
     assert len(np.unique(np.asarray(node.a))) == node.a.size
 
 

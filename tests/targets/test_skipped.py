@@ -144,9 +144,9 @@ def test_roles_of_a_dense_weight_are_those_of_a_stack_of_kernels():
         fn, params = DENSE[name]
         return jaxlora.find_sites(fn, params, X)["w"].roles
 
-    assert roles("elementwise") == jaxlora.Roles((), (0,), (1,))
-    assert roles("of three axes") == jaxlora.Roles((), (0, 1), (2,))
-    assert roles("scanned") == roles("unrolled") == jaxlora.Roles((0,), (1,), (2,))
+    assert roles("elementwise") == jaxlora.weights.Roles((), (0,), (1,))
+    assert roles("of three axes") == jaxlora.weights.Roles((), (0, 1), (2,))
+    assert roles("scanned") == roles("unrolled") == jaxlora.weights.Roles((0,), (1,), (2,))
 
 
 @pytest.mark.parametrize("name", ["Fp8DotGeneralOp", "Fp8DirectDotGeneralOp"])
@@ -215,7 +215,7 @@ def test_exclude_and_what_is_trained_otherwise_are_not_left_out():
         init(everything, EVERYTHING, targets=("w",))
         init(everything, EVERYTHING, targets=("w", "gate"), rank=1)
         adapted = init(everything, EVERYTHING, targets=("blocks",), train=("gate",))
-        assert isinstance(adapted["blocks"]["block_0"]["gate"], jaxlora.TrainedLeaf)
+        assert isinstance(adapted["blocks"]["block_0"]["gate"], jaxlora.weights.TrainedLeaf)
 
 
 def test_names_tell_of_what_they_match_alone():
@@ -242,20 +242,22 @@ def test_all_linear_may_stand_beside_names():
 
 
 def test_entries_picked_from_a_stack_are_no_lookup():
-    roles = jaxlora.Roles((0,), (1,), (2,))
-    picked = jaxlora.Use("w", "gather", "", "looked up", in_=frozenset({0}))
-    product = jaxlora.Use("w", "dot_general", "", "contracted", frozenset({0}), frozenset({1}))
-    experts = jaxlora.Site("w", (2, 4, 4), jnp.float32, roles, (picked, product))
+    roles = jaxlora.weights.Roles((0,), (1,), (2,))
+    picked = jaxlora.reports.Use("w", "gather", "", "looked up", in_=frozenset({0}))
+    product = jaxlora.reports.Use(
+        "w", "dot_general", "", "contracted", frozenset({0}), frozenset({1})
+    )
+    experts = jaxlora.targets.Site("w", (2, 4, 4), jnp.float32, roles, (picked, product))
     assert not experts.is_looked_up
-    rows = jaxlora.Roles((), (0,), (1, 2))
-    assert jaxlora.Site("w", (2, 4, 4), jnp.float32, rows, (picked, product)).is_looked_up
+    rows = jaxlora.weights.Roles((), (0,), (1, 2))
+    assert jaxlora.targets.Site("w", (2, 4, 4), jnp.float32, rows, (picked, product)).is_looked_up
 
 
 def test_quantize_is_silent_of_what_it_leaves_as_it_is():
-    nf4 = jaxlora.Quantization("int8", 4, double=False)
+    nf4 = jaxlora.QuantizationConfig("int8", 4, double=False)
     found = jaxlora.quantize(everything, EVERYTHING, X, config=nf4)
-    assert isinstance(found["scan"]["w"], jaxlora.QuantizedWeight)
-    assert not isinstance(found["embed"], jaxlora.QuantizedWeight)
+    assert isinstance(found["scan"]["w"], jaxlora.weights.QuantizedWeight)
+    assert not isinstance(found["embed"], jaxlora.weights.QuantizedWeight)
 
 
 def test_name_of_a_module_is_not_that_of_its_weights():

@@ -13,11 +13,11 @@ from numpy.testing import assert_allclose
 import jaxlora
 
 EVERY = FORMS | SHARED_FORMS
-STACK = jaxlora.Roles((0,), (1,), (2,))
+STACK = jaxlora.weights.Roles((0,), (1,), (2,))
 KINDS = {  # of adapters: each expert its own, ``a`` shared among them, or ``b``
     "own": STACK,
-    "a shared": jaxlora.Roles((), (1,), (0, 2)),
-    "b shared": jaxlora.Roles((), (0, 1), (2,)),
+    "a shared": jaxlora.weights.Roles((), (1,), (0, 2)),
+    "b shared": jaxlora.weights.Roles((), (0, 1), (2,)),
 }
 
 
@@ -91,7 +91,7 @@ def test_rows_of_a_table_that_are_multiplied_are_a_lookup():
         return x[:, :6] @ params["table"][experts.INDICES[:, 0]].T
 
     table = dataclasses.replace(jaxlora.find_sites(fn, {"table": W[0]}, X)["table"], uses=())
-    assert table.roles == jaxlora.Roles((), (0,), (1,))
+    assert table.roles == jaxlora.weights.Roles((), (0,), (1,))
 
 
 def test_entries_that_are_also_read_are_a_stack():

@@ -1,37 +1,25 @@
 """The walk itself: what it keeps of a program, and that it is never silent."""
 
-import dataclasses
 import functools
 import re
 import subprocess
 import sys
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, normal
-from cases.layers_linen import linen_attention, linen_layers_scanned
+from cases import normal
+from cases.base import adapted
+from cases.layers_linen import linen_attention
 from cases.products import matmul
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
-from jaxlora.tracing.values import axes
 
 X = normal(1, 5, 8)
-
-
-def adapted(fn, params, *args, **config):
-    config = jaxlora.LoRAConfig(**{"rank": 2, "alpha": 3.0, **config})
-    base, adapters = jaxlora.split(
-        jaxlora.init(jax.random.key(0), fn, params, *args, config=config)
-    )
-    return jaxlora.bind(base, jax.tree.map(lambda x: x + 0.1, adapters))
 
 
 def regularized(params, x):
@@ -217,113 +205,6 @@ def test_weight_looked_up_out_of_range_is_filled_as_without_adapters():
     assert_array_equal(got[1], jnp.full(6, 7.0))
 
 
-class TestDropout:
-    def outputs(self, case, rate, seed):
-        params = case.trained(jax.random.key(0))
-        fn = jax.jit(jaxlora.lora(case.fn))
-        dropped = jaxlora.dropout(params, jax.random.key(seed), rate)
-        return np.asarray(fn(params, *case.args)), np.asarray(fn(dropped, *case.args))
-
-    def test_concerns_the_low_rank_input_alone(self):
-        x = jnp.ones((2000, 8))
-        case = Case(lambda params, x: x @ params["w"], {"w": normal(0, 8, 6)}, (x,))
-        base = np.asarray(case.fn(case.params, x))
-        undropped, dropped = self.outputs(case, 0.25, 1)
-        assert np.abs(dropped - undropped).max() > 0.1
-        assert_allclose(dropped.mean(0), undropped.mean(0), atol=0.1)
-        _, almost_all = self.outputs(case, 0.99, 1)
-        untouched = (almost_all == base).all(1).mean()
-        assert untouched == pytest.approx(0.99**8, abs=0.02)
-
-    def test_is_off_at_rate_zero(self):
-        assert_array_equal(*self.outputs(matmul(), 0.0, 1))
-
-    def test_follows_its_key(self):
-        _, one = self.outputs(matmul(), 0.5, 1)
-        _, again = self.outputs(matmul(), 0.5, 1)
-        _, other = self.outputs(matmul(), 0.5, 2)
-        assert_array_equal(one, again)
-        assert not np.array_equal(one, other)
-
-    def test_differs_between_layers_of_a_stack(self):
-        params = jax.tree.map(
-            lambda w: jnp.stack([w[0]] * len(w)) if w.ndim > 1 else w,
-            linen_layers_scanned().init(jax.random.key(0)),
-        )
-        dropped = jaxlora.dropout(params, jax.random.key(1), 0.5)
-        keys = dropped["params"]["block"]["up"]["kernel"].dropout_keys
-        assert len(np.unique(jax.random.key_data(keys), axis=0)) == 3
-
-    def test_differs_between_steps_that_share_a_weight(self):
-        def fn(params, x):
-            return jax.lax.scan(lambda _, x: (None, x @ params["w"]), None, jnp.stack([x, x]))[1]
-
-        params = adapted(fn, {"w": normal(0, 8, 6)}, X)
-        y = jaxlora.lora(fn)(jaxlora.dropout(params, jax.random.key(1), 0.5), X)
-        assert not jnp.array_equal(y[0], y[1])
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.data())
-def test_axes_follow_any_reshape_and_transpose(data):
-    sizes = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4))
-    dims = axes.from_shape(sizes, range(len(sizes)))
-    index = np.indices(sizes)
-    where = [index[i] for i in range(len(sizes))]  # of each element, its index along each axis
-    for _ in range(data.draw(st.integers(1, 4))):
-        shape = where[0].shape
-        if data.draw(st.booleans()):
-            order = data.draw(st.permutations(range(len(shape))))
-            dims, where = tuple(dims[d] for d in order), [w.transpose(order) for w in where]
-        else:
-            ones = [1] * len(shape) if len(shape) < 16 else []  # NumPy has at most 64 dimensions
-            factors = data.draw(st.permutations([*shape, *ones]))
-            new = axes.reshape(dims, factors)
-            if new is None:
-                continue
-            dims, where = new, [w.reshape(factors) for w in where]
-        assert axes.shape(dims) == where[0].shape
-        for d, dim in enumerate(dims):
-            along = np.moveaxis(np.stack(where), d + 1, 0)
-            moves = {i for i in range(len(sizes)) if (along[1:, i] != along[:-1, i]).any()}
-            assert moves <= axes.labels([dim])
-
-
-def test_sites_and_adapters_need_only_shapes(key):
-    case = linen_attention()
-    shapes = jax.eval_shape(lambda: (case.params, case.args))
-    params, args = shapes
-    sites = jaxlora.find_sites(case.fn, params, *args)
-    assert [site.path for site in sites] == list(jaxlora.split(case.init(key))[1])
-    abstract = jax.eval_shape(
-        lambda params, *args: jaxlora.init(key, case.fn, params, *args, config=case.config),
-        params,
-        *args,
-    )
-    assert jax.tree.structure(abstract) == jax.tree.structure(case.init(key))
-    assert jaxlora.summary(abstract).trainable == jaxlora.summary(case.init(key)).trainable
-
-
-def test_init_under_jit_gives_the_same_adapters(key):
-    case = linen_attention()
-    inside = jax.jit(
-        lambda params, *args: jaxlora.init(key, case.fn, params, *args, config=case.config)
-    )(case.params, *case.args)
-    jax.tree.map(assert_array_equal, inside, case.init(key))
-    whole = jax.jit(lambda params: jaxlora.bind(*jaxlora.split(params)))(inside)
-    jax.tree.map(assert_array_equal, whole, inside)
-
-
-def test_weights_may_be_numpy_arrays(key):
-    case = linen_attention()
-    params = jax.tree.map(np.asarray, case.trained(key))
-    assert_allclose(
-        jaxlora.lora(case.fn)(params, *case.args),
-        case.fn(jaxlora.merge(params), *case.args),
-        atol=1e-5,
-    )
-
-
 def test_import_loads_neither_orbax_nor_optax_and_starts_no_backend():
     code = (
         "import sys, jaxlora; from jax._src import xla_bridge; "
@@ -361,35 +242,7 @@ def test_bias_of_unrolled_layers_is_no_site():
     params = {"w": normal(0, 2, 8, 8), "bias": normal(1, 2, 8)}
     sites = jaxlora.find_sites(fn, params, X)
     assert [site.path for site in sites] == ["w"]
-    assert sites["w"].roles == jaxlora.Roles((0,), (1,), (2,))
-
-
-def test_fields_named_value_have_paths_of_their_own():
-    @functools.partial(jax.tree_util.register_dataclass)
-    @dataclasses.dataclass
-    class Attention:
-        query: jax.Array
-        value: jax.Array
-
-    params = {"attention": Attention(normal(0, 8, 6), normal(1, 8, 6))}
-
-    def fn(params, x):
-        return x @ params["attention"].query + x @ params["attention"].value
-
-    sites = jaxlora.find_sites(fn, params, X)
-    assert [site.path for site in sites] == ["attention/query", "attention/value"]
-
-
-def test_boxes_add_nothing_to_a_path():
-    kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
-    model = nn.Dense(6, kernel_init=kernel_init)
-    variables = model.init(jax.random.key(0), X)
-    sites = jaxlora.find_sites(model.apply, variables, X)
-    assert [site.path for site in sites] == ["params/kernel"]
-    params = adapted(model.apply, variables, X)
-    got: Any = jaxlora.lora(model.apply)(params, X)
-    wanted: Any = model.apply(jaxlora.merge(params), X)
-    assert_allclose(got, wanted, atol=1e-5)
+    assert sites["w"].roles == jaxlora.weights.Roles((0,), (1,), (2,))
 
 
 def test_functions_may_have_keywords_of_any_name(key):
@@ -400,26 +253,6 @@ def test_functions_may_have_keywords_of_any_name(key):
     params = {"w": normal(0, 8, 6)}
     params = jaxlora.init(key, fn, params, X, config=config, key=jnp.ones(2), fn=1.0)
     assert jaxlora.explain(fn, params, X, key=jnp.ones(2), fn=1.0).uses["w"]
-
-
-def test_explain_and_summary_need_only_shapes(key):
-    case = linen_attention()
-    params, args = jax.eval_shape(lambda: (case.init(key), case.args))
-    assert str(jaxlora.explain(case.fn, params, *args)) == str(
-        jaxlora.explain(case.fn, case.init(key), *case.args)
-    )
-    whole = jaxlora.summary(params)
-    factors = jaxlora.summary(jaxlora.split(case.init(key))[1])
-    assert factors.total == factors.trainable == whole.trainable
-    assert str(jaxlora.summary({**params, "key": jax.random.key(0)})).count("\n") > 5
-
-
-def test_dropout_takes_keys_of_both_kinds(key):
-    params = adapted(lambda params, x: x @ params["w"], {"w": normal(0, 8, 6)}, X)
-    old = jaxlora.dropout(params, jax.random.PRNGKey(3), 0.5)
-    new = jaxlora.dropout(params, jax.random.key(3), 0.5)
-    fn = jaxlora.lora(lambda params, x: x @ params["w"])
-    assert_array_equal(fn(old, X), fn(new, X))
 
 
 def test_every_use_of_a_jitted_helper_is_explained():

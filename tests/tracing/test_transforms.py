@@ -124,7 +124,7 @@ def test_sites_and_factors_of_a_model_of_70_billion_parameters(key):
     layers |= {"norm_1": array((80, d)), "norm_2": array((80, d))}
     params = {"embed": array((words, d)), "head": array((d, words)), "norm": array((d,))}
     args = {**params, "layers": layers}, jax.ShapeDtypeStruct((1, 128), jnp.int32)
-    stack, single = jaxlora.Roles((0,), (1,), (2,)), jaxlora.Roles((), (0,), (1,))
+    stack, single = jaxlora.weights.Roles((0,), (1,), (2,)), jaxlora.weights.Roles((), (0,), (1,))
     wanted: Any = {f"layers/{name}": stack for name in sizes} | {"embed": single, "head": single}
     assert {site.path: site.roles for site in jaxlora.find_sites(llama, *args)} == wanted
     init = functools.partial(jaxlora.init, key, llama, config=jaxlora.LoRAConfig(rank=16))

@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
 import jaxlora.nnx
-from jaxlora import Replacement, TrainedLeaf
+from jaxlora.weights import Replacement, TrainedLeaf
 
 
 class Block(nn.Module):
@@ -156,7 +156,7 @@ def test_adapters_stay_what_they_are_in_algebra_where_that_has_a_meaning():
     for changed in (
         jaxlora.algebra.pad(adapters, 4),
         jaxlora.algebra.truncate(adapters, 1),
-        jaxlora.to_plain(adapters, adapters, base=PARAMS),
+        jaxlora.algebra.rebase(adapters, adapters, base=PARAMS),
     ):
         assert_array_equal(changed[NORM[0]].value, adapters[NORM[0]].value)
     scale, add = jaxlora.algebra.scale, jaxlora.algebra.add
@@ -205,67 +205,6 @@ def test_model_without_biases_is_refused():
     config = jaxlora.LoRAConfig(rank=2, bias="all")
     with pytest.raises(ValueError, match="'bias' is to be trained, but is no leaf"):
         jaxlora.init(jax.random.key(0), linear, {"w": normal(0, 8, 6)}, X, config=config)
-
-
-VOCABULARY = {"embedding": normal(0, 10, 6), "w": normal(1, 6, 4)}
-IDS = jnp.array([[1, 7, 7], [9, 0, 2]])
-
-
-def tied(params, ids):
-    return params["embedding"][ids] @ params["w"] @ params["w"].T @ params["embedding"].T
-
-
-def rows_of(**config) -> Any:
-    config = jaxlora.LoRAConfig(
-        **{"rank": 2, "targets": ("w",), "rows": {"embedding": (7, 1)}} | config
-    )
-    return jaxlora.init(jax.random.key(0), tied, VOCABULARY, IDS, config=config)
-
-
-def test_rows_are_trained_and_others_stay(tmp_path):
-    base, adapters = moved(rows_of())
-    assert (adapters["embedding"].rows, adapters["embedding"].value.shape) == ((1, 7), (2, 6))
-    jaxlora.save_adapters(tmp_path / "a", adapters)
-    loaded = jaxlora.load_adapters(tmp_path / "a", base=base)
-    assert jax.tree.structure(loaded) == jax.tree.structure(adapters)
-    merged = jaxlora.merge(jaxlora.bind(base, loaded))
-    wanted = np.array(VOCABULARY["embedding"])
-    wanted[[1, 7]] += np.float32(0.1)
-    assert_allclose(merged["embedding"], wanted, rtol=1e-6)
-
-    def loss(adapters):
-        return jnp.sum(jnp.tanh(jaxlora.lora(tied, strict=True)(jaxlora.bind(base, adapters), IDS)))
-
-    def whole_loss(embedding):
-        return jnp.sum(jnp.tanh(tied(merged | {"embedding": embedding}, IDS)))
-
-    got: Any = jax.grad(loss)(adapters)["embedding"].value
-    assert_allclose(got, jax.grad(whole_loss)(merged["embedding"])[jnp.array([1, 7])], rtol=1e-4)
-
-
-def test_rows_that_are_not_there_are_refused():
-    for config, message in [
-        ({"rows": {"embedding": (10,)}}, r"'embedding' of shape \(10, 6\) has no row 10"),
-        ({"rows": {"embedding": ()}}, r"rows\['embedding'\] must be indices from 0"),
-        (
-            {"rows": {"embeding": (1,)}},
-            "'embeding' is to be trained, but is no leaf",
-        ),
-        ({"rows": {"w": (1,)}}, "'w' is to be trained, and 'w' is adapted"),
-        ({"train": ("embedding",)}, "'embedding' is to be trained twice"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            rows_of(**config)
-    with pytest.raises(TypeError, match=r"rows\['embedding'\] must be indices: got 1.5"):
-        rows_of(rows={"embedding": (1.5,)})
-    base, _ = jaxlora.split(rows_of())
-    wrong = {"embedding": Replacement(jnp.ones((3, 6)), (10, 6), rows=(1, 7))}
-    with pytest.raises(ValueError, match=r"the value of 'embedding' must have the shape \(2, 6\)"):
-        jaxlora.bind(base, wrong)
-
-
-def test_rows_are_told_with_the_shape_of_the_leaf():
-    assert re.search(r"embedding +\(10, 6\) +itself +12 ", str(jaxlora.summary(rows_of())))
 
 
 def test_adapters_alone_are_frozen_by_name():

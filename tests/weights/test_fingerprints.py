@@ -140,7 +140,7 @@ def test_fresh_adapters_unmerge_from_their_base():
 
 def test_quantized_weights_are_known_by_their_codes_and_scales():
     def quantized(params):
-        config = jaxlora.Quantization(block_size=4)
+        config = jaxlora.QuantizationConfig(block_size=4)
         return jaxlora.quantize(model, params, X, config=config)
 
     for targets in (("w",), PARTS):

@@ -130,7 +130,7 @@ def test_adapters_with_magnitudes_are_saved_and_turned_plain(tmp_path, initializ
     assert jax.tree.structure(loaded) == jax.tree.structure(adapters)
     assert_close(loaded, adapters, 0, 0)
     if initializer == "pissa":
-        plain = jaxlora.to_plain(adapters, initial, base={"w": normal(0, 8, 6)})
+        plain = jaxlora.algebra.rebase(adapters, initial, base={"w": normal(0, 8, 6)})
         merged = jaxlora.merge(jaxlora.bind({"w": normal(0, 8, 6)}, plain))
         assert_allclose(
             merged["w"], jaxlora.merge(jaxlora.bind(base, adapters))["w"], rtol=1e-3, atol=1e-4
@@ -208,7 +208,7 @@ def test_some_layers_of_a_stack_have_magnitudes(initializer, is_quantized, tmp_p
     fields: dict[str, Any] = {"layers": (0, 2, 3), "magnitude": True}
     config = jaxlora.LoRAConfig(rank=2, initializer=initializer, **fields)
     if is_quantized:
-        how = jaxlora.Quantization(block_size=4)
+        how = jaxlora.QuantizationConfig(block_size=4)
         params = jaxlora.quantize(fn, params, x, config=how)
     adapted = jaxlora.init(jax.random.key(0), fn, params, x, config=config)
     plain = jaxlora.dequantize(params) if is_quantized else params

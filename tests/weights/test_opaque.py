@@ -33,7 +33,7 @@ PARAMS: Any = jaxlora.init(
     config=jaxlora.LoRAConfig(rank=2, targets=("w",), train=("scale",)),
 )
 ADAPTERS = jaxlora.split(PARAMS)[1]
-QUANTIZED: Any = jaxlora.quantize(model, PLAIN, X, config=jaxlora.Quantization(block_size=4))
+QUANTIZED: Any = jaxlora.quantize(model, PLAIN, X, config=jaxlora.QuantizationConfig(block_size=4))
 NODES = {
     "LoRAWeight": (PARAMS["w"], r"jaxlora.lora\(fn\).*jaxlora.merge\(params\)"),
     "TrainedLeaf": (PARAMS["scale"], r"jaxlora.lora\(fn\).*jaxlora.merge\(params\)"),

@@ -6,7 +6,8 @@ reads it makes it for itself alone: in a derivative it is made again and not kep
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.values import slicing
 from jaxlora.weights.quantized import QuantizedWeight, dequantized
 
-_meta = {"static": True}
+_meta = MappingProxyType({"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -245,13 +246,15 @@ def _gather(eqn: Any, x: Deferred, indices: Any) -> Deferred | None:
     return x.on_parts(gather, tuple(range(eqn.outvars[0].aval.ndim)))
 
 
-_REARRANGED: dict[str, Callable[..., Deferred | None]] = {
-    "convert_element_type": _convert,
-    "transpose": _transpose,
-    "squeeze": _squeeze,
-    "slice": _cut,
-    "dynamic_slice": _cut,
-    "gather": _gather,
-}
-KEPT = {*_REARRANGED, "reshape", "broadcast_in_dim", "copy", "copy_p", "rev", "stop_gradient"}
-KEPT |= {"mul", "div", "neg"}  # scales
+_REARRANGED: Mapping[str, Callable[..., Deferred | None]] = MappingProxyType(
+    {
+        "convert_element_type": _convert,
+        "transpose": _transpose,
+        "squeeze": _squeeze,
+        "slice": _cut,
+        "dynamic_slice": _cut,
+        "gather": _gather,
+    }
+)
+KEPT = frozenset(_REARRANGED) | {"reshape", "broadcast_in_dim", "copy", "copy_p", "rev"}
+KEPT |= {"stop_gradient", "mul", "div", "neg"}  # the last three are scales

@@ -13,6 +13,7 @@ number: an evaluation of the same program with probes finds the sites.
 import dataclasses
 import enum
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from jaxlora.tracing.values.chain import contract, scaled, scaled_along
 from jaxlora.weights.adapters import scaling
 from jaxlora.weights.roles import Roles
 
-_meta = {"static": True}
+_meta = MappingProxyType({"static": True})
 
 
 class Role(enum.StrEnum):
@@ -35,12 +36,8 @@ class Role(enum.StrEnum):
     OUT = "out"
 
 
-CARRIES = {
-    "a": frozenset({Role.STACK, Role.IN}),
-    "b": frozenset({Role.STACK, Role.OUT}),
-    "keys": frozenset({Role.STACK}),
-    "gain": frozenset({Role.STACK, Role.OUT}),
-}
+_IN, _OUT = frozenset({Role.STACK, Role.IN}), frozenset({Role.STACK, Role.OUT})
+CARRIES = MappingProxyType({"a": _IN, "b": _OUT, "keys": frozenset({Role.STACK}), "gain": _OUT})
 RANK = -1
 
 

@@ -1,0 +1,116 @@
+"""What a user can reach: names of the root and of its namespaces, and the types they speak of."""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+import types
+import typing
+
+import optax
+import pytest
+
+import jaxlora
+import jaxlora.nnx
+from jaxlora.formats import peft
+
+pytestmark = pytest.mark.once
+
+NAMESPACES = [
+    jaxlora,
+    *(value for name in jaxlora.__all__ if inspect.ismodule(value := getattr(jaxlora, name))),
+    peft,
+]
+PUBLIC = {
+    f"{space.__name__}.{name}": getattr(space, name)
+    for space in NAMESPACES
+    for name in space.__all__
+}
+
+
+def test_root_lists_its_names_alone():
+    assert {name for name in dir(jaxlora) if not name.startswith("__")} == {*jaxlora.__all__}
+    assert sorted(jaxlora.__all__) == jaxlora.__all__
+
+
+def test_namespaces_are_there_after_the_root_is_imported_and_flax_is_not():
+    names = [name for name in PUBLIC if not name.startswith("jaxlora.nnx")]
+    code = f"""
+import sys, jaxlora
+for name in {sorted(names)}:
+    value = jaxlora
+    for part in name.split(".")[1:]:
+        value = getattr(value, part)
+assert "flax" not in sys.modules
+"""
+    code = code.replace("'jaxlora.nnx', ", "")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("moments", "no attribute 'moments': use jaxlora.calibration.moments"),
+        ("to_plain", "use jaxlora.algebra.rebase"),
+        ("Quantization", "use jaxlora.QuantizationConfig"),
+        ("Sites", "use jaxlora.targets.Sites"),
+        ("Report", "use jaxlora.reports.Report"),
+        ("Roles", "use jaxlora.weights.Roles"),
+        ("combine", "use jaxlora.algebra.combine"),
+        ("freze", "nearest: jaxlora.freeze$"),
+        ("merge_eror", "nearest: jaxlora.merge_error$"),
+        ("LoraConfig", "nearest: jaxlora.LoRAConfig$"),
+        ("zzz", "module 'jaxlora' has no attribute 'zzz'$"),
+    ],
+)
+def test_name_that_is_not_there_is_told_where_it_is(name, words):
+    with pytest.raises(AttributeError, match=words):
+        getattr(jaxlora, name)
+
+
+LATER = {"optax": optax}  # what is imported where it is used
+
+
+def types_in(hint):
+    """Yield the classes in a type."""
+    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
+        yield hint
+    inner = typing.get_args(hint)
+    for each in inner if typing.get_origin(hint) is not typing.Literal else ():
+        yield from types_in(list(each) if isinstance(each, tuple) else each)
+    for each in hint if isinstance(hint, list) else ():
+        yield from types_in(each)
+
+
+def hints_of(value):
+    """Yield the types in the signature of a function, or of the fields and methods of a class."""
+    if not inspect.isclass(value):
+        yield from typing.get_type_hints(value, localns=LATER).values()
+        return
+    if dataclasses.is_dataclass(value):
+        yield from typing.get_type_hints(value, localns=LATER).values()
+    for name, member in inspect.getmembers(value):
+        member = member.fget if isinstance(member, property) else member
+        is_own = inspect.isfunction(member) and member.__module__.startswith("jaxlora")
+        if is_own and (name == "__init__" or not name.startswith("_")):
+            yield from typing.get_type_hints(member, localns=LATER).values()
+
+
+CALLABLE = {n: x for n, x in PUBLIC.items() if inspect.isclass(x) or inspect.isfunction(x)}
+
+
+@pytest.mark.parametrize("name", CALLABLE)
+def test_every_type_in_a_signature_is_public(name):
+    found = {kind for hint in hints_of(CALLABLE[name]) for kind in types_in(hint)}
+    ours = {kind for kind in found if kind.__module__.startswith("jaxlora")}
+    hidden = {kind for kind in ours if not any(kind is value for value in PUBLIC.values())}
+    assert not hidden
+
+
+def test_signatures_name_types_of_this_library():
+    """The walk above sees types: some that must be met are."""
+    seen = {
+        kind for value in CALLABLE.values() for hint in hints_of(value) for kind in types_in(hint)
+    }
+    assert {jaxlora.LoRAConfig, jaxlora.targets.Sites, jaxlora.algebra.Method} <= seen
+    assert {jaxlora.weights.Roles, jaxlora.reports.Row, jaxlora.Adapter} <= seen
