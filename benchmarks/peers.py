@@ -9,7 +9,7 @@ import jax
 import models
 
 import jaxlora
-from jaxlora.weights.nodes import Adapters
+from jaxlora.weights.adapters import Adapters
 
 Variant = tuple[Callable[..., Any], Any, Any]  # loss (trained, frozen, x, y), trained, frozen
 

@@ -43,7 +43,8 @@ from jaxlora.trees.masks import labels, mask
 from jaxlora.trees.merging import merge, unmerge
 from jaxlora.trees.quantization import Quantization, dequantize, quantize
 from jaxlora.version import __version__ as __version__
-from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.adapters import Adapter, Replacement
+from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
 from jaxlora.weights.roles import Roles
 

@@ -17,6 +17,7 @@ from jaxlora.targets.stacking import with_stacks
 from jaxlora.tracing.transform import lora, observe
 from jaxlora.trees.binding import bind, split
 from jaxlora.weights import blocks, paths, tree_checks
+from jaxlora.weights.adapters import Adapter
 from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import QuantizedWeight
 
@@ -106,10 +107,10 @@ def gradients(
 
         found = jax.grad(lost)(weights)
         return {
-            blocks.name(path, part): matrices.of_weight(
-                found[path][blocks.slices(part)], sites[path].roles
+            target.name: matrices.of_weight(
+                found[target.path][blocks.slices(target.block)], sites[target.path].roles
             )
-            for path, part, _, _ in targets
+            for target in targets
         }
 
     weights = {target.path: leaves[target.path] for target in targets}
@@ -155,11 +156,14 @@ def _observed(fn: Any, params: Any, args: tuple[Any, ...], config: LoRAConfig) -
     """Return the parameters with the identity as ``a``, and no product, at each target."""
     leaves, treedef = paths.flatten(params)
     sites = with_stacks(find_sites(fn, params, *args), config.stack)
-    for path, part, _, _ in select(config, sites):
-        roles, shape = sites[path].roles, blocks.shape(part, sites.shapes[path])
+    for path, block, _, _ in select(config, sites):
+        leaf, roles = leaves[path], sites[path].roles
+        shape = blocks.shape(block, leaf.shape)
         size = math.prod(roles.sizes(shape)[1])
         a_shape, b_shape = roles.factor_shapes(shape, size)
         stack = a_shape[: len(roles.stack)]
         a = jnp.broadcast_to(jnp.eye(size), (*stack, size, size)).reshape(a_shape)
-        leaves[path] = LoRAWeight(leaves[path], a, jnp.zeros(b_shape), roles, float(size), part)
+        b, terms = jnp.zeros(b_shape), getattr(leaf, "terms", ())
+        term = Adapter(a, b, roles, float(size), tuple(leaf.shape), block=block)
+        leaves[path] = LoRAWeight(paths.plain(leaf), (*terms, term))
     return treedef.unflatten(leaves.values())

@@ -6,7 +6,7 @@ from numpy.testing import assert_array_equal
 
 import jaxlora
 from jaxlora.weights import fingerprints
-from jaxlora.weights.nodes import Adapter
+from jaxlora.weights.adapters import Adapter
 from jaxlora.weights.roles import Roles
 
 BASE = {"w": jnp.eye(4, 3), "v": jnp.ones((2, 5))}

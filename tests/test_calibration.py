@@ -109,7 +109,7 @@ def test_eva_starts_at_the_right_singular_vectors_of_all_inputs():
         assert_allclose(overlap, np.broadcast_to(np.eye(2), overlap.shape), atol=1e-3)
         assert node.changed == ""
         assert not node.b.any()
-        assert_array_equal(node.plain, PARAMS[name])
+        assert_array_equal(node.base, PARAMS[name])
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks
 from jaxlora.weights import modules, paths, quantized, tree_checks
+from jaxlora.weights.adapters import Adapter, Adapters, merge_dtype
 from jaxlora.weights.magnitude import merged
-from jaxlora.weights.nodes import Adapter, Adapters, LoRAWeight, merge_dtype, scaling
+from jaxlora.weights.nodes import LoRAWeight
 
 
 def scale(adapters: Adapters, factor: Any) -> Adapters:
@@ -32,10 +33,9 @@ def scale(adapters: Adapters, factor: Any) -> Adapters:
     >>> half = jaxlora.bind(base, jaxlora.algebra.scale(adapters, 0.5))
     """
     checks.check_scalar(factor, "factor")
-    matrices.check_linear(adapters)
     return {
         path: dataclasses.replace(adapter, b=(adapter.b * factor).astype(adapter.b.dtype))
-        for path, adapter in adapters.items()
+        for path, adapter in matrices.check_linear(adapters).items()
     }
 
 
@@ -67,7 +67,7 @@ def delta(params: Any, path: str) -> jax.Array:
     return (
         node.delta()
         if not node.has_magnitude
-        else merged(node) - quantized.values(node.plain).astype(merge_dtype(node.dtype))
+        else merged(node) - quantized.values(node.base).astype(merge_dtype(node.dtype))
     )
 
 
@@ -113,7 +113,7 @@ def pad(adapters: Adapters, rank: int) -> Adapters:
         more = rank - adapter.rank
         axis = len(adapter.roles.stack)
         a = jnp.pad(adapter.a, [*[(0, 0)] * (adapter.a.ndim - 1), (0, more)])
-        b = (adapter.b * scaling(adapter.alpha, adapter.rank)).astype(adapter.b.dtype)
+        b = (adapter.b * adapter.scaling).astype(adapter.b.dtype)
         b = jnp.pad(b, [(0, more * (i == axis)) for i in range(b.ndim)])
         return dataclasses.replace(adapter, a=a, b=b, alpha=float(rank))
 
@@ -140,11 +140,13 @@ def truncate(adapters: Adapters, rank: int) -> Adapters:
     tree_checks.check_adapters(adapters)
     rank = checks.check_count(rank, "rank")
     return {
-        path: _truncated(adapter, rank) if getattr(adapter, "rank", 0) > rank else adapter
+        path: _truncated(adapter, rank) if isinstance(adapter, Adapter) else adapter
         for path, adapter in adapters.items()
     }
 
 
 def _truncated(adapter: Adapter, rank: int) -> Adapter:
+    if adapter.rank <= rank:
+        return adapter
     decomposed = svd.of_product(*matrices.of(adapter), rank)
-    return matrices.adapter_of_svd(adapter, decomposed, scaling(adapter.alpha, adapter.rank))
+    return matrices.adapter_of_svd(adapter, decomposed, adapter.scaling)

@@ -11,7 +11,7 @@ from jaxlora.algebra import embedding, rules
 from jaxlora.algebra.rules import Majority, Rule
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks
-from jaxlora.weights.nodes import Adapter, Adapters, scaling
+from jaxlora.weights.adapters import Adapter, Adapters
 
 Method = (
     Rule
@@ -84,9 +84,8 @@ def combine(
     adapters, weights = list(adapters), checks.check_numbers(weights, "weights")
     _check(adapters, weights, method, rank, density, majority, key)
     found: dict[str, list[tuple[Adapter, float]]] = {}
-    for group in adapters:
-        matrices.check_linear(group)
-    for group, weight in zip(embedding.disjoint(adapters), weights, strict=True):
+    linear = [matrices.check_linear(group) for group in adapters]
+    for group, weight in zip(embedding.disjoint(linear), weights, strict=True):
         for path, several in group.items():
             found.setdefault(path, []).append((_summed(path, several), weight))
     keys = [None] * len(found) if key is None else jax.random.split(key, len(found))
@@ -147,7 +146,7 @@ def _combined(
     first, ranks = pairs[0][0], [adapter.rank for adapter, _ in pairs]
     factors = [matrices.of(adapter) for adapter, _ in pairs]
     weights = [weight for _, weight in pairs]
-    scalings = [scaling(adapter.alpha, adapter.rank) for adapter, _ in pairs]
+    scalings = [adapter.scaling for adapter, _ in pairs]
     scaled = [weight * scaling for weight, scaling in zip(weights, scalings, strict=True)]
     if method in ("cat", "svd"):
         a = jnp.concatenate([w * a for w, (a, _) in zip(scaled, factors, strict=True)], -1)

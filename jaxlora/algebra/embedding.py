@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from jaxlora.weights import blocks
+from jaxlora.weights.adapters import Adapter
 from jaxlora.weights.blocks import Part
-from jaxlora.weights.nodes import Adapter, Adapters
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each axis
 
 
-def disjoint(adapters: Sequence[Adapters]) -> list[dict[str, list[Adapter]]]:
+def disjoint(adapters: Sequence[dict[str, Adapter]]) -> list[dict[str, list[Adapter]]]:
     """Return sets of adapters whose parts are equal or have no element in common.
 
     Args:
@@ -43,8 +43,11 @@ def disjoint(adapters: Sequence[Adapters]) -> list[dict[str, list[Adapter]]]:
         for name, adapter in group.items():
             path, bounds = places[name]
             (block,) = (block for block in around[path] if _overlap(block, bounds))
-            whole = blocks.name(path, _part(block, adapter.shape))
-            found.setdefault(whole, []).append(_embedded(adapter, bounds, block))
+            embedded = _embedded(adapter, bounds, block)
+            part = _part(block, adapter.shape)
+            found.setdefault(blocks.name(path, part), []).append(
+                dataclasses.replace(embedded, block=part)
+            )
         sets.append(found)
     return sets
 

@@ -11,7 +11,7 @@ from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks, table
 from jaxlora.targets.sites import Sites
 from jaxlora.weights import fingerprints, paths, quantized, sharding, tree_checks
-from jaxlora.weights.nodes import Adapter, Adapters
+from jaxlora.weights.adapters import Adapter, Adapters
 from jaxlora.weights.roles import Roles, factor_axes
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxlora.trees.binding import check_fits
+from jaxlora.trees.binding import fitted
 from jaxlora.weights import blocks, fingerprints, paths, tree_checks
-from jaxlora.weights.nodes import Adapter, Adapters, scaling
+from jaxlora.weights.adapters import Adapter, Adapters, Replacement
 
 
 def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
@@ -46,37 +46,31 @@ def to_plain(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
         )
     leaves = tree_checks.check_tree(base, "to_plain(adapters, initial, base=base)", "base")
     tree_checks.check_plain(leaves, "to_plain")
-    located = {name: blocks.locate(name, leaves) for name in adapters}
-    for name, (path, text) in located.items():
+    plain: Adapters = {}
+    for name, adapter in adapters.items():
+        path, text = blocks.locate(name, leaves)
         if path not in leaves:
             raise ValueError(f"the base has no leaf {path!r}; {paths.nearest(path, leaves)}")
-        if isinstance(adapters[name], Adapter):
-            check_fits(name, text, leaves[path], adapters[name])
-    plain = {}
-    for name, adapter in adapters.items():
-        path, text = located[name]
-        part = blocks.resolve(text, leaves[path].shape)
-        fields: dict[str, Any] = {"fingerprint": fingerprints.take(leaves[path], part)}
+        known = fingerprints.take(leaves[path], blocks.resolve(text, leaves[path].shape))
         if isinstance(adapter, Adapter):
-            before, adapter = adapter, _joined(name, adapter, initial[name])
-            if before.fingerprint.is_known(leaves[path]):
-                raise ValueError(
-                    f"the base must be that given to init: {name!r} is what {adapter.changed!r} "
-                    "left of it"
-                )
-            fields["changed"] = ""
-        plain[name] = dataclasses.replace(adapter, **fields)
+            fitted(name, path, text, leaves[path], adapter)
+            adapter = _joined(name, adapter, initial[name], leaves[path])
+        plain[name] = dataclasses.replace(adapter, fingerprint=known)
     return plain
 
 
-def _joined(name: str, adapter: Adapter, first: Adapter) -> Adapter:
-    """Return the adapter of the difference of two products."""
+def _joined(name: str, adapter: Adapter, first: Adapter | Replacement, base: Any) -> Adapter:
+    """Return the adapter of the difference of two products, for the base before both."""
     if adapter.changed == "loftq":
         raise ValueError(
             f"the base of {name!r} was quantized anew for 'loftq', and not by a product"
         )
     if not adapter.changed:
         raise ValueError(f"the adapter of {name!r} is plain: nothing changed its base")
+    if not isinstance(first, Adapter):
+        raise ValueError(
+            f"initial[{name!r}] must be an Adapter, as adapters has: got a replacement"
+        )
     wanted, got = ((x.roles, x.shape, x.a.shape[:-1]) for x in (adapter, first))
     if not adapter.fingerprint.may_equal(first.fingerprint):
         hashes = adapter.fingerprint.digest, first.fingerprint.digest
@@ -86,7 +80,11 @@ def _joined(name: str, adapter: Adapter, first: Adapter) -> Adapter:
     if wanted != got:
         raise ValueError(f"adapters and initial must be of one base: {name!r} is {wanted}, {got}")
     count = len(adapter.roles.stack)
-    scale, ratio = (scaling(x.alpha, x.rank) for x in (adapter, first))
+    scale, ratio = (x.scaling for x in (adapter, first))
     a = jnp.concatenate([adapter.a, first.a], axis=-1)
     b = jnp.concatenate([adapter.b, -(ratio / scale) * first.b], axis=count)
-    return dataclasses.replace(adapter, a=a, b=b, alpha=scale * a.shape[-1])
+    if adapter.fingerprint.is_known(base):
+        raise ValueError(
+            f"the base must be that given to init: {name!r} is what {adapter.changed!r} left of it"
+        )
+    return dataclasses.replace(adapter, a=a, b=b, alpha=scale * a.shape[-1], changed="")

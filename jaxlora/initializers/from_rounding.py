@@ -16,14 +16,14 @@ from jax.core import Tracer
 
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks
-from jaxlora.weights import blocks, paths, placed, quantized, sharding, tree_checks
-from jaxlora.weights.nodes import LoRAWeight, scaling
+from jaxlora.weights import paths, placed, quantized, sharding, tree_checks
+from jaxlora.weights.adapters import Adapter, scaling
 from jaxlora.weights.quantized import QuantizedWeight
 from jaxlora.weights.roles import Roles, factor_axes
 from jaxlora.weights.target import Target
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LoftQ:
     """An initializer that makes up for quantizing, see `jaxlora.initializers.loftq`.
 
@@ -32,7 +32,7 @@ class LoftQ:
         iterations: how often the codes and the factors take turns.
     """
 
-    weights: Mapping[str, Any] = dataclasses.field(hash=False)
+    weights: Mapping[str, Any]
     iterations: int = 1
 
 
@@ -64,8 +64,10 @@ class _How(NamedTuple):
     dtype: Any
 
 
-def start(target: Target, base: Any, roles: Roles, initializer: LoftQ, dtype: Any) -> LoRAWeight:
-    """Return a quantized weight whose adapter makes up for the rounding, its codes made anew.
+def start(
+    target: Target, base: Any, roles: Roles, initializer: LoftQ, dtype: Any
+) -> tuple[QuantizedWeight, Adapter]:
+    """Return a quantized weight with new codes, and the adapter that makes up for their rounding.
 
     Args:
         target: the weight.
@@ -78,15 +80,14 @@ def start(target: Target, base: Any, roles: Roles, initializer: LoftQ, dtype: An
         ValueError: the base is not quantized, or the target a part of one; there is no weight as it
             was, of other shape or not finite.
     """
-    path, part, rank, alpha = target
-    name = blocks.name(path, part)
+    path, block, rank, alpha = target
     if not isinstance(base, QuantizedWeight):
         raise ValueError(
-            f"'loftq' makes up for quantizing, and {name!r} is {paths.plain(base).dtype}: quantize "
+            f"'loftq' makes up for quantizing, and {target.name!r} is {base.dtype}: quantize "
             "it before, with jaxlora.quantize"
         )
-    if part is not None:
-        raise ValueError(f"'loftq' starts whole weights: got a part, {name!r}")
+    if block is not None:
+        raise ValueError(f"'loftq' starts whole weights: got a part, {target.name!r}")
     if path not in initializer.weights:
         near = paths.nearest(path, initializer.weights)
         raise ValueError(f"'loftq' has no weight {path!r} as it was; {near}")
@@ -102,7 +103,7 @@ def start(target: Target, base: Any, roles: Roles, initializer: LoftQ, dtype: An
     made, a, b, finite = placed.run(_alternated, how, (weight, base), base, axes)
     if not isinstance(finite, Tracer) and not finite:
         raise ValueError(f"'loftq' needs finite values: {path!r} holds NaN or inf")
-    return LoRAWeight(made, a, b, roles, alpha, changed="loftq")
+    return made, Adapter(a, b, roles, alpha, base.shape, changed="loftq")
 
 
 def _alternated(weight: jax.Array, base: QuantizedWeight, how: _How) -> tuple[Any, ...]:
@@ -112,7 +113,7 @@ def _alternated(weight: jax.Array, base: QuantizedWeight, how: _How) -> tuple[An
     shapes = roles.factor_shapes(weight.shape, rank)
     a, b = (jnp.zeros(shape, dtype) for shape in shapes)
     for _ in range(iterations):
-        delta = LoRAWeight(base, a, b, roles, alpha).delta()
+        delta = Adapter(a, b, roles, alpha, base.shape).delta(base)
         base = quantized.again(exact - delta, base)
         rest = matrices.of_weight(exact - quantized.values(base).astype(jnp.float32), roles)
         factors = svd.factors(svd.truncated(rest, rank), scaling(alpha, rank))

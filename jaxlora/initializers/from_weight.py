@@ -15,7 +15,7 @@ from jaxlora.messages import checks
 from jaxlora.weights import tree_checks
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class FromWeight:
     """An initializer of both factors from the weight.
 
@@ -31,7 +31,7 @@ class FromWeight:
     name: str
     factors: Callable[..., tuple[jax.Array, jax.Array]]
     changes_base: bool = True
-    data: Mapping[str, jax.Array] | None = dataclasses.field(default=None, hash=False)
+    data: Mapping[str, jax.Array] | None = None
 
     def __post_init__(self):
         if not isinstance(self.name, str):

@@ -5,6 +5,7 @@ the base. What is trained is for that base alone, until `jaxlora.algebra.rebase`
 adapter of the weight as it was.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from jax.core import Tracer
 from jaxlora.initializers.from_weight import FromWeight
 from jaxlora.linalg import matrices
 from jaxlora.weights import blocks, paths, placed, quantized
-from jaxlora.weights.nodes import LoRAWeight, merge_dtype, scaling
+from jaxlora.weights.adapters import Adapter, merge_dtype, scaling
 from jaxlora.weights.quantized import QuantizedWeight
 from jaxlora.weights.roles import Roles, factor_axes
 from jaxlora.weights.target import Target
@@ -26,7 +27,7 @@ class _How(NamedTuple):
     """What has to be known to take a product out of a weight."""
 
     factors: Callable[..., Any]
-    part: blocks.Part | None
+    block: blocks.Part | None
     rank: int
     alpha: float
     roles: Roles
@@ -35,13 +36,13 @@ class _How(NamedTuple):
 
 def take_out(
     key: jax.Array, target: Target, base: Any, roles: Roles, initializer: FromWeight, dtype: Any
-) -> LoRAWeight:
-    """Return a weight whose adapter starts from it, and whose base is what that leaves.
+) -> tuple[Any, Adapter]:
+    """Return what an adapter that starts from a weight leaves of it, and the adapter.
 
     Args:
         key: random key.
         target: the weight or part of it.
-        base: the weight, or the node of another part of it.
+        base: the weight.
         roles: roles of its axes.
         initializer: makes the factors.
         dtype: dtype of the factors.
@@ -50,27 +51,26 @@ def take_out(
         ValueError: the weight is the shape of one, or is not finite; the initializer makes factors
             of other shapes.
     """
-    plain = paths.plain(base)
-    name = blocks.name(target.path, target.part)
-    if not hasattr(quantized.stand_in(plain), "__array__"):
-        raise ValueError(f"{initializer.name!r} starts from values: {name!r} is {plain}")
-    if isinstance(plain, QuantizedWeight) and initializer.changes_base:
+    name = target.name
+    if not hasattr(quantized.stand_in(base), "__array__"):
+        raise ValueError(f"{initializer.name!r} starts from values: {name!r} is {base}")
+    if isinstance(base, QuantizedWeight) and initializer.changes_base:
         raise ValueError(
             f"{initializer.name!r} takes its product out of the weight, and {name!r} is quantized: "
             "start from the float weights and quantize what that leaves"
         )
     how = _How(initializer.factors, *target[1:], roles, dtype)
-    shape = blocks.shape(target.part, plain.shape)
+    shape = blocks.shape(target.block, base.shape)
     data = _data(name, initializer, math.prod(roles.sizes(shape)[0]))
     _check_factors(name, initializer.name, how, shape, data)
-    axes = (tuple(range(plain.ndim)), *factor_axes(roles, target.part)[:2], ())
-    left, a, b, finite = placed.run(_taken_out, how, (key, plain, data), plain, axes)
+    axes = (tuple(range(base.ndim)), *factor_axes(roles, target.block)[:2], ())
+    left, a, b, finite = placed.run(_taken_out, how, (key, base, data), base, axes)
     if not isinstance(finite, Tracer) and not finite:
         raise ValueError(f"{initializer.name!r} needs finite values: {name!r} holds NaN or inf")
+    term = Adapter(a, b, roles, target.alpha, tuple(base.shape), block=target.block)
     if not initializer.changes_base:
-        return LoRAWeight(base, a, b, roles, target.alpha, target.part)
-    below = base.over(left) if isinstance(base, LoRAWeight) else left
-    return LoRAWeight(below, a, b, roles, target.alpha, target.part, changed=initializer.name)
+        return base, term
+    return left, dataclasses.replace(term, changed=initializer.name)
 
 
 def _data(name: str, initializer: FromWeight, entries: int) -> tuple[jax.Array, ...]:
@@ -113,9 +113,9 @@ def _taken_out(
     key: jax.Array, weight: jax.Array, data: tuple[jax.Array, ...], how: _How
 ) -> tuple[jax.Array, ...]:
     """Return what is left of a weight, the factors, and whether all are finite."""
-    factors, part, rank, alpha, roles, dtype = how
+    factors, block, rank, alpha, roles, dtype = how
     weight = quantized.values(weight)
-    cut = weight[blocks.slices(part)]
+    cut = weight[blocks.slices(block)]
     each = matrices.of_weight(cut, roles)
     scale = scaling(alpha, rank)
     a, b = jax.vmap(lambda key, w, *data: factors(key, w, rank, scale, *data))(
@@ -123,6 +123,6 @@ def _taken_out(
     )
     shapes = roles.factor_shapes(cut.shape, rank)
     a, b = (x.reshape(shape).astype(dtype) for x, shape in zip((a, b), shapes, strict=True))
-    delta = LoRAWeight(weight, a, b, roles, alpha, part).delta()
-    left = (weight.astype(merge_dtype(weight.dtype)) - delta).astype(weight.dtype)
+    term = Adapter(a, b, roles, alpha, tuple(weight.shape), block=block)
+    left = (weight.astype(merge_dtype(weight.dtype)) - term.delta(weight)).astype(weight.dtype)
     return left, a, b, jnp.isfinite(left).all()

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 
 from jaxlora.linalg import svd
 from jaxlora.weights import sharding, tree_checks
-from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement
+from jaxlora.weights.adapters import Adapter, Replacement
 from jaxlora.weights.roles import Roles
 
 
-def check_linear(adapters: Mapping[str, Adapter | Replacement]) -> None:
-    """Raise if these are no adapters, or change a weight by more than a product of factors."""
+def check_linear(adapters: Mapping[str, Adapter | Replacement]) -> dict[str, Adapter]:
+    """Return adapters, or raise if one changes a weight by more than a product of factors."""
     tree_checks.check_adapters(adapters)
+    found = {}
     for path, adapter in adapters.items():
         if isinstance(adapter, Replacement):
             raise ValueError(f"the leaf {path!r} is trained whole, and has no product of factors")
@@ -25,9 +26,11 @@ def check_linear(adapters: Mapping[str, Adapter | Replacement]) -> None:
                 f"the adapter of {path!r} has a magnitude, so that what it adds is no multiple of "
                 "its product: merge it instead"
             )
+        found[path] = adapter
+    return found
 
 
-def of(adapter: Adapter | LoRAWeight) -> tuple[jax.Array, jax.Array]:
+def of(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
     """Return ``a (stack, in, rank)`` and ``b (stack, rank, out)`` in float32."""
     count = len(adapter.roles.stack)
     stack = math.prod(adapter.a.shape[:count])

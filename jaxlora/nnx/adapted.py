@@ -13,8 +13,8 @@ from jaxlora.nnx.frozen import freeze, restore
 from jaxlora.targets.config import LoRAConfig
 from jaxlora.trees import adapting, binding, merging
 from jaxlora.trees.dropout import dropout
+from jaxlora.weights.adapters import Adapter, Adapters, Replacement
 from jaxlora.weights.fingerprints import Fingerprint
-from jaxlora.weights.nodes import FACTORS, Adapter, Adapters, Replacement
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -31,22 +31,19 @@ class _Factors(nnx.Pytree):
         self.b: Any = nnx.data(None)
         self.magnitude: Any = nnx.data(None)
         self.value: Any = nnx.data(None)
-        arrays: dict[str, Any] = dict.fromkeys(_trained(adapter))
-        for name in arrays:
-            setattr(self, name, nnx.data(Factor(getattr(adapter, name))))
+        trained = adapter.trained()
+        for name, array in trained.items():
+            setattr(self, name, nnx.data(Factor(array)))
+        empty: dict[str, Any] = dict.fromkeys(trained)
         # of an unknown base: the module holds its own, and may be cast or trained itself
-        about = dataclasses.replace(adapter, fingerprint=Fingerprint(), **arrays)
+        about = dataclasses.replace(adapter, fingerprint=Fingerprint(), **empty)
         self.about = nnx.static(about)
 
     def adapter(self) -> Adapter | Replacement:
         """Return the adapter of the leaf."""
-        arrays: dict[str, Any] = {n: getattr(self, n).get_value() for n in _trained(self)}
+        found = {name: getattr(self, name) for name in self.about.fields}
+        arrays = {name: x.get_value() for name, x in found.items() if x is not None}
         return dataclasses.replace(self.about, **arrays)
-
-
-def _trained(holder: Any) -> list[str]:
-    """Return the names of what is trained of an adapter."""
-    return [name for name in FACTORS if getattr(holder, name, None) is not None]
 
 
 class Adapted(nnx.Module, Generic[M]):
@@ -221,7 +218,7 @@ def adapt(
     state = restore(nnx.state(model))
     params = adapting.init(key, call.run, state, *program, config=config)
     base, adapters = binding.split(params)
-    if any(getattr(adapter, "changed", "") for adapter in adapters.values()):
+    if any(adapter.changed for adapter in adapters.values()):
         model = nnx.merge(nnx.graphdef(model), base)
     streams = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
     return Adapted(model, adapters, dropout_rate=dropout_rate, rngs=streams)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxlora.trees.masks import mask
-from jaxlora.weights.nodes import FACTORS
+from jaxlora.weights.adapters import FACTORS
 
 
 def factor_names(tree: Any) -> list[str | None]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxlora.messages import checks
 from jaxlora.weights import modules
-from jaxlora.weights.nodes import FACTORS
+from jaxlora.weights.adapters import FACTORS
 
 if TYPE_CHECKING:
     import optax

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxlora.linalg import matrices
 from jaxlora.messages import checks
 from jaxlora.weights import paths
-from jaxlora.weights.nodes import Adapter, LoRAWeight
+from jaxlora.weights.adapters import Adapter
+from jaxlora.weights.nodes import LoRAWeight
 
 if TYPE_CHECKING:
     import optax
@@ -40,30 +41,32 @@ def precondition(damping: float = 1e-6) -> optax.GradientTransformation:
 
     def init(params):
         state = init_stateless(params)
-        nodes = jax.tree.leaves(params, is_leaf=paths.is_node)
-        nodes = [node for node in nodes if isinstance(node, Adapter | LoRAWeight)]
-        if not nodes:
+        leaves = jax.tree.leaves(params, is_leaf=paths.is_node)
+        adapters = [x for leaf in leaves for x in getattr(leaf, "terms", (leaf,))]
+        adapters = [adapter for adapter in adapters if isinstance(adapter, Adapter)]
+        if not adapters:
             raise TypeError("precondition needs Adapters or LoRAWeights, which tell their axes")
-        if not all(hasattr(x, "shape") for node in nodes for x in (node.a, node.b)):
+        if not all(hasattr(x, "shape") for adapter in adapters for x in (adapter.a, adapter.b)):
             raise TypeError("precondition needs both factors: one of them is not trained")
         return state
 
-    def of(node, gradient):
-        if not isinstance(node, Adapter | LoRAWeight):
+    def preconditioned(leaf, gradient):
+        if isinstance(leaf, LoRAWeight):
+            terms = map(preconditioned, leaf.terms, gradient.terms)
+            return dataclasses.replace(gradient, terms=tuple(terms))
+        if not isinstance(leaf, Adapter):
             return gradient
-        base = {"base": of(node.base, gradient.base)} if isinstance(node, LoRAWeight) else {}
-        a, b = matrices.of(node)
+        a, b = matrices.of(leaf)
         da, db = matrices.of(gradient)
-        identity = damping * jnp.eye(node.rank)[None]
+        identity = damping * jnp.eye(leaf.rank)[None]
         da = jnp.linalg.solve(b @ b.mT + identity, da.mT).mT
         db = jnp.linalg.solve(a.mT @ a + identity, db)
-        factors = {"a": da, "b": db}
-        shaped = {n: x.reshape(getattr(node, n).shape) for n, x in factors.items()}
-        cast = {n: x.astype(getattr(gradient, n).dtype) for n, x in shaped.items()}
-        return dataclasses.replace(gradient, **base, **cast)
+        shaped = {"a": da.reshape(leaf.a.shape), "b": db.reshape(leaf.b.shape)}
+        cast = {name: x.astype(getattr(gradient, name).dtype) for name, x in shaped.items()}
+        return dataclasses.replace(gradient, **cast)
 
     def update(updates, state, params=None):
         check_has_params(params)
-        return jax.tree.map(of, params, updates, is_leaf=paths.is_node), state
+        return jax.tree.map(preconditioned, params, updates, is_leaf=paths.is_node), state
 
     return optax.GradientTransformation(init, update)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jaxlora.messages import checks, table
 from jaxlora.weights import blocks, modules, paths, tree_checks
-from jaxlora.weights.nodes import FACTORS, Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.adapters import Adapter, Replacement
+from jaxlora.weights.nodes import Node
 from jaxlora.weights.quantized import QuantizedWeight
 
 
@@ -125,27 +126,24 @@ def summary(params: Any) -> Summary:
 
 def _rows(path: str, leaf: Any) -> Iterator[Row]:
     """Return the row of a leaf, or one for each part of it that is adapted; the first counts it."""
-    if isinstance(leaf, Adapter):
-        yield _row(path, leaf.shape, None, leaf)
-    elif isinstance(leaf, LoRAWeight):
-        for node in leaf.layers:
-            name, shape = blocks.name(path, node.part), blocks.shape(node.part, leaf.shape)
-            yield _row(name, shape, None if isinstance(node.base, LoRAWeight) else leaf.plain, node)
-    elif isinstance(leaf, TrainedLeaf | Replacement):
-        base = leaf.base if isinstance(leaf, TrainedLeaf) else None
-        yield _row(path, leaf.shape, base, leaf)
+    if isinstance(leaf, Node):
+        for i, term in enumerate(leaf.terms):
+            yield _row(blocks.name(path, term.block), None if i else leaf.base, term)
+    elif isinstance(leaf, Adapter | Replacement):
+        yield _row(path, None, leaf)
     elif not _is_key(leaf):
-        yield _row(path, getattr(leaf, "shape", ()), leaf, None)
+        size, nbytes = _size(leaf), _bytes(leaf)
+        yield Row(path, tuple(getattr(leaf, "shape", ())), 0, 0, size, 0, nbytes)
 
 
-def _row(path: str, shape: Any, base: Any, node: Any) -> Row:
-    factors = [getattr(node, name, None) for name in FACTORS]
-    trainable = sum(_size(x) for x in factors)
-    trainable_bytes = sum(_bytes(x) for x in factors)
+def _row(path: str, base: Any, term: Adapter | Replacement) -> Row:
+    """Return the row of what is trained of a leaf, which counts the leaf too if there is one."""
+    arrays = term.trained().values()
+    trainable, trainable_bytes = sum(map(_size, arrays)), sum(map(_bytes, arrays))
     return Row(
         path,
-        tuple(shape),
-        getattr(node, "rank", 0),
+        blocks.shape(term.block, term.shape),
+        term.rank,
         trainable,
         trainable + _size(base),
         trainable_bytes,

@@ -17,12 +17,11 @@ import jax.numpy as jnp
 
 from jaxlora.messages.checks import shown
 from jaxlora.storage import checkpoints, description, directories, locations, processes
-from jaxlora.storage.description import factors
 from jaxlora.storage.locations import PathLike
 from jaxlora.storage.processes import together
 from jaxlora.trees.binding import bind, changed_hint, split
 from jaxlora.weights import blocks, fingerprints, modules, paths, tree_checks
-from jaxlora.weights.nodes import Adapter, Adapters, Replacement
+from jaxlora.weights.adapters import Adapter, Adapters, Replacement
 
 
 def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> None:
@@ -58,7 +57,7 @@ def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> No
     tree_checks.check_untraced("save_adapters", adapters)
     if base is not None:
         adapters = split(bind(base, adapters, check_base=False))[1]
-    arrays = factors(adapters)
+    arrays = _arrays(adapters)
     _check_finite(arrays)
     _warn_of_unknown_bases(adapters)
     about = description.describe(adapters)
@@ -107,6 +106,11 @@ def load_adapters(path: PathLike, *, base: Any) -> Adapters:
     )
 
 
+def _arrays(adapters: Adapters) -> dict[str, dict[str, Any]]:
+    """Return what is trained, by path and name."""
+    return {path: adapter.trained() for path, adapter in adapters.items()}
+
+
 def _check_finite(arrays: dict[str, dict[str, Any]]) -> None:
     """Raise if a factor holds NaN or inf."""
     finite = jax.device_get(jax.tree.map(_is_finite, arrays))
@@ -151,7 +155,7 @@ def _load(place: Any, target: Any, leaves: dict[str, Any]) -> Adapters:
 
     def read():
         try:
-            return checkpoints.read(place, factors(adapters))
+            return checkpoints.read(place, _arrays(adapters))
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
             if number := checkpoints.os_number(error):
                 text = f"cannot read the adapters at {target}: {os.strerror(number)}"

@@ -18,28 +18,15 @@ import jax.numpy as jnp
 from jaxlora.storage import checkpoints
 from jaxlora.version import __version__
 from jaxlora.weights import blocks, fingerprints, paths, sharding
-from jaxlora.weights.nodes import FACTORS, Adapter, Adapters, Replacement
-from jaxlora.weights.roles import Roles, factor_axes
+from jaxlora.weights.adapters import Adapter, Adapters, Replacement
+from jaxlora.weights.roles import Roles
 
 VERSION = 2
-_ROLES = {"stack": "stack", "in": "in_", "out": "out"}  # as written, and as fields of `Roles`
-_FACTORS = ("a", "b", "magnitude")
-
-
-def factors(adapters: Adapters) -> dict[str, dict[str, Any]]:
-    """Return what is trained, by path and name."""
-    found = {
-        name: {field: getattr(adapter, field, None) for field in FACTORS}
-        for name, adapter in adapters.items()
-    }
-    return {
-        name: {k: v for k, v in arrays.items() if v is not None} for name, arrays in found.items()
-    }
 
 
 def describe(adapters: Adapters) -> dict[str, Any]:
     """Return the description of adapters, as JSON has it."""
-    arrays = factors(adapters)
+    arrays = {name: adapter.trained() for name, adapter in adapters.items()}
     about = {
         "format": checkpoints.ADAPTERS,
         "format_version": VERSION,
@@ -52,24 +39,13 @@ def describe(adapters: Adapters) -> dict[str, Any]:
 
 
 def _entry(name: str, adapter: Adapter | Replacement, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    entry = {
-        "path": name,
-        "base": {
-            "shape": [int(size) for size in adapter.shape],
-            "dtype": adapter.fingerprint.dtype,
-            "digest": adapter.fingerprint.digest,
-        },
-        "dtypes": {field: str(array.dtype) for field, array in arrays.items()},
+    base = {
+        "shape": [int(size) for size in adapter.shape],
+        "dtype": adapter.fingerprint.dtype,
+        "digest": adapter.fingerprint.digest,
     }
-    if isinstance(adapter, Replacement):
-        rows = None if adapter.rows is None else [int(row) for row in adapter.rows]
-        return entry | {"rows": rows}
-    return entry | {
-        "rank": int(adapter.rank),
-        "alpha": float(adapter.alpha),
-        "roles": {key: list(getattr(adapter.roles, field)) for key, field in _ROLES.items()},
-        "changed": adapter.changed,
-    }
+    dtypes = {field: str(array.dtype) for field, array in arrays.items()}
+    return {"path": name, "base": base, "dtypes": dtypes, **adapter.describe()}
 
 
 def _checksum(about: Mapping[str, Any]) -> str:
@@ -122,27 +98,24 @@ def abstract(entry: dict[str, Any], leaves: Mapping[str, Any]) -> Adapter | Repl
     known_base = fingerprints.read(entry["base"]["dtype"], entry["base"]["digest"])
 
     def array(field, shape, axes):
+        if field not in entry["dtypes"]:
+            return None
         place = sharding.along(known, axes) if known else sharding.default()
         return jax.ShapeDtypeStruct(shape, jnp.dtype(entry["dtypes"][field]), sharding=place)
 
-    if "roles" not in entry:
-        rows = None if entry["rows"] is None else tuple(entry["rows"])
-        shape = whole if rows is None else (len(rows), *whole[1:])
-        axes = (None if rows else 0, *range(1, len(shape)))[: len(shape)]
-        return Replacement(array("value", shape, axes), whole, known_base, rows)
-    roles = _roles(entry)
-    part = blocks.resolve(text, whole)
-    block = blocks.shape(part, whole)
-    shapes = (*roles.factor_shapes(block, entry["rank"]), roles.magnitude_shape(block))
-    placed = zip(_FACTORS, shapes, factor_axes(roles, part), strict=True)
-    arrays = {f: array(f, shape, axes) for f, shape, axes in placed if f in entry["dtypes"]}
-    static = {"roles": roles, "alpha": entry["alpha"], "changed": entry["changed"]}
-    return Adapter(**arrays, **static, shape=whole, fingerprint=known_base)
+    block = blocks.resolve(text, whole)
+    adapter = _kind(entry).from_description(entry, whole, block, array)
+    return dataclasses.replace(adapter, fingerprint=known_base)
+
+
+def _kind(entry: Mapping[str, Any]) -> type[Adapter | Replacement]:
+    """Return the type of what an entry describes."""
+    return Adapter if "roles" in entry else Replacement
 
 
 def _from_format_1(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the description of one adapter of format 1 as format 2 has it."""
-    names = _FACTORS if "roles" in entry else ("value",)
+    names = _kind(entry).fields
     dtypes = _list(entry, "dtypes", str)[: len(names)]
     entry = entry | {"dtypes": dict(zip(names, dtypes, strict=False))}
     if "roles" not in entry:
@@ -178,13 +151,16 @@ def _check(entry: dict[str, Any]) -> None:
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha{where} must be finite and positive: got {alpha}")
     _value(entry, "changed", str, where)
-    if len([axis for axes in dataclasses.astuple(_roles(entry)) for axis in axes]) != len(shape):
+    if len(_axes(entry)) != len(shape):
         raise ValueError(f"roles{where} must name each axis of {shape}: got {entry['roles']}")
 
 
-def _roles(entry: dict[str, Any]) -> Roles:
-    roles = _value(entry, "roles", dict)
-    return Roles(**{field: tuple(_list(roles, key, int)) for key, field in _ROLES.items()})
+def _axes(entry: dict[str, Any]) -> list[int]:
+    """Return the axes that the roles of an entry name, or raise if they cannot be roles."""
+    found = _value(entry, "roles", dict)
+    groups = [_list(found, name, int) for name in ("stack", "in", "out")]
+    Roles(*map(tuple, groups))
+    return [axis for group in groups for axis in group]
 
 
 def _is_dtype(name: str) -> bool:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from jaxlora.weights.adapters import Adapter, Replacement
 from jaxlora.weights.fingerprints import Fingerprint
-from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
 from jaxlora.weights.quantized import Code, QuantizedWeight
 from jaxlora.weights.roles import Roles
 
@@ -30,18 +31,17 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, np.dtype) else dataclasses.asdict(value)
 
 
-def _read_weight(data: bytes) -> tuple[Any, ...]:
-    roles, *others = _tuples(json.loads(data))
-    return Roles(**roles), *others
+def _read(data: bytes) -> tuple[Any, ...]:
+    return _tuples(json.loads(data))
 
 
 def _read_adapter(data: bytes) -> tuple[Any, ...]:
-    roles, alpha, shape, _, changed = _tuples(json.loads(data))
-    return Roles(**roles), alpha, shape, Fingerprint(), changed
+    roles, alpha, shape, _, *others = _read(data)
+    return Roles(**roles), alpha, shape, Fingerprint(), *others
 
 
 def _read_replacement(data: bytes) -> tuple[Any, ...]:
-    shape, _, rows = _tuples(json.loads(data))
+    shape, _, rows = _read(data)
     return shape, Fingerprint(), rows
 
 
@@ -69,12 +69,12 @@ def _register(kind: type, read: Any) -> None:
 
 
 def _read_quantized(data: bytes) -> tuple[Any, ...]:
-    code, dtype, is_packed = _tuples(json.loads(data))
+    code, dtype, is_packed = _read(data)
     return Code(*code), jnp.dtype(dtype), is_packed
 
 
-_register(LoRAWeight, _read_weight)
+_register(LoRAWeight, _read)
 _register(QuantizedWeight, _read_quantized)
 _register(Adapter, _read_adapter)
 _register(Replacement, _read_replacement)
-_register(TrainedLeaf, lambda data: _tuples(json.loads(data)))
+_register(TrainedLeaf, _read)

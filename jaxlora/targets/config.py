@@ -4,7 +4,7 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxlora.initializers import FromWeight, LoftQ
 from jaxlora.initializers.registry import NAMED, Initializer, InitializerName
 from jaxlora.messages import checks
 from jaxlora.weights import blocks
-from jaxlora.weights.nodes import scaling
+from jaxlora.weights.adapters import scaling
 
 ALL_LINEAR = "all-linear"
 Targets = str | Sequence[str]
@@ -102,8 +102,8 @@ class LoRAConfig:
         _check_initializer(self.initializer)
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_indices(self.layers, "layers"))
-        for field in ("rank_pattern", "alpha_pattern", "rows", "stack"):
-            object.__setattr__(self, field, _checked_pattern(getattr(self, field), field))
+        for field, check in _PATTERNS:
+            object.__setattr__(self, field, _checked_pattern(getattr(self, field), field, check))
         checks.check_dtype(self.dtype, "dtype of the factors")
 
     @property
@@ -140,7 +140,7 @@ def _checked_alpha(alpha: Any, field: str) -> float:
 
 
 def _checked_indices(indices: Any, field: str) -> tuple[int, ...]:
-    """Return indices in rising order, or raise for what is none."""
+    """Return indices in increasing order, or raise for what is none."""
     indices = _listed(indices, f"{field} must be indices")
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, numbers.Integral):
@@ -163,13 +163,11 @@ def _listed(values: Any, needed: str) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _checked_pattern(pattern: Any, field: str) -> dict[str, Any]:
+def _checked_pattern(pattern: Any, field: str, check: Callable[[Any, str], Any]) -> dict[str, Any]:
     """Return a copy of a pattern, or raise for a key or a value that is none."""
     if not isinstance(pattern, Mapping):
         raise TypeError(f"{field} must be a mapping from names: got {checks.shown(pattern)}")
-    kinds: dict[str, Any] = {"rank_pattern": checks.check_count, "alpha_pattern": _checked_alpha}
-    kinds |= {"stack": _checked_axes}
-    check, checked = kinds.get(field, _checked_indices), {}
+    checked = {}
     for key, value in pattern.items():
         if not isinstance(key, str):
             raise TypeError(f"the names in {field} must be strings: got {checks.shown(key)}")
@@ -199,3 +197,11 @@ def _checked(targets: Targets, field: str) -> Targets:
         if field in ("exclude", "train") and blocks.parse(name)[1] is not None:
             raise ValueError(f"{field} must name whole weights: got {name!r}")
     return targets
+
+
+_PATTERNS = (  # the fields that map names to values, and what checks a value
+    ("rank_pattern", checks.check_count),
+    ("alpha_pattern", _checked_alpha),
+    ("rows", _checked_indices),
+    ("stack", _checked_axes),
+)

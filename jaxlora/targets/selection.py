@@ -61,13 +61,13 @@ def select(config: LoRAConfig, sites: Sites) -> list[Target]:
         )
     _check_patterns(config, chosen, sites.shapes)
     if config.magnitude:
-        cut = [t for t in chosen if not blocks.has_entries(t.part, sites[t.path].stack)]
-        if names := [blocks.name(*target[:2]) for target in cut[:3]]:
+        cut = [t for t in chosen if not blocks.has_entries(t.block, sites[t.path].stack)]
+        if names := [target.name for target in cut[:3]]:
             raise ValueError(
                 f"only whole weights or entries of a stack have magnitudes: got {names}"
             )
     order = {path: i for i, path in enumerate(sites.shapes)}
-    return sorted(chosen, key=lambda target: (order[target.path], blocks.name(*target[:2])))
+    return sorted(chosen, key=lambda target: (order[target.path], target.name))
 
 
 def select_whole(config: LoRAConfig, leaves: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
@@ -218,7 +218,7 @@ def _check_parts(chosen: list[Target], sites: Sites) -> None:
                 f"rank {rank} is too large for {blocks.name(path, part)!r} of shape {shape}: "
                 f"its smaller side is {side}"
             )
-        for other in (t.part for t in chosen if t.path == path and t.part != part):
+        for other in (t.block for t in chosen if t.path == path and t.block != part):
             if blocks.overlap(part, other):
                 names = f"{blocks.name(path, part)!r} and {blocks.name(path, other)!r}"
                 raise ValueError(f"the targets {names} overlap: one element has one adapter")

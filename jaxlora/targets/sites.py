@@ -62,11 +62,6 @@ class Site:
         return self.roles.max_rank(self.shape)
 
     @property
-    def is_lookup(self) -> bool:
-        """Whether rows of it are looked up and it is never contracted."""
-        return all(use.kind != CONTRACTED for use in self.uses)
-
-    @property
     def is_looked_up(self) -> bool:
         """Whether rows of it are looked up anywhere, as in an embedding that is also the head.
 
@@ -102,7 +97,7 @@ class Sites:
         return len(self.sites)
 
     def __contains__(self, path: object) -> bool:
-        return path in self.sites
+        return (path.path if isinstance(path, Site) else path) in self.sites
 
     def __getitem__(self, path: str) -> Site:
         found = self.sites | self.dense

@@ -11,6 +11,7 @@ from jaxlora.tracing.values import axes, deferred
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import LowRank, Origin, Role
 from jaxlora.weights import blocks, magnitude
+from jaxlora.weights.adapters import Adapter
 from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import QuantizedWeight
 from jaxlora.weights.roles import Roles
@@ -28,17 +29,17 @@ def enter(
         return Deferred.of(weight)
     roles, shape = weight.roles, tuple(weight.shape)
     stack, in_side, out_side = roles.stack, (*roles.stack, *roles.in_), (*roles.stack, *roles.out)
-    a, b, alpha = weight.a, jnp.moveaxis(weight.b, len(stack), -1), weight.alpha
-    if weight.part is not None or len(weight.layers) > 1:
-        nodes = weight.layers
-        a = jnp.concatenate([_whole(node, node.a, in_side) for node in nodes], -1)
-        scaled = [jnp.moveaxis(node.b, len(stack), -1) * node.scaling for node in nodes]
-        b = [_whole(node, b, out_side) for node, b in zip(nodes, scaled, strict=True)]
+    terms, factors = weight.terms, [jnp.moveaxis(term.b, len(stack), -1) for term in weight.terms]
+    a, b, alpha = terms[0].a, factors[0], terms[0].alpha
+    if terms[0].block is not None:
+        a = jnp.concatenate([_whole(term, term.a, in_side) for term in terms], -1)
+        scaled = [b * term.scaling for term, b in zip(terms, factors, strict=True)]
+        b = [_whole(term, b, out_side) for term, b in zip(terms, scaled, strict=True)]
         b, alpha = jnp.concatenate(b, -1), a.shape[-1]
-    keys, plain = weight.dropout_keys, weight.plain
-    is_quantized = isinstance(plain, QuantizedWeight)
+    keys, base = weight.dropout_keys, weight.base
+    is_quantized = isinstance(base, QuantizedWeight)
     value = LowRank(
-        base=Deferred.of(plain) if is_quantized else jax.lax.stop_gradient(plain),
+        base=Deferred.of(base) if is_quantized else jax.lax.stop_gradient(base),
         a=_to_axis_order(a, in_side, shape),
         b=_to_axis_order(b, out_side, shape),
         keys=None if keys is None else _to_axis_order(keys, stack, shape),
@@ -51,9 +52,9 @@ def enter(
         return value.replace(gain=_to_axis_order(magnitude.gain(weight), out_side, shape))
 
 
-def _whole(node: LoRAWeight, factor: Any, axes_of: Sequence[int]) -> Any:
-    """Return a factor with the rank last, with zeros where its node's part does not reach."""
-    around = blocks.padding(node.part, node.shape)
+def _whole(term: Adapter, factor: Any, axes_of: Sequence[int]) -> Any:
+    """Return a factor with the rank last, with zeros outside of the block that it is for."""
+    around = blocks.padding(term.block, term.shape)
     return jnp.pad(factor, [*(around[axis] for axis in axes_of), (0, 0)])
 
 
@@ -78,12 +79,16 @@ def leave(weight: LowRank) -> LoRAWeight | None:
     roles = Roles(*(tuple(i for i, label in enumerate(labels) if label == role) for role in Role))
     b = _to_role_order(weight.b, (*roles.stack, *roles.out), shape)
     keys = weight.keys
-    return LoRAWeight(
-        base=deferred.left(weight.base),
+    term = Adapter(
         a=_to_role_order(weight.a, (*roles.stack, *roles.in_), shape),
         b=jnp.moveaxis(b, -1, len(roles.stack)),
         roles=roles,
         alpha=origin.alpha,
+        shape=tuple(shape),
+    )
+    return LoRAWeight(
+        deferred.left(weight.base),
+        (term,),
         dropout_keys=None if keys is None else _to_role_order(keys, roles.stack, shape),
         dropout_rate=origin.dropout_rate,
     )

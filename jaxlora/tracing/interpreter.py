@@ -25,7 +25,7 @@ from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.chain import CHECKPOINT_NAME
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import LowRank
-from jaxlora.weights.nodes import merge_dtype
+from jaxlora.weights.adapters import merge_dtype
 
 Rule = Callable[..., list[Any]]
 _RULES: dict[str, Rule] = {}

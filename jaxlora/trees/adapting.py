@@ -18,6 +18,7 @@ from jaxlora.targets.sites import Site, find_sites
 from jaxlora.targets.skipped import warn_of_skipped
 from jaxlora.targets.stacking import with_stacks
 from jaxlora.weights import blocks, paths, placed, quantized, tree_checks
+from jaxlora.weights.adapters import Adapter, Replacement
 from jaxlora.weights.magnitude import norms
 from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
 from jaxlora.weights.roles import factor_axes
@@ -82,41 +83,45 @@ def init(
     sites = with_stacks(find_sites(fn, params, *args, **kwargs), config.stack)
     for target in select(config, sites):
         path = target.path
-        leaves[path] = _fresh(key, sites[path], target, leaves[path], config)
+        base, terms = paths.plain(leaves[path]), getattr(leaves[path], "terms", ())
+        base, term = _fresh(key, sites[path], target, base, config)
         if config.magnitude:
-            leaves[path] = _with_magnitude(path, leaves[path])
+            term = _with_magnitude(target.name, base, term)
+        leaves[path] = LoRAWeight(base, (*terms, term))
     for path, rows in select_whole(config, leaves).items():
         leaf, now = leaves[path], quantized.values(leaves[path])
         value = jnp.array(now) if rows is None else jnp.asarray(now)[jnp.array(rows)]
-        leaves[path] = TrainedLeaf(leaf, value, rows)
+        leaves[path] = TrainedLeaf(leaf, Replacement(value, tuple(leaf.shape), rows=rows))
     adapted = treedef.unflatten(leaves.values())
     warn_of_skipped(config, sites, adapted)
     return adapted
 
 
-def _fresh(key: jax.Array, site: Site, target: Target, base: Any, config: LoRAConfig) -> LoRAWeight:
-    _, part, rank, alpha = target
-    whole = blocks.shape(part, site.shape)
-    stack, in_, _ = site.roles.sizes(whole)
-    initializer = config.initializer
+def _fresh(
+    key: jax.Array, site: Site, target: Target, base: Any, config: LoRAConfig
+) -> tuple[Any, Adapter]:
+    """Return the base and the adapter of a target, whose initializer may change the base."""
+    initializer, key = config.initializer, paths.random_key(key, target.name)
     if isinstance(initializer, str):
         initializer = NAMED[initializer]
-    shape, key = (math.prod(in_), rank), paths.random_key(key, blocks.name(site.path, part))
     if isinstance(initializer, FromWeight):
         return residual.take_out(key, target, base, site.roles, initializer, config.dtype)
     if isinstance(initializer, LoftQ):
         return from_rounding.start(target, base, site.roles, initializer, config.dtype)
+    sizes = blocks.shape(target.block, site.shape)
+    stack, in_, _ = (math.prod(group) for group in site.roles.sizes(sizes))
+    shape = (in_, target.rank)
     _check_initializer(initializer, key, shape, config.dtype, site.path)
     factors = _Factors(
         types.MethodType(_call, initializer),  # hashable, whatever the initializer is
-        math.prod(stack),
+        stack,
         shape,
         config.dtype,
-        site.roles.factor_shapes(whole, rank),
+        site.roles.factor_shapes(sizes, target.rank),
     )
-    axes = factor_axes(site.roles, part)[:2]
-    a, b = placed.make(_draw, factors, key, paths.plain(base), axes)
-    return LoRAWeight(base, a, b, site.roles, alpha, part)
+    axes = factor_axes(site.roles, target.block)[:2]
+    a, b = placed.make(_draw, factors, key, base, axes)
+    return base, Adapter(a, b, site.roles, target.alpha, tuple(site.shape), block=target.block)
 
 
 def _check_initializer(
@@ -141,19 +146,18 @@ def _check_initializer(
     )
 
 
-def _with_magnitude(path: str, node: LoRAWeight) -> LoRAWeight:
-    """Return a node with the norms of its columns as they are, so that its output stays."""
-    plain = node.plain
-    if not hasattr(quantized.stand_in(plain), "__array__"):
-        raise ValueError(f"a magnitude starts from values: {path!r} is {plain}")
-    axes = factor_axes(node.roles, node.part)
-    (magnitude,) = placed.run(_norms, None, (node,), plain, axes[2:])
-    return dataclasses.replace(node, magnitude=magnitude)
+def _with_magnitude(name: str, base: Any, term: Adapter) -> Adapter:
+    """Return an adapter with the norms of its columns as they are, so that its output stays."""
+    if not hasattr(quantized.stand_in(base), "__array__"):
+        raise ValueError(f"a magnitude starts from values: {name!r} is {base}")
+    axes = [term.axes()["magnitude"]]
+    (magnitude,) = placed.run(_norms, None, (base, term), base, axes)
+    return dataclasses.replace(term, magnitude=magnitude)
 
 
-def _norms(node: LoRAWeight, static: None) -> tuple[jax.Array]:
+def _norms(base: Any, term: Adapter, static: None) -> list[jax.Array]:
     del static
-    return (norms(node),)
+    return [norms(base, term)]
 
 
 class _Factors(NamedTuple):

@@ -4,6 +4,7 @@ A tree of parameters and the same tree with `LoRAWeight` nodes in it differ only
 so every function here is one pass over the leaves by path.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy as np
 
 from jaxlora.messages import checks
 from jaxlora.weights import blocks, fingerprints, modules, paths, tree_checks
-from jaxlora.weights.nodes import Adapter, Adapters, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.adapters import Adapter, Adapters, Replacement
+from jaxlora.weights.fingerprints import Fingerprint
+from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf, over
 
 
 def split(params: Any) -> tuple[Any, Adapters]:
@@ -39,20 +42,16 @@ def split(params: Any) -> tuple[Any, Adapters]:
     """
     instead = "use adapted.adapters(), or split adapted.params()"
     leaves, treedef = tree_checks.flatten_adapted(params, instead, "they are split already")
-    nodes = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)}
-    whole = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, TrainedLeaf)}
-    plain = {path: node.plain for path, node in nodes.items()}
-    plain |= {path: leaf.base for path, leaf in whole.items()}
-    adapters: Adapters = {
-        blocks.name(path, node.part): node.adapter(fingerprints.take(plain[path], node.part))
-        for path in nodes
-        for node in nodes[path].layers
-    }
-    adapters |= {
-        path: Replacement(leaf.value, tuple(leaf.shape), fingerprints.take(leaf.base), leaf.rows)
-        for path, leaf in whole.items()
-    }
-    return treedef.unflatten((leaves | plain).values()), adapters
+    adapters: Adapters = {}
+    for path, leaf in leaves.items():
+        if not isinstance(leaf, LoRAWeight | TrainedLeaf):
+            continue
+        leaves[path] = leaf.base
+        for term in leaf.terms:
+            known = fingerprints.take(leaf.base, term.block)
+            name = blocks.name(path, term.block)
+            adapters[name] = dataclasses.replace(term, fingerprint=known)
+    return treedef.unflatten(leaves.values()), adapters
 
 
 def bind(base: Any, adapters: Adapters, *, check_base: bool = True) -> Any:
@@ -96,9 +95,15 @@ def bind(base: Any, adapters: Adapters, *, check_base: bool = True) -> Any:
 def nodes_over(
     leaves: dict[str, Any], adapters: Adapters, *, check_base: bool
 ) -> dict[str, LoRAWeight | TrainedLeaf]:
-    """Return the node of each adapter over the leaf that it is for, or raise if it is for none."""
+    """Return the node of each leaf that adapters are for, or raise where one is for none.
+
+    Args:
+        leaves: the leaves of a plain tree by path.
+        adapters: what is trained of them, by path.
+        check_base: whether the leaves must be those that the adapters were made for.
+    """
     tree_checks.check_adapters(adapters, some=True)
-    nodes: dict[str, Any] = {}
+    terms: dict[str, list[Any]] = {}
     for name, adapter in adapters.items():
         path, text = blocks.locate(name, leaves)
         if path not in leaves:
@@ -106,77 +111,87 @@ def nodes_over(
         leaf = leaves[path]
         if paths.is_trained(leaf):
             raise ValueError(f"the leaf {path!r} is adapted already: a plain tree is needed")
-        if path in nodes and None in (text, getattr(nodes[path], "part", None)):
+        others = terms.setdefault(path, [])
+        if others and None in (text, others[0].block):
             raise ValueError(f"adapters has two for the leaf {path!r}, and one of them is for all")
-        if isinstance(adapter, Replacement):
-            nodes[path] = _replaced(name, text, leaf, adapter)
-        else:
-            nodes[path] = _adapted(path, text, nodes.get(path, leaf), adapter)
+        term = fitted(name, path, text, leaf, adapter)
+        for other in others:
+            _check_disjoint(path, other, term)
+        others.append(dataclasses.replace(term, fingerprint=Fingerprint()))
         if check_base:
             _check_base(name, leaf, adapter)
-    return nodes
+    return {path: over(leaves[path], found) for path, found in terms.items()}
 
 
-def _adapted(path: str, text: str | None, below: Any, adapter: Adapter) -> LoRAWeight:
-    """Return the node of an adapter over a leaf or the node of another part of it."""
-    part = check_fits(path, text, paths.plain(below), adapter)
-    for other in below.layers if isinstance(below, LoRAWeight) else []:
-        if blocks.overlap(part, other.part):
-            names = f"{blocks.name(path, part)!r} and {blocks.name(path, other.part)!r}"
-            raise ValueError(f"the adapters of {names} overlap: one element has one adapter")
-        if other.roles != adapter.roles:
-            raise ValueError(f"the adapters of parts of {path!r} differ in the roles of its axes")
-    return adapter.over(below, part)
+def _check_disjoint(path: str, one: Any, other: Any) -> None:
+    """Raise if the terms of two parts of one leaf cannot stand side by side."""
+    if blocks.overlap(one.block, other.block):
+        names = f"{blocks.name(path, other.block)!r} and {blocks.name(path, one.block)!r}"
+        raise ValueError(f"the adapters of {names} overlap: one element has one adapter")
+    if one.roles != other.roles:
+        raise ValueError(f"the adapters of parts of {path!r} differ in the roles of its axes")
 
 
-def _replaced(name: str, text: str | None, leaf: Any, replacement: Replacement) -> TrainedLeaf:
-    """Return the node of a leaf that is trained whole or by rows, or raise if it does not fit."""
-    if text is not None:
-        raise ValueError(f"a replacement must be for a whole leaf or for rows of it: got {name!r}")
-    _check_weight(name, leaf, replacement)
-    rows, value, wanted = replacement.rows, replacement.value, replacement.shape
-    shape = wanted if rows is None else (len(rows), *wanted[1:])
-    if tuple(value.shape) != shape:
-        raise ValueError(f"the value for {name!r} must have the shape {shape}: got {value.shape}")
-    return TrainedLeaf(leaf, value, rows)
+def fitted(
+    name: str, path: str, text: str | None, leaf: Any, adapter: Adapter | Replacement
+) -> Adapter | Replacement:
+    """Return an adapter with the block that its name says, or raise if it does not fit a leaf.
 
-
-def check_fits(path: str, text: str | None, leaf: Any, adapter: Adapter) -> blocks.Part | None:
-    """Return the part that an adapter is for, or raise if it is not for a leaf of this shape."""
-    _check_weight(path, leaf, adapter)
-    is_number = isinstance(adapter.alpha, float | int | np.floating)
-    if not (is_number and 0 < adapter.alpha < math.inf):
-        raise ValueError(f"the alpha of {path!r} must be finite and positive: got {adapter.alpha}")
-    part = blocks.resolve(text, leaf.shape)
-    wanted = adapter.roles.factor_shapes(blocks.shape(part, leaf.shape), adapter.rank)
-    if (tuple(adapter.a.shape), tuple(adapter.b.shape)) != wanted:
-        raise ValueError(
-            f"the factors of {path!r} must have the shapes a={wanted[0]}, b={wanted[1]}: "
-            f"got a={adapter.a.shape}, b={adapter.b.shape}"
-        )
-    if adapter.magnitude is None:
-        return part
-    columns = adapter.roles.magnitude_shape(blocks.shape(part, leaf.shape))
-    fits = tuple(adapter.magnitude.shape) == columns
-    if not fits or not blocks.has_entries(part, adapter.roles.stack):
-        raise ValueError(
-            f"the magnitude of {path!r} must have the shape {columns} and be of the whole weight "
-            f"or of entries of its stack: got {adapter.magnitude.shape}"
-        )
-    return part
-
-
-def _check_weight(path: str, leaf: Any, adapter: Adapter | Replacement) -> None:
-    """Raise if a leaf is no floating weight of the shape that an adapter is for."""
+    Args:
+        name: its name among others.
+        path: path of the leaf.
+        text: what the name says of the block, see `jaxlora.weights.blocks.locate`.
+        leaf: the leaf.
+        adapter: what is trained of it.
+    """
+    kind = type(adapter).__name__.lower()
     if not hasattr(leaf, "shape") or tuple(leaf.shape) != tuple(adapter.shape):
-        what = "adapter of {!r} is for a weight"
-        if isinstance(adapter, Replacement):
-            what = "replacement of {!r} is for a leaf"
+        what = "a weight" if isinstance(adapter, Adapter) else "a leaf"
         found = getattr(leaf, "shape", type(leaf).__name__)
-        raise ValueError(f"the {what.format(path)} of shape {adapter.shape}: got {found}")
+        raise ValueError(
+            f"the {kind} of {path!r} is for {what} of shape {adapter.shape}: got {found}"
+        )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
             f"the leaf {path!r} cannot be adapted: its dtype is {leaf.dtype}, not floating"
+        )
+    block = blocks.resolve(text, leaf.shape)
+    if isinstance(adapter, Adapter):
+        _check_alpha(path, adapter.alpha)
+        if block != adapter.block is not None:
+            own = blocks.name(path, adapter.block)
+            raise ValueError(f"the adapter {name!r} is for another part: it must be named {own!r}")
+        adapter = dataclasses.replace(adapter, block=block)
+    elif text is not None:
+        raise ValueError(f"a replacement must be for a whole leaf or for rows of it: got {name!r}")
+    _check_shapes(path, adapter)
+    return adapter
+
+
+def _check_alpha(path: str, alpha: Any) -> None:
+    """Raise if an alpha is no number, or not finite and positive."""
+    if not (isinstance(alpha, float | int | np.floating) and 0 < alpha < math.inf):
+        raise ValueError(f"the alpha of {path!r} must be finite and positive: got {alpha}")
+
+
+def _check_shapes(path: str, adapter: Adapter | Replacement) -> None:
+    """Raise if an array of an adapter does not have the shape that its weight asks for."""
+    wanted, trained = adapter.shapes(), adapter.trained()
+    wrong = [name for name, array in trained.items() if tuple(array.shape) != wanted[name]]
+    if {"a", "b"} & {*wrong}:
+        got = {name: tuple(trained[name].shape) for name in ("a", "b")}
+        raise ValueError(
+            f"the factors of {path!r} must have the shapes a={wanted['a']}, b={wanted['b']}: "
+            f"got a={got['a']}, b={got['b']}"
+        )
+    for name in wrong:
+        shape = tuple(trained[name].shape)
+        raise ValueError(f"the {name} of {path!r} must have the shape {wanted[name]}: got {shape}")
+    has_magnitude = isinstance(adapter, Adapter) and adapter.magnitude is not None
+    if has_magnitude and not blocks.has_entries(adapter.block, adapter.roles.stack):
+        raise ValueError(
+            f"the magnitude of {path!r} must be of the whole weight or of entries of its stack: "
+            f"got that of {blocks.name(path, adapter.block)!r}"
         )
 
 
@@ -193,7 +208,7 @@ def _check_base(path: str, leaf: Any, adapter: Adapter | Replacement) -> None:
 
 def changed_hint(adapter: Adapter | Replacement) -> str:
     """Return what is needed in the place of a wrong base, if an initializer has changed it."""
-    changed = getattr(adapter, "changed", "")
+    changed = adapter.changed
     if not changed:
         return ""
     other = "" if changed == "loftq" else ", or jaxlora.to_plain"

@@ -55,7 +55,7 @@ def dropout(params: Any, key: jax.Array, rate: float) -> Any:
         if isinstance(leaf, LoRAWeight):
             stack, _, _ = leaf.roles.sizes(leaf.shape)
             axes = (leaf.roles.stack,)
-            (keys,) = placed.make(_keys, stack, paths.random_key(key, path), leaf.plain, axes)
+            (keys,) = placed.make(_keys, stack, paths.random_key(key, path), leaf.base, axes)
             leaves[path] = dataclasses.replace(leaf, dropout_keys=keys, dropout_rate=float(rate))
     return treedef.unflatten(leaves.values())
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from jaxlora.weights import modules, paths
-from jaxlora.weights.nodes import FACTORS
+from jaxlora.weights.adapters import FACTORS
 
 
 def mask(params: Any) -> Any:

@@ -10,9 +10,12 @@ from jax.core import Tracer
 from jaxlora.messages import checks
 from jaxlora.trees.binding import nodes_over
 from jaxlora.weights import blocks, modules, paths, placed, quantized, sharding, tree_checks
+from jaxlora.weights.adapters import Adapter, Adapters, merge_dtype
 from jaxlora.weights.magnitude import merged
-from jaxlora.weights.nodes import Adapter, Adapters, LoRAWeight, TrainedLeaf, merge_dtype, scaling
+from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
+
+Terms = tuple[Adapter, ...]
 
 
 def merge(
@@ -110,12 +113,13 @@ def unmerge(plain: Any, adapters: Adapters, *, check_base: bool = True) -> Any:
         lost = "leaf" if isinstance(node, TrainedLeaf) else "magnitude"
         if isinstance(node, TrainedLeaf) or node.has_magnitude:
             raise ValueError(f"the {lost} of {path!r} cannot be unmerged: keep the base instead")
-        if isinstance(node.plain, QuantizedWeight):
+        if isinstance(node.base, QuantizedWeight):
             raise ValueError(f"{path!r} is quantized and cannot be unmerged: keep the base instead")
         leaves[path], _ = _fold(path, node, -1)
     for name, adapter in adapters.items() if check_base else ():
         path, _ = blocks.locate(name, leaves)
-        _check_undone(name, leaves[path], before[path], adapter)
+        if isinstance(adapter, Adapter):
+            _check_undone(name, leaves[path], before[path], adapter)
     return treedef.unflatten(leaves.values())
 
 
@@ -125,7 +129,7 @@ def _check_undone(name: str, base: Any, merged: Any, adapter: Adapter) -> None:
     if any(isinstance(x, Tracer) for x in arrays):
         return
     a, b = (float(jnp.max(jnp.abs(x), initial=0)) for x in (adapter.a, adapter.b))
-    largest = adapter.rank * abs(scaling(adapter.alpha, adapter.rank)) * a * b
+    largest = adapter.rank * abs(adapter.scaling) * a * b
     noise = float(jnp.finfo(merge_dtype(base.dtype)).eps) * largest
     if not adapter.fingerprint.is_undone(base, merged, noise):
         raise ValueError(
@@ -139,27 +143,22 @@ def _fold(
     path: str, node: LoRAWeight, sign: int, *, donate: bool = False, requantize: bool = False
 ) -> tuple[Any, Any]:
     """Return ``base + sign * delta`` and its rounding error; raise if it is not finite."""
-    plain, dtype = node.plain, node.dtype
-    is_quantized = isinstance(plain, QuantizedWeight)
+    base, dtype = node.base, node.dtype
+    is_quantized = isinstance(base, QuantizedWeight)
     if requantize and is_quantized:
-        axes = (
-            sharding.even_axes(plain, plain),
-            (),
-            dict.fromkeys(("sum", *_arrays(plain, node)), ()),
-        )
-        folded, error, finite = placed.run(
-            _folded_again, sign, (plain, node.over(None)), plain, axes
-        )
+        names = ("sum", *_arrays(base, node.terms))
+        axes = (sharding.even_axes(base, base), (), dict.fromkeys(names, ()))
+        folded, error, finite = placed.run(_folded_again, sign, (base, node.terms), base, axes)
     else:
         run = jax.jit(
             _folded,
             static_argnums=2,
-            out_shardings=(sharding.of(plain), None, None),
+            out_shardings=(sharding.of(base), None, None),
             donate_argnums=0 if donate and not is_quantized else (),
         )
-        folded, error, finite = run(plain, node.over(None), sign)
+        folded, error, finite = run(base, node.terms, sign)
     if donate and is_quantized:  # of other shapes than the result, which cannot take their place
-        jax.tree.map(lambda x: None if isinstance(x, Tracer) else x.delete(), plain)
+        jax.tree.map(lambda x: None if isinstance(x, Tracer) else x.delete(), base)
     if not isinstance(finite["sum"], Tracer) and not finite["sum"]:
         what = "merged" if sign > 0 else "unmerged"
         found = [name for name in finite if name != "sum" and not finite[name]]
@@ -175,29 +174,28 @@ def _finite(path: str, value: Any) -> Any:
     return value
 
 
-def _folded_again(plain: Any, nodes: LoRAWeight, sign: int) -> tuple[Any, Any, dict[str, Any]]:
+def _folded_again(base: Any, terms: Terms, sign: int) -> tuple[Any, Any, dict[str, Any]]:
     """Return what `_folded` does, quantized as the base."""
-    return _folded(plain, nodes, sign, round_as=lambda exact: quantized.again(exact, plain))
+    return _folded(base, terms, sign, round_as=lambda exact: quantized.again(exact, base))
 
 
 def _folded(
-    plain: Any, nodes: LoRAWeight, sign: int, round_as: Callable[[Any], Any] | None = None
+    base: Any, terms: Terms, sign: int, round_as: Callable[[Any], Any] | None = None
 ) -> tuple[Any, Any, dict[str, Any]]:
-    base = quantized.values(plain)
-    node = nodes.over(base)
-    exact = merged(node) if sign > 0 else base.astype(merge_dtype(node.dtype)) - node.delta()
+    node = LoRAWeight(quantized.values(base), terms)
+    exact = merged(node) if sign > 0 else node.base.astype(merge_dtype(node.dtype)) - node.delta()
     folded = exact.astype(node.dtype) if round_as is None else round_as(exact)
     rounded = quantized.values(folded)
     error = jnp.max(jnp.abs(exact - rounded.astype(exact.dtype)))
-    arrays = {"sum": [rounded], **_arrays(base, node)}
+    arrays = {"sum": [rounded], **_arrays(node.base, terms)}
     return folded, error, {n: _all_finite(found) for n, found in arrays.items()}
 
 
-def _arrays(base: Any, node: LoRAWeight) -> dict[str, list[Any]]:
+def _arrays(base: Any, terms: Terms) -> dict[str, list[Any]]:
     """Return the arrays that a merged weight is computed from, by name."""
-    factors = ("a", "b", "magnitude")
-    found = {name: [getattr(layer, name) for layer in node.layers] for name in factors}
-    return {"base": [base]} | {n: arrays for n, arrays in found.items() if arrays[0] is not None}
+    trained = [term.trained() for term in terms]
+    found = {n: [arrays[n] for arrays in trained if n in arrays] for n in Adapter.fields}
+    return {"base": [base]} | {name: arrays for name, arrays in found.items() if arrays}
 
 
 def _all_finite(arrays: Sequence[Any]) -> Any:

@@ -96,11 +96,11 @@ def quantize(
     leaves, treedef = paths.flatten(params)
     sites = find_sites(fn, params, *args, **kwargs)
     code = Code(config.kind, config.block_size, config.double)
-    for path, part, _, _ in select(
+    for path, block, _, _ in select(
         LoRAConfig(rank=1, targets=config.targets, exclude=config.exclude), sites
     ):
         leaf, weight = leaves[path], paths.plain(leaves[path])
-        if part is not None:
+        if block is not None:
             raise ValueError(f"only whole weights can be quantized: got a part of {path!r}")
         if isinstance(weight, QuantizedWeight):
             raise ValueError(f"the leaf {path!r} is quantized already")

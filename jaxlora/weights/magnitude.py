@@ -16,29 +16,38 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.weights import blocks, quantized, sharding
-from jaxlora.weights.nodes import LoRAWeight, merge_dtype
+from jaxlora.weights.adapters import Adapter, merge_dtype
+from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import QuantizedWeight
 from jaxlora.weights.roles import Roles
 
 
-def norms(weight: LoRAWeight) -> jax.Array:
+def norms(base: Any, term: Adapter) -> jax.Array:
     """Return the norm of each column of ``base + scaling * a b``, which is not formed.
 
     A column of it has the squared norm ``|w|² + 2 s (w^T a) b + s² b^T (a^T a) b``, with products
     of the size of the rank alone.
 
     Args:
-        weight: a node for a whole weight or for entries of its stack.
+        base: the weight.
+        term: factors of all of it or of entries of its stack.
 
     Returns:
-        Array ``(*stack, *out)`` of what the node is for, float32 or wider.
+        Array ``(*stack, *out)`` of what the factors are for, float32 or wider.
     """
-    weight = _cut(weight)
+    index = blocks.slices(term.block)
+    base = jax.tree.map(lambda x: x[index], base) if index else base
+    return _norms(LoRAWeight(base, (dataclasses.replace(term, block=None),)))
+
+
+def _norms(weight: LoRAWeight) -> jax.Array:
+    """Return the norms of the columns of a weight whose only term is for all of it."""
     roles, dtype = weight.roles, merge_dtype(weight.dtype)
     if isinstance(weight.base, QuantizedWeight) and 0 in roles.stack:  # one entry at a time
-        return jax.lax.map(lambda entry: norms(_entry(entry, roles)), weight)
+        return jax.lax.map(lambda entry: _norms(_entry(entry, roles)), weight)
     base, a, b = (x.astype(dtype) for x in (quantized.values(weight.base), weight.a, weight.b))
-    rank, other = len(weight.shape), len(weight.shape) + 1  # the next free names of axes
+    ndim = len(weight.shape)
+    rank, other = ndim, ndim + 1  # the next free names of axes
     columns = (*roles.stack, *roles.out)
     names = {"a": (*roles.stack, *roles.in_, rank), "b": (*roles.stack, rank, *roles.out)}
     typed = sharding.explicit(weight.base)
@@ -49,8 +58,7 @@ def norms(weight: LoRAWeight) -> jax.Array:
         how: Any = {"precision": jax.lax.Precision.HIGHEST, "out_sharding": placed}
         return jnp.einsum(x, [*x_names], y, [*y_names], [*out], **how)
 
-    every = range(len(weight.shape))
-    crossed = product(a, names["a"], base, every, names["b"])
+    crossed = product(a, names["a"], base, range(ndim), names["b"])
     gram = product(a, names["a"], a, (*names["a"][:-1], other), (*roles.stack, rank, other))
     of_b = product(
         gram, (*roles.stack, other, rank), b, names["b"], (*roles.stack, other, *roles.out)
@@ -61,43 +69,38 @@ def norms(weight: LoRAWeight) -> jax.Array:
     return jnp.sqrt(jnp.maximum(squared + summed.sum(len(roles.stack)), 0))
 
 
-def _cut(weight: LoRAWeight) -> LoRAWeight:
-    """Return the node of what a node is for alone: of the entries of a stack, if it is for some."""
-    index = blocks.slices(weight.part)
-    base = jax.tree.map(lambda x: x[index], weight.plain) if index else weight.plain
-    return dataclasses.replace(weight, base=base, part=None, dropout_keys=None)
-
-
 def _entry(weight: LoRAWeight, roles: Roles) -> LoRAWeight:
-    """Return the node of one entry along the first axis, a stack, of a weight of these roles."""
+    """Return one entry along the first axis, a stack, of a weight of these roles."""
     left = (
         tuple(axis - 1 for axis in group if axis) for group in (roles.stack, roles.in_, roles.out)
     )
-    return dataclasses.replace(weight, roles=Roles(*left))
+    return LoRAWeight(weight.base, (dataclasses.replace(weight.term, roles=Roles(*left)),))
 
 
 def gain(weight: LoRAWeight) -> jax.Array:
     """Return ``m / norm(V)``, ``(*stack, *out)``, 1 where a column is zero or has no magnitude.
 
     Args:
-        weight: a node of a weight with magnitudes, the outermost.
+        weight: a weight, of which a term has a magnitude.
     """
-    gains = [_own_gain(node) for node in weight.layers if node.magnitude is not None]
+    with_magnitude = (term for term in weight.terms if term.magnitude is not None)
+    gains = [_own_gain(weight.base, term) for term in with_magnitude]
     return functools.reduce(jnp.multiply, gains)  # no column is in two of them
 
 
-def _own_gain(node: LoRAWeight) -> jax.Array:
-    norm = norms(jax.lax.stop_gradient(node))
-    magnitude = node.magnitude.astype(norm.dtype)
+def _own_gain(base: Any, term: Adapter) -> jax.Array:
+    """Return the gain of one term, 1 in the columns that it is not for."""
+    norm = norms(*jax.lax.stop_gradient((base, term)))
+    magnitude = term.magnitude.astype(norm.dtype)
     own = jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
-    around = blocks.padding(node.part, node.shape)
-    columns = (*node.roles.stack, *node.roles.out)
+    around = blocks.padding(term.block, base.shape)
+    columns = (*term.roles.stack, *term.roles.out)
     return jnp.pad(own, [around[axis] for axis in columns], constant_values=1)
 
 
 def merged(weight: LoRAWeight) -> jax.Array:
     """Return the weight in effect, ``base + delta`` times its gain, in float32 or wider."""
-    total = quantized.values(weight.plain).astype(merge_dtype(weight.dtype)) + weight.delta()
+    total = quantized.values(weight.base).astype(merge_dtype(weight.dtype)) + weight.delta()
     if not weight.has_magnitude:
         return total
     roles, factor = weight.roles, gain(weight)

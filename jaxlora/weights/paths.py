@@ -14,7 +14,8 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.adapters import Trained
+from jaxlora.weights.nodes import LoRAWeight, Node, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
 
 
@@ -25,21 +26,18 @@ def is_node(leaf: Any) -> bool:
 
 def is_trained(leaf: Any) -> bool:
     """Tell whether this is a node that holds what is trained."""
-    return isinstance(leaf, LoRAWeight | Adapter | TrainedLeaf | Replacement)
+    return isinstance(leaf, Node | Trained)
 
 
 def plain(leaf: Any) -> Any:
     """Return the frozen array or quantized weight beneath a node of a tree, or the leaf itself."""
-    if isinstance(leaf, TrainedLeaf):
-        return leaf.base
-    return leaf.plain if isinstance(leaf, LoRAWeight) else leaf
+    return leaf.base if isinstance(leaf, Node) else leaf
 
 
 def over(leaf: Any, plain: Any) -> Any:
     """Return a leaf or node with another frozen weight beneath it."""
-    if isinstance(leaf, TrainedLeaf):
-        return dataclasses.replace(leaf, base=plain)
-    return leaf.over(plain) if isinstance(leaf, LoRAWeight) else plain
+    is_node = isinstance(leaf, LoRAWeight | TrainedLeaf)
+    return dataclasses.replace(leaf, base=plain) if is_node else plain
 
 
 def abstract(leaf: Any) -> Any:

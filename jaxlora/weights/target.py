@@ -2,20 +2,25 @@
 
 from typing import NamedTuple
 
-from jaxlora.weights.blocks import Part
+from jaxlora.weights import blocks
 
 
 class Target(NamedTuple):
-    """A weight to adapt, or a part of one.
+    """A weight to adapt, or a block of one.
 
     Attributes:
         path: path of the leaf.
-        part: the block of it that is adapted, None for all of it.
+        block: the block of it that is adapted, None for all of it.
         rank: rank of its factors.
         alpha: numerator of their scaling alpha / rank.
     """
 
     path: str
-    part: Part | None
+    block: blocks.Part | None
     rank: int
     alpha: float
+
+    @property
+    def name(self) -> str:
+        """The path, with the slices of the block behind it."""
+        return blocks.name(self.path, self.block)

@@ -10,7 +10,8 @@ from jax.core import Tracer
 
 from jaxlora.messages.checks import shown
 from jaxlora.weights import modules, paths
-from jaxlora.weights.nodes import Adapter, LoRAWeight, Replacement, TrainedLeaf
+from jaxlora.weights.adapters import Trained
+from jaxlora.weights.nodes import Node
 from jaxlora.weights.quantized import QuantizedWeight
 
 
@@ -27,7 +28,7 @@ def check_leaves(leaves: dict[str, Any], params: Any, order: str, name: str = "p
         raise ValueError(
             f"{name} is an empty tree: it must hold the weights of the program; got {shown(params)}"
         )
-    if found := [path for path, leaf in leaves.items() if isinstance(leaf, Adapter | Replacement)]:
+    if found := [path for path, leaf in leaves.items() if isinstance(leaf, Trained)]:
         raise TypeError(
             f"{name} must hold weights: got the adapter of {found[0]!r}; "
             "put adapters over their base with jaxlora.bind(base, adapters)"
@@ -51,7 +52,7 @@ def flatten_adapted(params: Any, instead: str, bound: str) -> tuple[dict[str, An
     modules.refuse_adapted("params", params, instead)
     leaves, treedef = paths.flatten(params)
     for path, leaf in leaves.items():
-        if isinstance(leaf, Adapter | Replacement):
+        if isinstance(leaf, Trained):
             raise TypeError(f"params holds adapters without their base, at {path!r}: {bound}")
     if not any(map(paths.is_trained, leaves.values())):
         raise ValueError(
@@ -71,7 +72,7 @@ def check_adapters(adapters: Any, name: str = "adapters", *, some: bool = False)
         if not isinstance(path, str):
             got = f"{path!r} of type {type(path).__name__}"
             raise TypeError(f"a path in {name} must be a str: got {got}")
-        if not isinstance(adapter, Adapter | Replacement):
+        if not isinstance(adapter, Trained):
             raise TypeError(f"{name}[{path!r}] must be an Adapter: got {shown(adapter)}; {hint}")
 
 
@@ -106,7 +107,7 @@ def is_weight(leaf: Any) -> bool:
         return leaf.dtype.kind not in "OSU"
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)  # a random key is none
-    return isinstance(leaf, LoRAWeight | TrainedLeaf | QuantizedWeight)
+    return isinstance(leaf, Node | QuantizedWeight)
 
 
 def check_plain(leaves: dict[str, Any], name: str, *, with_values: bool = False) -> None:

@@ -1,6 +1,5 @@
 """Starts from the weight, against NumPy, and the way back to adapters of the weight as it was."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -73,7 +72,7 @@ def test_what_is_taken_out_is_what_numpy_finds(initializer):
 
 def test_parts_start_from_the_part():
     params = init("pissa", targets=("experts[0:2]", "experts[2:, :, 0:3]"))
-    left = params["experts"].plain
+    left = params["experts"].base
     for block in (np.s_[0], np.s_[1], np.s_[2, :, 0:3]):
         wanted = product(PARAMS["experts"][block], 2, "pissa")
         assert_allclose(left[block], PARAMS["experts"][block] - wanted, rtol=1e-3, atol=1e-4)
@@ -197,9 +196,8 @@ def test_start_inside_of_jit_is_that_outside():
     inside = jax.jit(lambda params: init("pissa", params))(PARAMS)
     for got, wanted in zip(jax.tree.leaves(inside), jax.tree.leaves(init("pissa")), strict=True):
         assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
-    assert dataclasses.replace(inside["out"], base=0, a=0, b=0) == dataclasses.replace(
-        init("pissa")["out"], base=0, a=0, b=0
-    )
+    structures = jax.tree.structure(inside), jax.tree.structure(init("pissa"))
+    assert structures[0] == structures[1]
 
 
 def test_adapters_of_many_layers_become_plain_whatever_their_order():

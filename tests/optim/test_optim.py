@@ -110,11 +110,12 @@ def test_preconditioned_step_of_the_product_is_that_of_any_factors_of_it():
 
     config = jaxlora.LoRAConfig(rank=2)
     node = jaxlora.init(jax.random.key(0), linear, {"w": normal(0, 8, 6)}, X[0], config=config)["w"]
-    node = dataclasses.replace(node, a=normal(1, 8, 2), b=normal(2, 2, 6))
+    term = dataclasses.replace(node.term, a=normal(1, 8, 2), b=normal(2, 2, 6))
     turn = jnp.array([[1.5, 0.5], [-1.0, 2.0]])
-    other = dataclasses.replace(node, a=node.a @ turn, b=jnp.linalg.inv(turn) @ node.b)
+    other = dataclasses.replace(term, a=term.a @ turn, b=jnp.linalg.inv(turn) @ term.b)
     tx, steps = optim.precondition(damping=1e-7), []
-    for adapters in ({"w": node}, {"w": other}):
+    for factors in (term, other):
+        adapters = {"w": dataclasses.replace(node, terms=(factors,))}
         gradients = jax.grad(lambda p: jnp.sum(jnp.tanh(jaxlora.lora(linear)(p, X[0]))))(adapters)
         updates: Any = tx.update(gradients, tx.init(adapters), adapters)[0]
         a, b = adapters["w"].a, adapters["w"].b

@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 import jaxlora
 from jaxlora.storage import locations
 from jaxlora.weights import fingerprints
-from jaxlora.weights.nodes import Adapter
+from jaxlora.weights.adapters import Adapter
 from jaxlora.weights.roles import Roles
 
 pytestmark = pytest.mark.once

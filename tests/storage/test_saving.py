@@ -18,7 +18,7 @@ from saved import BASE, adapters, names, value_at
 import jaxlora
 from jaxlora.storage import checkpoints
 from jaxlora.weights import fingerprints
-from jaxlora.weights.nodes import Replacement
+from jaxlora.weights.adapters import Replacement
 
 pytestmark = pytest.mark.once
 

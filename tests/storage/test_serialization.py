@@ -106,7 +106,7 @@ import sys
 names = [type(finder).__name__ for finder in sys.meta_path]
 if "flax" in sys.modules:
     import jax.numpy as jnp
-    leaf = jaxlora.TrainedLeaf(jnp.zeros(3), jnp.ones(3))
+    leaf = jaxlora.TrainedLeaf(jnp.zeros(3), jaxlora.Replacement(jnp.ones(3), (3,)))
     back = serialization.from_bytes(leaf, serialization.to_bytes(leaf))
     assert isinstance(back, jaxlora.TrainedLeaf) and (back.value == 1).all()
     assert "_WhenImported" not in names

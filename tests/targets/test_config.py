@@ -65,7 +65,7 @@ def test_all_linear_takes_every_product_and_no_lookup_or_smaller_side():
 
     params = {"big": normal(0, 8, 6), "narrow": normal(0, 6, 2), "table": normal(0, 9, 2)}
     sites = jaxlora.find_sites(model, params, jnp.ones((5, 8)), jnp.arange(5))
-    assert sites["table"].is_lookup
+    assert sites["table"].is_looked_up
     config = jaxlora.LoRAConfig(rank=3)
     assert [target.path for target in select(config, sites)] == ["big"]
 

@@ -35,7 +35,7 @@ def test_experts_are_a_stack(form):
 def test_every_kind_of_adapter_is_low_rank_in_every_form(form, kind):
     roles, rng = KINDS[kind], np.random.default_rng(0)
     a, b = (jnp.asarray(rng.normal(size=s), "float32") for s in roles.factor_shapes(W.shape, 2))
-    node = jaxlora.LoRAWeight(W, a, b, roles, alpha=1.0)
+    node = jaxlora.LoRAWeight(W, (jaxlora.Adapter(a, b, roles, 1.0, W.shape),))
     fn = program(form)
 
     def low(node):

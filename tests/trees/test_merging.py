@@ -1,5 +1,7 @@
 """Merging beyond the laws: memory."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -32,6 +34,6 @@ def test_donated_weights_are_given_up_and_no_others(key):
 
 def test_a_donated_weight_that_is_not_finite_is_named(key):
     params = adapted(key)
-    params = {**params, "up": params["up"].over(jnp.full((4, 8), jnp.nan))}
+    params = {**params, "up": dataclasses.replace(params["up"], base=jnp.full((4, 8), jnp.nan))}
     with pytest.raises(ValueError, match="the merged weight 'up' is not finite: base hold NaN"):
         jaxlora.merge(params, donate=True)

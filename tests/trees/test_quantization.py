@@ -410,7 +410,9 @@ def test_what_is_trained_stays_when_the_rest_is_dequantized():
     params = jaxlora.quantize(model, weights(), X, config=Quantization())
     config = jaxlora.LoRAConfig(rank=2, targets=("up",), rows={"down": (3,)})
     params = jaxlora.init(jax.random.key(0), model, params, X, config=config)
-    params["down"] = dataclasses.replace(params["down"], value=params["down"].value + 1)
+    value = params["down"].value + 1
+    moved = dataclasses.replace(params["down"].replacement, value=value)
+    params["down"] = dataclasses.replace(params["down"], replacement=moved)
     plain = jaxlora.dequantize(params)
     assert_array_equal(plain["down"].value, params["down"].value)
     assert_allclose(jaxlora.lora(model)(plain, X), jaxlora.lora(model)(params, X), atol=1e-5)

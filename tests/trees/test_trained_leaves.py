@@ -188,7 +188,9 @@ def test_mistakes_are_named():
             r"the replacement of 'params/up/kernel' is for a leaf of shape \(8,\): got \(8, 12\)",
         ),
         (
-            lambda: jaxlora.merge({"w": TrainedLeaf(jnp.ones(2), jnp.array([1, jnp.nan]))}),
+            lambda: jaxlora.merge(
+                {"w": TrainedLeaf(jnp.ones(2), Replacement(jnp.array([1, jnp.nan]), (2,)))}
+            ),
             "the trained leaf 'w' is not finite",
         ),
     ]:
@@ -258,7 +260,7 @@ def test_rows_that_are_not_there_are_refused():
         rows_of(rows={"embedding": (1.5,)})
     base, _ = jaxlora.split(rows_of())
     wrong = {"embedding": Replacement(jnp.ones((3, 6)), (10, 6), rows=(1, 7))}
-    with pytest.raises(ValueError, match=r"the value for 'embedding' must have the shape \(2, 6\)"):
+    with pytest.raises(ValueError, match=r"the value of 'embedding' must have the shape \(2, 6\)"):
         jaxlora.bind(base, wrong)
 
 

@@ -164,7 +164,7 @@ def test_a_path_that_ends_in_brackets_is_no_part(key):
     config = jaxlora.LoRAConfig(rank=1, targets=("w[0:2]",))
     fn = lambda params, x: x @ params["w[0:2]"]  # noqa: E731
     params = jaxlora.init(key, fn, {"w[0:2]": normal(0, 6, 4)}, X, config=config)
-    assert params["w[0:2]"].part is None
+    assert params["w[0:2]"].term.block is None
     base, adapters = jaxlora.split(params)
     assert jax.tree.structure(jaxlora.bind(base, adapters)) == jax.tree.structure(params)
 

@@ -36,7 +36,7 @@ from jaxlora.tracing.products.term import Term
 from jaxlora.tracing.values import axes, placement
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import LowRank, Role
-from jaxlora.weights.nodes import merge_dtype
+from jaxlora.weights.adapters import merge_dtype
 
 
 def choose(run: Evaluation, weight: LowRank, term: Term, *, is_shared: bool) -> Form:

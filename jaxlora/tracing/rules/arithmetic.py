@@ -20,7 +20,7 @@ from jaxlora.tracing.interpreter import Evaluation, rule
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.values import axes, deferred
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank, Origin, Role
-from jaxlora.weights.nodes import merge_dtype, scaling
+from jaxlora.weights.adapters import merge_dtype, scaling
 
 
 @rule("neg")

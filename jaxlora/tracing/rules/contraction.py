@@ -17,7 +17,7 @@ from jaxlora.tracing.recorder import CONTRACTED
 from jaxlora.tracing.values import axes
 from jaxlora.tracing.values.chain import told
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank
-from jaxlora.weights.nodes import merge_dtype
+from jaxlora.weights.adapters import merge_dtype
 
 
 @rule("dot_general")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.tracing.values import placement
-from jaxlora.weights.nodes import merge_dtype
+from jaxlora.weights.adapters import merge_dtype
 
 Name = Hashable
 CHECKPOINT_NAME = "lora"

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.tracing.values import axes, deferred, placement
 from jaxlora.tracing.values.chain import contract, scaled, scaled_along
-from jaxlora.weights.nodes import scaling
+from jaxlora.weights.adapters import scaling
 from jaxlora.weights.roles import Roles
 
 _meta = {"static": True}
