@@ -1,7 +1,9 @@
 """Signatures and types as a reader writes them, without the modules that define them."""
 
+import dataclasses
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -9,7 +11,6 @@ from sphinx.domains.python import PyClasslike
 
 MODULES = re.compile(r"\b(?:collections\.abc|jaxlora(?:\.[a-z_]\w*)+)\.(?=[A-Z])")
 ARRAY = re.compile(r"[\w.]*\._jax\.Array")  # where JAX defines it
-DEFAULTS = {"<factory>": "{}", "<class 'jax.numpy.float32'>": "float32"}
 
 
 def shorten_signature(
@@ -26,9 +27,20 @@ def shorten_signature(
         parameters = [*inspect.signature(described.__init__).parameters.values()][1:]
         plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
         signature = str(inspect.Signature(plain))
-    for told, code in DEFAULTS.items():
-        signature = signature and signature.replace(told, code)
+    if signature:
+        signature = signature.replace("<class 'jax.numpy.float32'>", "float32")
+        for made in _factories(described):
+            signature = signature.replace("<factory>", made, 1)
     return signature, returned
+
+
+def _factories(described: Any) -> Iterator[str]:
+    """Yield the defaults that the fields of a dataclass make, in order, as code."""
+    fields = dataclasses.fields(described) if dataclasses.is_dataclass(described) else ()
+    for field in fields:
+        if field.default_factory is not dataclasses.MISSING:
+            name = getattr(field.default_factory, "__name__", "...")
+            yield "{}" if name == "dict" else f"{name}()"
 
 
 def shorten_types(

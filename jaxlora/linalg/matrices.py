@@ -3,12 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora.linalg import svd
+from jaxlora.types import Leaf
 from jaxlora.weights import sharding, tree_checks
 from jaxlora.weights.adapters import Adapter, Replacement
 from jaxlora.weights.roles import Roles
@@ -55,7 +55,7 @@ def adapter_of(adapter: Adapter, a: jax.Array, b: jax.Array) -> Adapter:
     return dataclasses.replace(adapter, a=a, b=b, alpha=float(rank))
 
 
-def _placed(x: jax.Array, like: Any) -> jax.Array:
+def _placed(x: jax.Array, like: Leaf) -> jax.Array:
     """Return x where another array is; that of a factor holds for any rank."""
     known = sharding.of(like)
     return x if known is None else jax.device_put(x, known)

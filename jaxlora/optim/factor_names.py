@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
+from jax.tree_util import KeyPath
 
 from jaxlora.trees.masks import mask
+from jaxlora.types import Function, PyTree
 from jaxlora.weights.adapters import FACTORS
 
 
-def factor_names(tree: Any) -> list[str | None]:
+def factor_names(tree: PyTree) -> list[str | None]:
     """Return for each leaf its name where it is a factor, also of a tree without our nodes."""
     found = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     marks = jax.tree.leaves(mask(tree))
@@ -28,13 +29,13 @@ def factor_names(tree: Any) -> list[str | None]:
     ]
 
 
-def _unboxed(keys: Any) -> tuple[Any, ...]:
+def _unboxed(keys: KeyPath) -> KeyPath:
     """Return the names of keys, without that of a box around a factor."""
     names = tuple(getattr(key, "name", getattr(key, "key", None)) for key in keys)
     return names[:-1] if names[-1:] == ("value",) and {*names[-2:-1]} & {*FACTORS} else names
 
 
-def by_factor(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def by_factor(fn: Function, tree: PyTree, *rest: PyTree) -> PyTree:
     """Return a tree with ``fn(name, leaf, *leaves)`` at each factor of it, by its name."""
     names = iter(factor_names(tree))
 
@@ -45,7 +46,7 @@ def by_factor(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree.map(of, tree, *rest)
 
 
-def init_stateless(params: Any) -> Any:
+def init_stateless(params: PyTree) -> PyTree:
     """Return the empty state of a transform, or raise if a tree has no factors."""
     import optax
 
@@ -53,13 +54,13 @@ def init_stateless(params: Any) -> Any:
     return optax.EmptyState()
 
 
-def check_some(factors: Sequence[Any]) -> None:
+def check_some(factors: Sequence[str | None]) -> None:
     """Raise if none of the names of leaves is that of a factor."""
     if not any(factors):
         raise ValueError("the tree has no factors to train: make some with jaxlora.init")
 
 
-def check_has_params(params: Any) -> None:
+def check_has_params(params: PyTree) -> None:
     """Raise if a transform that needs the factors themselves does not get them."""
     if params is None:
         raise ValueError("the factors themselves are needed: tx.update(updates, state, params)")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlora.initializers import FromWeight, LoftQ, from_rounding, residual
 from jaxlora.initializers.registry import NAMED
@@ -17,6 +18,7 @@ from jaxlora.targets.selection import select, select_whole
 from jaxlora.targets.sites import Site, find_sites
 from jaxlora.targets.skipped import warn_of_skipped
 from jaxlora.targets.stacking import with_stacks
+from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import blocks, paths, placed, quantized, tree_checks
 from jaxlora.weights.adapters import Adapter, Replacement
 from jaxlora.weights.magnitude import norms
@@ -29,13 +31,13 @@ _ORDER = "init(key, fn, params, *args, config=config)"
 
 def init(
     key: jax.Array,
-    fn: Callable[..., Any],
-    params: Any,
+    fn: Function,
+    params: PyTree,
     /,
     *args: Any,
     config: LoRAConfig,
     **kwargs: Any,
-) -> Any:
+) -> PyTree:
     """Return the parameters with a fresh `LoRAWeight` at each target; the output does not change.
 
     ``b`` is zero and ``a`` is drawn from the key of its path, so the same key gives the same
@@ -98,8 +100,8 @@ def init(
 
 
 def _fresh(
-    key: jax.Array, site: Site, target: Target, base: Any, config: LoRAConfig
-) -> tuple[Any, Adapter]:
+    key: jax.Array, site: Site, target: Target, base: Leaf, config: LoRAConfig
+) -> tuple[Leaf, Adapter]:
     """Return the base and the adapter of a target, whose initializer may change the base."""
     initializer, key = config.initializer, paths.random_key(key, target.name)
     if isinstance(initializer, str):
@@ -125,7 +127,7 @@ def _fresh(
 
 
 def _check_initializer(
-    initializer: Callable[..., Any], key: jax.Array, shape: tuple[int, int], dtype: Any, path: str
+    initializer: Function, key: jax.Array, shape: tuple[int, int], dtype: DTypeLike, path: str
 ) -> None:
     """Raise if an initializer does not return an array of the shape and dtype asked for."""
     try:
@@ -146,7 +148,7 @@ def _check_initializer(
     )
 
 
-def _with_magnitude(name: str, base: Any, term: Adapter) -> Adapter:
+def _with_magnitude(name: str, base: Leaf, term: Adapter) -> Adapter:
     """Return an adapter with the norms of its columns as they are, so that its output stays."""
     if not hasattr(quantized.stand_in(base), "__array__"):
         raise ValueError(f"a magnitude starts from values: {name!r} is {base}")
@@ -155,7 +157,7 @@ def _with_magnitude(name: str, base: Any, term: Adapter) -> Adapter:
     return dataclasses.replace(term, magnitude=magnitude)
 
 
-def _norms(base: Any, term: Adapter, static: None) -> list[jax.Array]:
+def _norms(base: Leaf, term: Adapter, static: None) -> list[jax.Array]:
     del static
     return [norms(base, term)]
 
@@ -166,11 +168,11 @@ class _Factors(NamedTuple):
     initializer: Callable[..., jax.Array]
     entries: int
     shape: tuple[int, int]
-    dtype: Any
+    dtype: DTypeLike
     factor_shapes: tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _call(fn: Callable[..., Any], *args: Any) -> Any:
+def _call(fn: Function, *args: object) -> Leaf:
     return fn(*args)
 
 

@@ -1,17 +1,17 @@
 """Dropout on the input of the low-rank path: keys for one step, in the nodes."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora.messages import checks
+from jaxlora.types import PyTree
 from jaxlora.weights import modules, paths, placed, tree_checks
 from jaxlora.weights.nodes import LoRAWeight
 
 
-def dropout(params: Any, key: jax.Array, rate: float) -> Any:
+def dropout(params: PyTree, key: jax.Array, rate: float) -> PyTree:
     """Return the parameters with dropout on the input of every low-rank product.
 
     An element of the input is zero with probability ``rate``, and others are divided by

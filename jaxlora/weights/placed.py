@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
+from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights.quantized import stand_in
 from jaxlora.weights.sharding import Axes, along, explicit, of
 
@@ -22,7 +23,7 @@ def make(
     build: Callable[..., Sequence[jax.Array]],
     static: Hashable,
     key: jax.Array,
-    base: Any,
+    base: Leaf,
     axes: Sequence[Axes],
 ) -> Sequence[jax.Array]:
     """Return the arrays of ``build(key, static)``, sharded as the base's axes that they have.
@@ -59,12 +60,12 @@ def make(
 
 
 def run(
-    build: Callable[..., Any],
+    build: Function,
     static: Hashable,
-    args: Sequence[Any],
-    base: Any,
-    axes: Any,
-) -> Any:
+    args: Sequence[PyTree],
+    base: Leaf,
+    axes: PyTree,
+) -> Leaf:
     """Return the arrays of ``build(*args, static)``, sharded as the axes of a base that they have.
 
     Args:
@@ -92,7 +93,7 @@ def run(
     )
 
 
-def _is_axes(x: Any) -> bool:
+def _is_axes(x: Leaf) -> bool:
     return isinstance(x, tuple) and all(isinstance(axis, int | None) for axis in x)
 
 
@@ -102,7 +103,7 @@ def _draws_are_typed(key: jax.Array) -> bool:
 
 
 def _make_placed(
-    build: Any, static: Any, key: jax.Array, base: Any, axes: Sequence[Axes]
+    build: Function, static: Hashable, key: jax.Array, base: Leaf, axes: Sequence[Axes]
 ) -> Sequence[jax.Array]:
     """Return the arrays of `make` for a base that is no tracer."""
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
