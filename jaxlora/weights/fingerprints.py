@@ -41,7 +41,7 @@ class Base:
     whole: Sample | None = None
     part: Part | None = None
     block: Sample | None = None
-    arrays: list[weakref.ref[Any]] = dataclasses.field(default_factory=list, repr=False)
+    arrays: list[weakref.ref[jax.Array]] = dataclasses.field(default_factory=list, repr=False)
 
     @property
     def sample(self) -> Sample | None:
@@ -63,7 +63,7 @@ class Base:
             self.arrays[:] = [known for known in self.arrays if known() is not None]
             self.arrays.append(weakref.ref(array))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return Base, (self.dtype, self.whole, self.part, self.block)
 
 
@@ -113,10 +113,10 @@ class Fingerprint:
     def _is_root_of(self, bases: tuple[Base, ...]) -> bool:
         return self._joined is None and self._bases is bases
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return Fingerprint, (self.bases,)
 
-    def __deepcopy__(self, memo: Any) -> "Fingerprint":
+    def __deepcopy__(self, memo: object) -> "Fingerprint":
         return self
 
     def __repr__(self) -> str:

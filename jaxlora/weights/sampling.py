@@ -47,7 +47,7 @@ class Sample:
             found += b"%d" % round(8 * float(self._level))
         return hashlib.sha256(found).hexdigest()[:16]
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         elements = None if self.elements is None else np.asarray(self.elements)
         return Sample, (elements, None, self.digest)
 
