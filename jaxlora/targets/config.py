@@ -57,9 +57,9 @@ class LoRAConfig:
             axis, as the tokens that are new in an embedding. Each call then makes a copy of it.
         bias: also train biases, the leaves whose name is ``bias`` or ``b``: ``"all"``,
             ``"lora_only"`` for those beside adapted weights, or ``"none"``.
-        magnitude: also train the norm of each column of the weight (DoRA, see
-            `jaxlora.weights.magnitude`), in float32 or wider; of whole weights, or with layers of
-            entries of a stack.
+        magnitude: also train the norm of each column of the weight (DoRA, Liu et al. 2024,
+            arXiv:2402.09353), in float32 or wider; of whole weights, or with layers of entries of
+            a stack.
         dtype: floating dtype of the factors.
 
     Raises:
@@ -109,7 +109,7 @@ class LoRAConfig:
 
     @property
     def scaling(self) -> float:
-        """Factor of the low-rank product: alpha / rank, or alpha / √rank if stabilized."""
+        """Factor of the low-rank product, alpha / rank, or alpha / √rank if stabilized."""
         return scaling(self.plain_alpha(self.alpha, self.rank), self.rank)
 
     def plain_alpha(self, alpha: float, rank: int) -> float:

@@ -17,7 +17,7 @@ def dropout(params: PyTree, key: jax.Array, rate: float) -> PyTree:
     An element of the input is zero with probability ``rate``, and others are divided by
     ``1 - rate``; the base's own product is not touched. It holds for the calls made with the
     result, so use a new key for each step. Lookups have no input to drop. Each step of a scan
-    draws anew, also for a weight that all steps share; a `while_loop` does not, and neither do
+    draws anew, also for a weight that all steps share; a ``while_loop`` does not, and neither do
     several uses of one weight outside of a loop.
 
     Args:

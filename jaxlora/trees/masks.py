@@ -51,7 +51,7 @@ def labels(params: PyTree) -> PyTree:
         params: a tree with `LoRAWeight` nodes, or adapters from `split`.
 
     Returns:
-        The same tree with a string for each array: ``"trained"`` where `mask` is true.
+        The same tree with a string for each array, ``"trained"`` where `mask` is true.
 
     >>> import jax, jax.numpy as jnp, jaxlora, optax
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))

@@ -61,8 +61,8 @@ class Adapter(Trained):
         shape: shape of the whole weight that the factors were made for.
         fingerprint: what is known of that weight; nothing in a node, which holds it.
         changed: name of the initializer that took the first product out of the base, or empty.
-        magnitude: the norm of each column, ``(*stack, *out)``, or None; see
-            `jaxlora.weights.magnitude`.
+        magnitude: the norm of each column, ``(*stack, *out)``, or None (DoRA,
+            Liu et al. 2024, arXiv:2402.09353).
         block: (start, stop) along each axis of the weight that the factors are for, None for a
             whole axis; None for all of the weight.
     """
@@ -101,7 +101,7 @@ class Adapter(Trained):
         return dict(zip(self.fields, factor_axes(self.roles, self.block), strict=True))
 
     def delta(self, base: Leaf) -> jax.Array:
-        """Return the dense ``scaling * a b``, shaped and sharded as a base, in `merge_dtype`."""
+        """Return ``scaling * a b``, dense, shaped and sharded as a base, in float32 or wider."""
         roles, dtype = self.roles, merge_dtype(base.dtype)
         ndim = rank = len(base.shape)  # the name of the rank axis is the next free
         product = jnp.einsum(

@@ -118,7 +118,7 @@ class LoRAWeight(Node):
         return any(term.magnitude is not None for term in self.terms)
 
     def delta(self) -> jax.Array:
-        """Return the sum of the deltas of the terms, dense, in `merge_dtype` of the base."""
+        """Return the sum of the deltas of the terms, dense, in float32 or wider."""
         return sum(
             (term.delta(self.base) for term in self.terms[1:]), self.terms[0].delta(self.base)
         )

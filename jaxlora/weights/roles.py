@@ -52,7 +52,7 @@ class Roles:
     def factor_shapes(
         self, shape: Sequence[int], rank: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of ``a`` (*stack, *in, rank) and ``b`` (*stack, rank, *out)."""
+        """Return the shapes of a, ``(*stack, *in, rank)``, and b, ``(*stack, rank, *out)``."""
         stack, in_, out = self.sizes(shape)
         return (*stack, *in_, rank), (*stack, rank, *out)
 
