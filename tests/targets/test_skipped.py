@@ -16,8 +16,8 @@ from flax import nnx
 from flax.linen import fp8_ops
 
 import jaxlora
+from jaxlora.reports import Kind
 from jaxlora.targets.patterns import ends_in
-from jaxlora.tracing.recorder import Kind
 
 pytestmark = pytest.mark.once
 
