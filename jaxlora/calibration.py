@@ -63,12 +63,12 @@ def moments(
 
     @jax.jit
     def of_batch(adapters, base, args):
-        def told(adapters):
+        def summed_outputs(adapters):
             outs = jax.tree.leaves(run(bind(base, adapters), *args))
             floating = [x for x in outs if jnp.issubdtype(x.dtype, jnp.floating)]
             return sum(jnp.sum(x.astype(jnp.float32)) for x in floating)
 
-        found = jax.grad(told)(adapters)
+        found = jax.grad(summed_outputs)(adapters)
         return {name: found[name].a for name in found}
 
     total, _ = _summed(lambda args: of_batch(adapters, base, args), batches)

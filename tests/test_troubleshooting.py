@@ -18,8 +18,9 @@ pytestmark = pytest.mark.once
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/troubleshooting.md").read_text()
 HOLE = "…"
-INSIDE = {  # parts of another message, which are quoted as the reason that it gives
+INSIDE = {  # parts of another message, which are its reason; and what a user cannot meet
     "storage/description.py",
+    "tracing/registry.py",
     "what was written is not what was to be saved",
     "the arrays … are missing",
     "an array must be …: got …",

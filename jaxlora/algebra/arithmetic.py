@@ -149,5 +149,5 @@ def truncate(adapters: Adapters, rank: int) -> Adapters:
 def _truncated(adapter: Adapter, rank: int) -> Adapter:
     if adapter.rank <= rank:
         return adapter
-    decomposed = svd.of_product(*matrices.of(adapter), rank)
+    decomposed = svd.of_product(*matrices.factors(adapter), rank)
     return matrices.adapter_of_svd(adapter, decomposed, adapter.scaling)

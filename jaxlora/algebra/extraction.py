@@ -134,7 +134,7 @@ def _adapter(before: Leaf, change: Leaf, roles: Roles, rank: int) -> tuple[Adapt
     """Return the adapter of the change of a weight, and the share of its energy."""
     rank = min(rank, roles.max_rank(before.shape))
     u, s, v = svd.truncated(matrices.of_weight(change, roles), rank)
-    known, shapes = sharding.of(before), roles.factor_shapes(before.shape, rank)
+    known, shapes = sharding.concrete(before), roles.factor_shapes(before.shape, rank)
     a, b = (
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=known and sharding.along(known, axes))
         for shape, axes in zip(shapes, factor_axes(roles), strict=False)

@@ -14,7 +14,7 @@ def rebase(adapters: Adapters, initial: Adapters, *, base: PyTree) -> Adapters:
     """Turn adapters for a base that their initializer changed into those for the base as it was.
 
     With ``W' = W - s a0 b0`` the weight in effect is ``W' + s a b = W + s [a, a0] [b; -b0]``: of
-    twice the rank, and exact but for the rounding of W' to the dtype of the base.
+    twice the rank, and exact except for the rounding of W' to the dtype of the base.
 
     Args:
         adapters: factors by path, trained.

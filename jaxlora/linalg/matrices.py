@@ -30,7 +30,7 @@ def check_linear(adapters: Mapping[str, Adapter | Replacement]) -> dict[str, Ada
     return found
 
 
-def of(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
+def factors(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
     """Return ``a (stack, in, rank)`` and ``b (stack, rank, out)`` in float32."""
     count = len(adapter.roles.stack)
     stack = math.prod(adapter.a.shape[:count])
@@ -46,7 +46,7 @@ def of_weight(weight: jax.Array, roles: Roles) -> jax.Array:
 
 
 def adapter_of(adapter: Adapter, a: jax.Array, b: jax.Array) -> Adapter:
-    """Return the adapter with factors from `of`, of any rank, and scaling 1."""
+    """Return the adapter with factors from `factors`, of any rank, and scaling 1."""
     count, rank = len(adapter.roles.stack), a.shape[-1]
     a = a.reshape(*adapter.a.shape[:-1], rank).astype(adapter.a.dtype)
     stack, out = adapter.b.shape[:count], adapter.b.shape[count + 1 :]
@@ -57,7 +57,7 @@ def adapter_of(adapter: Adapter, a: jax.Array, b: jax.Array) -> Adapter:
 
 def _placed(x: jax.Array, like: Leaf) -> jax.Array:
     """Return x where another array is; that of a factor holds for any rank."""
-    known = sharding.of(like)
+    known = sharding.concrete(like)
     return x if known is None else jax.device_put(x, known)
 
 

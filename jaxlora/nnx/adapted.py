@@ -259,11 +259,11 @@ def _check_rngs(rngs: object) -> None:
     if isinstance(rngs, nnx.Rngs):
         return
     if not isinstance(rngs, jax.Array) or not _is_key(rngs):
-        told = "no array of keys" if isinstance(rngs, jax.Array) else type(rngs).__name__
+        got = "no array of keys" if isinstance(rngs, jax.Array) else type(rngs).__name__
         seed = rngs if isinstance(rngs, int) else 0
         raise TypeError(
             "the first argument, rngs, must be flax.nnx.Rngs or a key from jax.random.key: "
-            f"got {told}; pass flax.nnx.Rngs({seed}) before the module"
+            f"got {got}; pass flax.nnx.Rngs({seed}) before the module"
         )
 
 

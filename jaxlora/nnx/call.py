@@ -83,7 +83,7 @@ run_low_rank = lora(run)
 
 
 def write(nodes: list, changed: PyTree, graphdef: PyTree, adapted: Collection[str]) -> None:
-    """Write what a call changed to the modules it was called with, but for adapted weights."""
+    """Write what a call changed to the modules it was called with, except adapted weights."""
     current, written = leaves_of(nodes), {}
     for path, leaf in nnx.to_flat_state(changed):
         name = f"{name_of(path[1:])}/"

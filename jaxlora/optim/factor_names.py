@@ -39,11 +39,11 @@ def by_factor(fn: Function, tree: PyTree, *rest: PyTree) -> PyTree:
     """Return a tree with ``fn(name, leaf, *leaves)`` at each factor of it, by its name."""
     names = iter(factor_names(tree))
 
-    def of(leaf, *others):
+    def replaced(leaf, *others):
         name = next(names)
         return fn(name, leaf, *others) if name else leaf
 
-    return jax.tree.map(of, tree, *rest)
+    return jax.tree.map(replaced, tree, *rest)
 
 
 def init_stateless(params: PyTree) -> PyTree:

@@ -26,7 +26,7 @@ class Report:
     Attributes:
         uses: the operations that consume it, by path.
         costs: extra operations and bytes of one call by path, a loop of unknown length counted
-            once; what several weights share is parted evenly among them.
+            once; what several weights share is divided evenly among them.
     """
 
     uses: dict[str, tuple[Use, ...]]

@@ -150,8 +150,8 @@ def _load(place: Place, target: Place, leaves: Leaves) -> Adapters:
     except ValueError as error:
         raise ValueError(f"the adapters at {target} are damaged: {error}") from error
     if problems := _differences(adapters, leaves):
-        told = "\n  ".join(problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5))
-        raise ValueError(f"the adapters at {target} are for another base:\n  {told}")
+        listed = "\n  ".join(problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5))
+        raise ValueError(f"the adapters at {target} are for another base:\n  {listed}")
 
     def read():
         try:

@@ -93,7 +93,7 @@ def abstract(entry: Json, leaves: Json) -> Adapter | Replacement:
         ValueError: its path names no part of a weight of its shape.
     """
     path, text = blocks.locate(entry["path"], leaves)
-    known = sharding.of(paths.plain(leaves.get(path)))
+    known = sharding.concrete(paths.plain(leaves.get(path)))
     whole = tuple(entry["base"]["shape"])
     known_base = fingerprints.read(entry["base"]["dtype"], entry["base"]["digest"])
 

@@ -172,7 +172,7 @@ def _without_layers(named: set[tuple[str, blocks.Part | None]]) -> str:
 
 
 def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
-    """Return start and stop of each run of following indices, which are in rising order.
+    """Return start and stop of each run of following indices, which are in increasing order.
 
     >>> _runs((0, 1, 2, 5))
     [(0, 3), (5, 6)]

@@ -44,7 +44,7 @@ def warn_of_skipped(config: LoRAConfig, sites: Sites, params: PyTree) -> None:
         f"targets={config.targets!r} leaves out {some} of two or more axes:\n"
         + "\n".join(lines)
         + "\nto adapt one, name its whole path in targets, also beside 'all-linear' (what is not "
-        "used cannot be adapted); to be told of it no more, name it in exclude",
+        "used cannot be adapted); to leave it out without this warning, name it in exclude",
         SkippedWeightWarning,
     )
 

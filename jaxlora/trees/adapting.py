@@ -53,7 +53,7 @@ def init(
         params: its first argument, arrays or `jax.ShapeDtypeStruct`.
         *args: its other arguments, or their shapes.
         config: what to adapt and how.
-        **kwargs: its keyword arguments, but for one named ``config``.
+        **kwargs: its keyword arguments, except one named ``config``.
 
     Warns:
         SkippedWeightWarning: the targets leave out weights of two or more axes; once, with the

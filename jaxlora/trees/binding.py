@@ -19,14 +19,14 @@ from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf, over
 
 
 def split(params: PyTree) -> tuple[PyTree, Adapters]:
-    """Part a tree into its frozen base and its trainable factors.
+    """Split a tree into its frozen base and its trainable factors.
 
     Args:
         params: a tree with `LoRAWeight` nodes.
 
     Returns:
         The tree with each node's base in its place, and the factors by path. `bind` undoes it,
-        but for dropout, which is chosen for each step.
+        except dropout, which is chosen for each step.
 
     Raises:
         TypeError: params holds adapters without their base.

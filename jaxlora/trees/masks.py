@@ -36,12 +36,12 @@ def mask(params: PyTree) -> PyTree:
     instead = "filter by flax.nnx.Param, which selects the factors alone"
     modules.refuse_adapted("params", params, instead)
 
-    def of(leaf):
+    def marked(leaf):
         if not paths.is_trained(leaf):
             return jax.tree.map(lambda _: False, leaf)
         return jax.tree_util.tree_map_with_path(lambda path, _: _is_factor(path), leaf)
 
-    return jax.tree.map(of, params, is_leaf=paths.is_node)
+    return jax.tree.map(marked, params, is_leaf=paths.is_node)
 
 
 def labels(params: PyTree) -> PyTree:

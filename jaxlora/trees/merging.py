@@ -31,7 +31,7 @@ def merge(params: PyTree, *, donate: bool = False, requantize: bool = False) -> 
         donate: give up each adapted weight of params as soon as it is merged, so that no more
             than one is in memory twice. Their arrays are deleted, as those that are donated to a
             function under `jax.jit`, also where an error is raised.
-        requantize: quantize weights that were quantized again, as they were, but for those that
+        requantize: quantize weights that were quantized again, as they were, except those that
             are trained themselves; else all becomes plain.
 
     Returns:
@@ -190,7 +190,7 @@ def _fold(
         run = jax.jit(
             _folded,
             static_argnums=2,
-            out_shardings=(sharding.of(base), None, None),
+            out_shardings=(sharding.concrete(base), None, None),
             donate_argnums=0 if donate and not is_quantized else (),
         )
         folded, error, finite = run(base, node.terms, sign)

@@ -58,7 +58,7 @@ def quantize(
 
     One weight at a time is quantized. They are frozen: `jaxlora.init` gives them adapters as any
     others, `jaxlora.lora` makes functions accept them, `jaxlora.merge` makes them plain. A program
-    makes each where it reads it, and again to derive it, one at a time. (But for the CPU compiler
+    makes each where it reads it, and again to differentiate. (Except with the CPU compiler
     of JAX 0.10, which makes those of an unrolled program all at once and keeps them; those of
     layers that are scanned it does not.)
 
@@ -68,7 +68,7 @@ def quantize(
             adapted weight is quantized, and its factors stay.
         *args: its other arguments, or their shapes.
         config: what to quantize and how.
-        **kwargs: its keyword arguments, but for one named ``config``.
+        **kwargs: its keyword arguments, except one named ``config``.
 
     Returns:
         The same tree with quantized weights. Their codes are sharded as the weights were.

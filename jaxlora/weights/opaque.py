@@ -43,7 +43,7 @@ class Opaque:
 
 def _refuse(node: Opaque, *others: object) -> NoReturn:
     del others
-    raise TypeError(f"a {type(node).__name__} is no array: {node.instead}")
+    raise TypeError(f"the {type(node).__name__} is no array: {node.instead}")
 
 
 for _name in _OPERATORS:

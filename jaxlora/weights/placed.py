@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 
 from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights.quantized import stand_in
-from jaxlora.weights.sharding import Axes, along, explicit, of
+from jaxlora.weights.sharding import Axes, along, concrete, explicit
 
 
 def make(
@@ -76,7 +76,7 @@ def run(
         axes: for each array of the tree, the base's axis of each of its dimensions.
     """
     base = stand_in(base)
-    typed, known = explicit(base), of(base)
+    typed, known = explicit(base), concrete(base)
 
     def placed(sharding):
         return jax.tree.map(lambda kept: along(sharding, kept), axes, is_leaf=_is_axes)
@@ -107,7 +107,7 @@ def _make_placed(
 ) -> Sequence[jax.Array]:
     """Return the arrays of `make` for a base that is no tracer."""
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        known = of(base)
+        known = concrete(base)
         placed = None if known is None else tuple(along(known, kept) for kept in axes)
         return jax.jit(build, static_argnums=1, out_shardings=placed)(_unbound(key), static)
 

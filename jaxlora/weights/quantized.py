@@ -49,7 +49,7 @@ class QuantizedWeight(Opaque):
     """A frozen weight in few bits, in the place of the leaf it was made of.
 
     It is a pytree node; `jaxlora.lora` makes functions accept it where they take an array, and
-    makes it one where it is used. Its arrays have the axes of the weight, in full but for the one
+    makes it one where it is used. Its arrays have the axes of the weight, in full except the one
     along which its blocks lie.
 
     Attributes:

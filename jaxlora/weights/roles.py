@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """The role of each axis of a weight; each axis is named once, in rising order.
+    """The role of each axis of a weight; each axis is named once, in increasing order.
 
     Attributes:
         stack: axes along which the weight is a stack of weights (layers, experts), each with
@@ -37,7 +37,7 @@ class Roles:
         if sorted(named) != list(range(len(named))):
             raise ValueError(f"roles must name every axis once: got {self}")
         if any(list(group) != sorted(group) for group in groups):
-            raise ValueError(f"axes of one role must be in rising order: got {self}")
+            raise ValueError(f"axes of one role must be in increasing order: got {self}")
 
     def labels(self, stack: T, in_: T, out: T) -> list[T]:
         """Return for each axis the label of its role."""

@@ -22,7 +22,7 @@ from jaxlora.weights.quantized import stand_in
 Axes = tuple[int | None, ...]
 
 
-def of(array: Leaf) -> NamedSharding | None:
+def concrete(array: Leaf) -> NamedSharding | None:
     """Return the sharding of a concrete array or of the shape of one, None where it has none.
 
     A quantized weight is where its codes are, also for the functions below.
@@ -76,7 +76,7 @@ def even_axes(base: Leaf, shapes: PyTree) -> PyTree:
         base: the weight, an array.
         shapes: the tree, of arrays or shapes that have the axes of the base, in other sizes.
     """
-    known = explicit(base) or of(base)
+    known = explicit(base) or concrete(base)
 
     def axes(array):
         spec = dict(enumerate(known.spec if known else ()))
@@ -96,5 +96,5 @@ def default() -> jax.sharding.Sharding:
 
 def replicated(array: Leaf) -> NamedSharding | None:
     """Return the sharding that puts a small result from an array on all of its devices."""
-    found = of(array)
+    found = concrete(array)
     return None if found is None else NamedSharding(found.mesh, PartitionSpec())

@@ -50,7 +50,7 @@ class Rule(Method):
         if len(set(ranks)) > 1:
             name = type(self).__name__
             raise ValueError(f"the method {name} needs equal ranks: {path!r} has {ranks}")
-        factors = [matrices.of(adapter) for adapter in adapters]
+        factors = [matrices.factors(adapter) for adapter in adapters]
         scaled = [w * x.scaling for w, x in zip(weights, adapters, strict=True)]
         roots = [math.sqrt(abs(weight)) for weight in scaled]
         signed = [math.copysign(root, weight) for root, weight in zip(roots, scaled, strict=True)]
