@@ -11,22 +11,19 @@ from jaxlora.trees.masks import mask
 from jaxlora.types import Function, PyTree
 from jaxlora.weights.adapters import FACTORS
 
+_HOLDER = ("factors",)  # the attribute of a `jaxlora.nnx.Adapted` that holds its factors by path
+
 
 def factor_names(tree: PyTree) -> list[str | None]:
-    """Return for each leaf its name where it is a factor, also of a tree without our nodes."""
+    """Return for each leaf its name where it is a factor of a node, or of a module of Flax NNX."""
     found = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     marks = jax.tree.leaves(mask(tree))
     if any(marks):
         return [
             keys[-1].name if marked else None for keys, marked in zip(found, marks, strict=True)
         ]
-    unboxed = [_unboxed(keys) for keys in found]  # an NNX state: its own keys tell its factors
-    parents = {keys[:-1] for keys in unboxed if keys[-1:] == ("a",)}
-    holders = {parent[:-1] for parent in parents if (*parent, "b") in unboxed}
-    return [
-        keys[-1] if keys[-1:] and keys[-1] in FACTORS and keys[:-2] in holders else None
-        for keys in unboxed
-    ]
+    named = [_unboxed(keys) for keys in found]  # the state of a `jaxlora.nnx.Adapted`
+    return [keys[-1] if keys[-3:-2] == _HOLDER and keys[-1] in FACTORS else None for keys in named]
 
 
 def _unboxed(keys: KeyPath) -> KeyPath:

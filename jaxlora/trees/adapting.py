@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import types
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -115,7 +113,7 @@ def _fresh(
     shape = (in_, target.rank)
     _check_initializer(initializer, key, shape, config.dtype, site.path)
     factors = _Factors(
-        types.MethodType(_call, initializer),  # hashable, whatever the initializer is
+        _Itself(initializer),
         stack,
         shape,
         config.dtype,
@@ -162,23 +160,32 @@ def _norms(base: Leaf, term: Adapter, static: None) -> list[jax.Array]:
     return [norms(base, term)]
 
 
+class _Itself:
+    """A function that is equal to itself alone: hashable, as what is static has to be."""
+
+    def __init__(self, function: Function):
+        self.function = function
+
+    def __hash__(self) -> int:
+        return id(self.function)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.function is other.function
+
+
 class _Factors(NamedTuple):
     """What has to be known to draw the factors of one weight."""
 
-    initializer: Callable[..., jax.Array]
+    initializer: _Itself
     entries: int
     shape: tuple[int, int]
     dtype: DTypeLike
     factor_shapes: tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _call(fn: Function, *args: object) -> Leaf:
-    return fn(*args)
-
-
 def _draw(key: jax.Array, factors: _Factors) -> tuple[jax.Array, jax.Array]:
     """Return ``a``, each entry of the stack from a key of its own, and ``b``, zero."""
     a_shape, b_shape = factors.factor_shapes
     keys = jax.random.split(key, factors.entries)
-    a = jax.vmap(lambda key: factors.initializer(key, factors.shape, factors.dtype))(keys)
+    a = jax.vmap(lambda key: factors.initializer.function(key, factors.shape, factors.dtype))(keys)
     return a.reshape(a_shape), jnp.zeros(b_shape, factors.dtype)
