@@ -137,7 +137,7 @@ def _adapter(before: Leaf, change: Leaf, roles: Roles, rank: int) -> tuple[Adapt
     known, shapes = sharding.concrete(before), roles.factor_shapes(before.shape, rank)
     a, b = (
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=known and sharding.along(known, axes))
-        for shape, axes in zip(shapes, factor_axes(roles), strict=False)
+        for shape, axes in zip(shapes, factor_axes(roles)[:2], strict=True)
     )
     empty = Adapter(a, b, roles, float(rank), tuple(before.shape), fingerprints.take(before))
     return matrices.adapter_of_svd(empty, (u, s, v)), float(jnp.sum(s**2) / jnp.sum(change**2))
