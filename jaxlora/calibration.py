@@ -16,6 +16,7 @@ from jaxlora.targets.sites import find_sites
 from jaxlora.targets.stacking import with_stacks
 from jaxlora.tracing.transform import lora, observe
 from jaxlora.trees.binding import bind, split
+from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import blocks, paths, tree_checks
 from jaxlora.weights.adapters import Adapter
 from jaxlora.weights.nodes import LoRAWeight
@@ -23,9 +24,11 @@ from jaxlora.weights.quantized import QuantizedWeight
 
 __all__ = ["gradients", "moments"]
 
+Args = tuple[Any, ...]  # the arguments of a call behind the parameters
+
 
 def moments(
-    fn: Callable[..., Any], params: Any, batches: Iterable[tuple[Any, ...]], *, config: LoRAConfig
+    fn: Function, params: PyTree, batches: Iterable[Args], *, config: LoRAConfig
 ) -> dict[str, jax.Array]:
     """Return the second moments of the inputs of each target, for a start from data.
 
@@ -60,12 +63,12 @@ def moments(
 
     @jax.jit
     def of_batch(adapters, base, args):
-        def told(adapters):
+        def summed_outputs(adapters):
             outs = jax.tree.leaves(run(bind(base, adapters), *args))
             floating = [x for x in outs if jnp.issubdtype(x.dtype, jnp.floating)]
             return sum(jnp.sum(x.astype(jnp.float32)) for x in floating)
 
-        found = jax.grad(told)(adapters)
+        found = jax.grad(summed_outputs)(adapters)
         return {name: found[name].a for name in found}
 
     total, _ = _summed(lambda args: of_batch(adapters, base, args), batches)
@@ -76,7 +79,7 @@ def moments(
 
 
 def gradients(
-    loss: Callable[..., Any], params: Any, batches: Iterable[tuple[Any, ...]], *, config: LoRAConfig
+    loss: Function, params: PyTree, batches: Iterable[Args], *, config: LoRAConfig
 ) -> dict[str, jax.Array]:
     """Return the gradient of each target, the mean over batches, for a start from data.
 
@@ -120,7 +123,7 @@ def gradients(
     return jax.tree.map(lambda x: x / count, total)
 
 
-def _check(order: str, fn: Any, params: Any, config: Any, name: str = "fn") -> None:
+def _check(order: str, fn: object, params: PyTree, config: object, name: str = "fn") -> None:
     checks.check_function(fn, order, name)
     tree_checks.check_plain(
         tree_checks.check_tree(params, order), order.partition("(")[0], with_values=True
@@ -128,7 +131,7 @@ def _check(order: str, fn: Any, params: Any, config: Any, name: str = "fn") -> N
     checks.check_config(config, LoRAConfig)
 
 
-def _check_scalar(value: Any) -> None:
+def _check_scalar(value: Leaf) -> None:
     """Raise if the value of a loss is not one floating number."""
     is_array = hasattr(value, "shape")
     if not is_array or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
@@ -136,7 +139,7 @@ def _check_scalar(value: Any) -> None:
         raise ValueError(f"loss must return one floating number: got {got}")
 
 
-def _peeked(batches: Iterable[tuple[Any, ...]]) -> tuple[Any, Iterator[tuple[Any, ...]]]:
+def _peeked(batches: Iterable[Args]) -> tuple[Args, Iterator[Args]]:
     """Return the first batch, and all."""
     batches = checks.each_batch(batches)
     first = next(batches, None)
@@ -145,7 +148,7 @@ def _peeked(batches: Iterable[tuple[Any, ...]]) -> tuple[Any, Iterator[tuple[Any
     return first, itertools.chain([first], batches)
 
 
-def _summed(of_batch: Callable[[Any], Any], batches: Iterable[Any]) -> tuple[Any, int]:
+def _summed(of_batch: Callable[[Args], PyTree], batches: Iterable[Args]) -> tuple[PyTree, int]:
     """Return the sum over batches of a tree of arrays, and their number."""
     batches = iter(batches)
     total, count = of_batch(next(batches)), 1
@@ -154,7 +157,7 @@ def _summed(of_batch: Callable[[Any], Any], batches: Iterable[Any]) -> tuple[Any
     return total, count
 
 
-def _observed(fn: Any, params: Any, args: tuple[Any, ...], config: LoRAConfig) -> Any:
+def _observed(fn: Function, params: PyTree, args: Args, config: LoRAConfig) -> PyTree:
     """Return the parameters with the identity as ``a``, and no product, at each target."""
     leaves, treedef = paths.flatten(params)
     sites = with_stacks(find_sites(fn, params, *args), config.stack)

@@ -1,5 +1,7 @@
 """What there is in a traced program."""
 
+from typing import Any
+
 import jax
 
 from jaxlora.tracing.jaxprs import compat
@@ -11,7 +13,8 @@ def products(fn, *args):
     def shapes(program):
         for eqn in compat.opened(program).eqns:
             if eqn.primitive.name == "dot_general":
-                yield tuple(var.aval.shape for var in (*eqn.invars, *eqn.outvars))
+                atoms: Any = (*eqn.invars, *eqn.outvars)
+                yield tuple(atom.aval.shape for atom in atoms)
             for inner in compat.inner_jaxprs(eqn):
                 yield from shapes(inner)
 

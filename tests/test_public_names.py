@@ -1,19 +1,25 @@
 """What a user can reach: names of the root and of its namespaces, and the types they speak of."""
 
+import ast
 import dataclasses
+import functools
 import inspect
+import pathlib
 import subprocess
 import sys
 import types
 import typing
 
+import jax
 import optax
 import pytest
+import typed_script
 
 import jaxlora
 import jaxlora.nnx
 from jaxlora.formats import peft
 
+approx = functools.partial(pytest.approx, abs=1e-4)
 pytestmark = pytest.mark.once
 
 NAMESPACES = [
@@ -114,3 +120,29 @@ def test_signatures_name_types_of_this_library():
     }
     assert {jaxlora.LoRAConfig, jaxlora.targets.Sites, jaxlora.algebra.Method} <= seen
     assert {jaxlora.weights.Roles, jaxlora.reports.Row, jaxlora.Adapter} <= seen
+
+
+def test_script_of_a_user_gets_the_values(tmp_path):
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32
+        summed, started = typed_script.summed(), typed_script.started()
+        stored, module = typed_script.stored(tmp_path), typed_script.module()
+    assert summed == {"difference": approx(0), "energy": approx(1), "sets": 8}
+    assert (started["ranks"], started["rebased"]) == (4, 4)
+    assert 0 < started["loftq"] < started["quantized"] < 0.1
+    assert (stored["trainable"], stored["kinds"], stored["marked"], stored["named"]) == (
+        56,
+        1,
+        4,
+        4,
+    )
+    assert stored["extra"] > 0
+    assert (stored["back"], stored["error"]) == (approx(0), approx(0))
+    assert module == {"module": approx(0)}
+
+
+def test_script_of_a_user_calls_every_function():
+    tree = ast.parse(pathlib.Path(typed_script.__file__).read_text())
+    named = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    functions = {name for name, value in CALLABLE.items() if inspect.isfunction(value)}
+    assert len(functions) > 30
+    assert {name.rpartition(".")[2] for name in functions} <= named

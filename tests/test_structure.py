@@ -17,7 +17,7 @@ FILES = sorted(FOLDER.rglob("*.py"))
 
 # from the bottom up: a module imports from its own line and from the lines before
 ORDER = (
-    ("jaxlora.version", "jaxlora.messages"),
+    ("jaxlora.version", "jaxlora.types", "jaxlora.messages"),
     ("jaxlora.weights",),
     ("jaxlora.linalg",),
     ("jaxlora.tracing.jaxprs.compat",),

@@ -9,8 +9,8 @@ from jaxlora.algebra.combining import add, combine
 from jaxlora.algebra.extraction import Extracted, extract
 from jaxlora.algebra.methods import Concatenation, Method
 from jaxlora.algebra.nearest import Svd
+from jaxlora.algebra.pruning import DareLinear, DareTies, Linear, MagnitudePruning, Rule, Ties
 from jaxlora.algebra.rebasing import rebase
-from jaxlora.algebra.rules import DareLinear, DareTies, Linear, MagnitudePruning, Rule, Ties
 
 __all__ = [
     "Concatenation",

@@ -1,20 +1,21 @@
 """What becomes of one set of adapters: scaled, dense, of a larger or a smaller rank."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks
+from jaxlora.types import PyTree
 from jaxlora.weights import modules, paths, quantized, tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, merge_dtype
 from jaxlora.weights.magnitude import merged
 from jaxlora.weights.nodes import LoRAWeight
 
 
-def scale(adapters: Adapters, factor: Any) -> Adapters:
+def scale(adapters: Adapters, factor: ArrayLike) -> Adapters:
     """Return adapters with their products times a number.
 
     Args:
@@ -39,7 +40,7 @@ def scale(adapters: Adapters, factor: Any) -> Adapters:
     }
 
 
-def delta(params: Any, path: str) -> jax.Array:
+def delta(params: PyTree, path: str) -> jax.Array:
     """Return what is added to one weight, dense.
 
     Args:
@@ -148,5 +149,5 @@ def truncate(adapters: Adapters, rank: int) -> Adapters:
 def _truncated(adapter: Adapter, rank: int) -> Adapter:
     if adapter.rank <= rank:
         return adapter
-    decomposed = svd.of_product(*matrices.of(adapter), rank)
+    decomposed = svd.of_product(*matrices.factors(adapter), rank)
     return matrices.adapter_of_svd(adapter, decomposed, adapter.scaling)

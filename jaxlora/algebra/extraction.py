@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks, table
 from jaxlora.targets.sites import Sites
+from jaxlora.types import Leaf, PyTree
 from jaxlora.weights import fingerprints, paths, quantized, sharding, tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters
 from jaxlora.weights.roles import Roles, factor_axes
@@ -29,7 +29,7 @@ class Extracted:
     energy: dict[str, float]
     left: dict[str, float]
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [
             (path, str(adapter.shape), str(adapter.rank), f"{self.energy[path]:.4f}")
             for path, adapter in self.adapters.items()
@@ -41,7 +41,7 @@ class Extracted:
         return f"{text}\n\n{table.render_folded(['changed, not adapted', 'by at most'], left)}"
 
 
-def extract(base: Any, finetuned: Any, rank: int, *, sites: Sites | None = None) -> Extracted:
+def extract(base: PyTree, finetuned: PyTree, rank: int, *, sites: Sites | None = None) -> Extracted:
     """Return the adapters of a rank that come nearest to the change of each weight.
 
     They are the largest singular values of ``finetuned - base``, in float32, one weight at a time.
@@ -109,7 +109,7 @@ def extract(base: Any, finetuned: Any, rank: int, *, sites: Sites | None = None)
     return Extracted(adapters, energy, left)
 
 
-def _largest_change(path: str, before: Any, after: Any) -> float:
+def _largest_change(path: str, before: Leaf, after: Leaf) -> float:
     if before.shape != after.shape:
         raise ValueError(
             f"the leaf {path!r} must have one shape: got {before.shape} and {after.shape}"
@@ -122,7 +122,7 @@ def _largest_change(path: str, before: Any, after: Any) -> float:
     return largest
 
 
-def _roles(path: str, leaf: Any, sites: Sites | None) -> Roles | None:
+def _roles(path: str, leaf: Leaf, sites: Sites | None) -> Roles | None:
     """Return the roles of the axes of a leaf, None where it can have no adapter."""
     if sites is not None:
         return sites[path].roles if path in sites else None
@@ -130,14 +130,14 @@ def _roles(path: str, leaf: Any, sites: Sites | None) -> Roles | None:
     return Roles((), (0,), (1,)) if is_matrix else None
 
 
-def _adapter(before: Any, change: Any, roles: Roles, rank: int) -> tuple[Adapter, float]:
+def _adapter(before: Leaf, change: Leaf, roles: Roles, rank: int) -> tuple[Adapter, float]:
     """Return the adapter of the change of a weight, and the share of its energy."""
     rank = min(rank, roles.max_rank(before.shape))
     u, s, v = svd.truncated(matrices.of_weight(change, roles), rank)
-    known, shapes = sharding.of(before), roles.factor_shapes(before.shape, rank)
+    known, shapes = sharding.concrete(before), roles.factor_shapes(before.shape, rank)
     a, b = (
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=known and sharding.along(known, axes))
-        for shape, axes in zip(shapes, factor_axes(roles), strict=False)
+        for shape, axes in zip(shapes, factor_axes(roles)[:2], strict=True)
     )
     empty = Adapter(a, b, roles, float(rank), tuple(before.shape), fingerprints.take(before))
     return matrices.adapter_of_svd(empty, (u, s, v)), float(jnp.sum(s**2) / jnp.sum(change**2))

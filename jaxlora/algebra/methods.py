@@ -38,7 +38,7 @@ def concatenated(
     adapters: Sequence[Adapter], weights: Sequence[float]
 ) -> tuple[jax.Array, jax.Array]:
     """Return ``a (stack, in, ranks)`` and ``b (stack, ranks, out)`` of the sum of products."""
-    factors = [matrices.of(adapter) for adapter in adapters]
+    factors = [matrices.factors(adapter) for adapter in adapters]
     scaled = [w * x.scaling for w, x in zip(weights, adapters, strict=True)]
     a = jnp.concatenate([w * a for w, (a, _) in zip(scaled, factors, strict=True)], -1)
     return a, jnp.concatenate([b for _, b in factors], -2)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from jaxlora.algebra.methods import Method, concatenated
-from jaxlora.algebra.rules import Rule
+from jaxlora.algebra.pruning import Rule
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks
 from jaxlora.weights.adapters import Adapter
@@ -41,7 +41,7 @@ class Svd(Method):
         if self.rule is None:
             decomposed = svd.of_product(*concatenated(adapters, weights), rank)
         else:
-            factors = [(x, *matrices.of(x)) for x in adapters]
+            factors = [(x, *matrices.factors(x)) for x in adapters]
             products = [x.scaling * (a @ b) for x, a, b in factors]
             decomposed = svd.truncated(self.rule.summed(products, weights, path), rank)
         return matrices.adapter_of_svd(adapters[0], decomposed)

@@ -1,20 +1,20 @@
 """Adapters for another base: for the one that was there before an initializer changed it."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
 from jaxlora.trees.binding import fitted
+from jaxlora.types import Leaf, PyTree
 from jaxlora.weights import blocks, fingerprints, paths, tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, Replacement
 
 
-def rebase(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
+def rebase(adapters: Adapters, initial: Adapters, *, base: PyTree) -> Adapters:
     """Turn adapters for a base that their initializer changed into those for the base as it was.
 
     With ``W' = W - s a0 b0`` the weight in effect is ``W' + s a b = W + s [a, a0] [b; -b0]``: of
-    twice the rank, and exact but for the rounding of W' to the dtype of the base.
+    twice the rank, and exact except for the rounding of W' to the dtype of the base.
 
     Args:
         adapters: factors by path, trained.
@@ -59,7 +59,7 @@ def rebase(adapters: Adapters, initial: Adapters, *, base: Any) -> Adapters:
     return plain
 
 
-def _joined(name: str, adapter: Adapter, first: Adapter | Replacement, base: Any) -> Adapter:
+def _joined(name: str, adapter: Adapter, first: Adapter | Replacement, base: Leaf) -> Adapter:
     """Return the adapter of the difference of two products, for the base before both."""
     if adapter.changed == "loftq":
         raise ValueError(

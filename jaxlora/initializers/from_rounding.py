@@ -8,14 +8,16 @@ It looks for codes and factors whose sum is nearest to the weight before it was 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks
+from jaxlora.types import Leaf, PyTree
 from jaxlora.weights import paths, placed, quantized, sharding, tree_checks
 from jaxlora.weights.adapters import Adapter, scaling
 from jaxlora.weights.quantized import QuantizedWeight
@@ -32,11 +34,11 @@ class LoftQ:
         iterations: how often the codes and the factors take turns.
     """
 
-    weights: Mapping[str, Any]
+    weights: Mapping[str, Leaf]
     iterations: int = 1
 
 
-def loftq(params: Any, *, iterations: int = 1) -> LoftQ:
+def loftq(params: PyTree, *, iterations: int = 1) -> LoftQ:
     """Return the start that makes up for what quantizing has rounded.
 
     The codes are made anew and the factors with them, so that their sum is nearest to the weight as
@@ -61,11 +63,11 @@ class _How(NamedTuple):
     rank: int
     alpha: float
     roles: Roles
-    dtype: Any
+    dtype: DTypeLike
 
 
 def start(
-    target: Target, base: Any, roles: Roles, initializer: LoftQ, dtype: Any
+    target: Target, base: Leaf, roles: Roles, initializer: LoftQ, dtype: DTypeLike
 ) -> tuple[QuantizedWeight, Adapter]:
     """Return a quantized weight with new codes, and the adapter that makes up for their rounding.
 
@@ -106,7 +108,7 @@ def start(
     return made, Adapter(a, b, roles, alpha, base.shape, changed="loftq")
 
 
-def _alternated(weight: jax.Array, base: QuantizedWeight, how: _How) -> tuple[Any, ...]:
+def _alternated(weight: jax.Array, base: QuantizedWeight, how: _How) -> tuple[Leaf, ...]:
     """Return the quantized weight, the factors, and whether all are finite."""
     iterations, rank, alpha, roles, dtype = how
     exact = weight.astype(jnp.float32)

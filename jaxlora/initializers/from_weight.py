@@ -33,7 +33,7 @@ class FromWeight:
     changes_base: bool = True
     data: Mapping[str, jax.Array] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"name must be a str: got {checks.shown(self.name)}")
         if not checks.is_function(self.factors):
@@ -72,14 +72,18 @@ def pissa(iterations: int | None = None) -> FromWeight:
     return FromWeight("pissa", factors)
 
 
-def milora(key, weight, rank, scaling):
+def milora(
+    key: jax.Array, weight: jax.Array, rank: int, scaling: float
+) -> tuple[jax.Array, jax.Array]:
     """Start at the smallest singular values (Wang et al. 2024, arXiv:2406.09044)."""
     del key
     u, s, v = jnp.linalg.svd(weight, full_matrices=False)
     return svd.factors((u[:, -rank:], s[-rank:], v[-rank:]), scaling)
 
 
-def olora(key, weight, rank, scaling):
+def olora(
+    key: jax.Array, weight: jax.Array, rank: int, scaling: float
+) -> tuple[jax.Array, jax.Array]:
     """Start at the first columns of a QR decomposition (Büyükakyüz 2024, arXiv:2406.01775).
 
     As PEFT's, it decomposes the transpose, ``(out, in)``, and does not divide by the scaling.

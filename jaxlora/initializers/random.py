@@ -6,40 +6,41 @@ product of the weight's in axes, so that fan-in means what it says.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlora.messages import checks
 
 
-def uniform(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+def uniform(key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Draw from the uniform distribution on ±1/√in, the default of loralib and PEFT."""
     _check("uniform", key, shape, dtype)
     # one product, last: with one rounding the bits are the same however operations are fused
     return jax.random.uniform(key, shape, dtype, -1, 1) * (1 / math.sqrt(shape[0]))
 
 
-def normal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+def normal(key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Draw from the normal distribution with standard deviation 1/rank, PEFT's "gaussian"."""
     _check("normal", key, shape, dtype)
     return jax.random.normal(key, shape, dtype) / shape[1]
 
 
-def kaiming(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+def kaiming(key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Draw from the uniform distribution on ±√(6/in) (He et al. 2015, arXiv:1502.01852)."""
     _check("kaiming", key, shape, dtype)
     return jax.nn.initializers.he_uniform()(key, shape, dtype)
 
 
-def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+def orthogonal(key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Draw orthonormal columns, evenly among all (Saxe et al. 2014, arXiv:1312.6120)."""
     _check("orthogonal", key, shape, dtype)
     return jax.nn.initializers.orthogonal()(key, shape, jnp.float32).astype(dtype)
 
 
-def _check(name: str, key: Any, shape: Any, dtype: Any) -> None:
+def _check(name: str, key: object, shape: Sequence[int], dtype: DTypeLike) -> None:
     """Raise for wrong arguments of an initializer of ``a``."""
     checks.check_key(key, f"{name}(key, shape, dtype)")
     if not isinstance(shape, tuple | list) or len(shape) != 2:

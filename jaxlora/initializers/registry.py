@@ -1,13 +1,14 @@
 """The initializers that have names, and the types of all."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 from jaxlora.initializers.from_weight import FromWeight, milora, olora, pissa
 from jaxlora.initializers.random import kaiming, normal, orthogonal, uniform
+from jaxlora.types import Function
 
-Initializer = Callable[..., Any]
+Initializer = Function
 
 InitializerName = Literal["uniform", "normal", "kaiming", "orthogonal", "pissa", "milora", "olora"]
 

@@ -7,15 +7,16 @@ adapter of the weight as it was.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from jaxlora.initializers.from_weight import FromWeight
 from jaxlora.linalg import matrices
+from jaxlora.types import Function, Leaf
 from jaxlora.weights import blocks, paths, placed, quantized
 from jaxlora.weights.adapters import Adapter, merge_dtype, scaling
 from jaxlora.weights.quantized import QuantizedWeight
@@ -26,17 +27,22 @@ from jaxlora.weights.target import Target
 class _How(NamedTuple):
     """What has to be known to take a product out of a weight."""
 
-    factors: Callable[..., Any]
+    factors: Function
     block: blocks.Part | None
     rank: int
     alpha: float
     roles: Roles
-    dtype: Any
+    dtype: DTypeLike
 
 
 def take_out(
-    key: jax.Array, target: Target, base: Any, roles: Roles, initializer: FromWeight, dtype: Any
-) -> tuple[Any, Adapter]:
+    key: jax.Array,
+    target: Target,
+    base: Leaf,
+    roles: Roles,
+    initializer: FromWeight,
+    dtype: DTypeLike,
+) -> tuple[Leaf, Adapter]:
     """Return what an adapter that starts from a weight leaves of it, and the adapter.
 
     Args:
@@ -90,7 +96,7 @@ def _data(name: str, initializer: FromWeight, entries: int) -> tuple[jax.Array, 
 
 
 def _check_factors(
-    name: str, initializer: str, how: _How, shape: tuple[int, ...], data: tuple[Any, ...]
+    name: str, initializer: str, how: _How, shape: tuple[int, ...], data: tuple[jax.Array, ...]
 ) -> None:
     """Raise if the initializer makes factors of other shapes for a weight of this shape."""
     _, *sides = (math.prod(sizes) for sizes in how.roles.sizes(shape))

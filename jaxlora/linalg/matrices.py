@@ -3,12 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora.linalg import svd
+from jaxlora.types import Leaf
 from jaxlora.weights import sharding, tree_checks
 from jaxlora.weights.adapters import Adapter, Replacement
 from jaxlora.weights.roles import Roles
@@ -30,7 +30,7 @@ def check_linear(adapters: Mapping[str, Adapter | Replacement]) -> dict[str, Ada
     return found
 
 
-def of(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
+def factors(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
     """Return ``a (stack, in, rank)`` and ``b (stack, rank, out)`` in float32."""
     count = len(adapter.roles.stack)
     stack = math.prod(adapter.a.shape[:count])
@@ -46,7 +46,7 @@ def of_weight(weight: jax.Array, roles: Roles) -> jax.Array:
 
 
 def adapter_of(adapter: Adapter, a: jax.Array, b: jax.Array) -> Adapter:
-    """Return the adapter with factors from `of`, of any rank, and scaling 1."""
+    """Return the adapter with factors from `factors`, of any rank, and scaling 1."""
     count, rank = len(adapter.roles.stack), a.shape[-1]
     a = a.reshape(*adapter.a.shape[:-1], rank).astype(adapter.a.dtype)
     stack, out = adapter.b.shape[:count], adapter.b.shape[count + 1 :]
@@ -55,9 +55,9 @@ def adapter_of(adapter: Adapter, a: jax.Array, b: jax.Array) -> Adapter:
     return dataclasses.replace(adapter, a=a, b=b, alpha=float(rank))
 
 
-def _placed(x: jax.Array, like: Any) -> jax.Array:
+def _placed(x: jax.Array, like: Leaf) -> jax.Array:
     """Return x where another array is; that of a factor holds for any rank."""
-    known = sharding.of(like)
+    known = sharding.concrete(like)
     return x if known is None else jax.device_put(x, known)
 
 

@@ -1,1 +1,1 @@
-"""What users are told: errors about their arguments, warnings, tables of text."""
+"""What users read: errors about their arguments, warnings, tables of text."""

@@ -39,7 +39,7 @@ def warn(message: str, category: type[Warning]) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a phrase for what was got in the place of something else.
 
     >>> import jax.numpy as jnp
@@ -63,7 +63,7 @@ def shown(value: Any) -> str:
     return type(value).__name__
 
 
-def _flax_kind(value: Any) -> str | None:
+def _flax_kind(value: object) -> str | None:
     """Return "Linen" or "NNX" for a module of Flax, which is not imported for it."""
     for kind, package in (("Linen", "flax.linen."), ("NNX", "flax.nnx.")):
         classes = type(value).__mro__
@@ -72,12 +72,12 @@ def _flax_kind(value: Any) -> str | None:
     return None
 
 
-def is_function(fn: Any) -> bool:
+def is_function(fn: object) -> bool:
     """Tell whether this can be called, and is neither a class nor a module of Flax."""
     return callable(fn) and not isinstance(fn, type) and _flax_kind(fn) is None
 
 
-def check_function(fn: Any, order: str, name: str = "fn") -> None:
+def check_function(fn: object, order: str, name: str = "fn") -> None:
     """Raise if this is no function of parameters; ``order`` shows the order of the arguments."""
     needed = f"{name} must be a function of the parameters: got {shown(fn)}"
     match _flax_kind(fn):
@@ -91,7 +91,7 @@ def check_function(fn: Any, order: str, name: str = "fn") -> None:
         raise TypeError(f"{needed}; the order is {order}")
 
 
-def check_key(key: Any, order: str) -> None:
+def check_key(key: object, order: str) -> None:
     """Raise if this is not one random key, typed or of the old kind."""
     if isinstance(key, jax.Array | np.ndarray):
         is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -103,27 +103,27 @@ def check_key(key: Any, order: str) -> None:
     )
 
 
-def check_config(config: Any, kind: type) -> None:
+def check_config(config: object, kind: type) -> None:
     """Raise if a config is of another kind."""
     if not isinstance(config, kind):
         name = f"jaxlora.{kind.__name__}"
         raise TypeError(f"config must be a {name}: got {shown(config)}; make one with {name}(...)")
 
 
-def check_flag(value: Any, name: str) -> bool:
+def check_flag(value: object, name: str) -> bool:
     """Return a bool, or raise for what is none."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False: got {shown(value)}")
     return bool(value)
 
 
-def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
+def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
     """Raise if this is none of some words."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {tuple(choices)}: got {shown(value)}")
 
 
-def check_count(value: Any, name: str, least: int = 1) -> int:
+def check_count(value: object, name: str, least: int = 1) -> int:
     """Return an int that is not too small, or raise for what is none."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int: got {shown(value)}")
@@ -132,7 +132,7 @@ def check_count(value: Any, name: str, least: int = 1) -> int:
     return int(value)
 
 
-def check_number(value: Any, name: str, needed: str = "") -> float:
+def check_number(value: object, name: str, needed: str = "") -> float:
     """Return a real number, or raise for what is none, or not as is needed."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number: got {shown(value)}")
@@ -153,7 +153,7 @@ def check_numbers(values: Any, name: str) -> list[float]:
     return [check_number(x, f"{name}[{i}]", "finite") for i, x in enumerate(plain)]
 
 
-def check_scalar(value: Any, name: str) -> None:
+def check_scalar(value: object, name: str) -> None:
     """Raise if this is no finite number and no scalar array of one, which may be traced."""
     if isinstance(value, jax.Array | np.ndarray) and value.ndim:
         raise ValueError(f"{name} must be a scalar: got {shown(value)}")
@@ -167,7 +167,7 @@ def _is_real(value: Any) -> bool:
     return is_array and any(jnp.issubdtype(value.dtype, k) for k in (jnp.floating, jnp.integer))
 
 
-def check_dtype(dtype: Any, name: str) -> None:
+def check_dtype(dtype: object, name: str) -> None:
     """Raise if this is no floating dtype."""
     needed = f"{name} must be floating, as jnp.float32 or 'bfloat16'"
     if not isinstance(dtype, str | type | np.dtype):
@@ -180,7 +180,7 @@ def check_dtype(dtype: Any, name: str) -> None:
         raise ValueError(f"{needed}: got {dtype}")
 
 
-def is_listing(values: Any) -> bool:
+def is_listing(values: object) -> bool:
     """Tell whether this holds several values in order, and is no string, mapping or scalar."""
     is_one = isinstance(values, str | bytes | Mapping) or getattr(values, "ndim", 1) == 0
     return isinstance(values, Iterable) and not is_one

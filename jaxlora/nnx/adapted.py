@@ -13,6 +13,7 @@ from jaxlora.nnx.frozen import freeze, restore
 from jaxlora.targets.config import LoRAConfig
 from jaxlora.trees import adapting, binding, merging
 from jaxlora.trees.dropout import dropout
+from jaxlora.types import Leaf, Leaves, PyTree
 from jaxlora.weights.adapters import Adapter, Adapters, Replacement
 from jaxlora.weights.fingerprints import Fingerprint
 
@@ -27,14 +28,14 @@ class _Factors(nnx.Pytree):
     """What is trained of one leaf, a `Factor` each, and what is static of its adapter."""
 
     def __init__(self, adapter: Adapter | Replacement):
-        self.a: Any = nnx.data(None)
-        self.b: Any = nnx.data(None)
-        self.magnitude: Any = nnx.data(None)
-        self.value: Any = nnx.data(None)
+        self.a: Leaf = nnx.data(None)
+        self.b: Leaf = nnx.data(None)
+        self.magnitude: Leaf = nnx.data(None)
+        self.value: Leaf = nnx.data(None)
         trained = adapter.trained()
         for name, array in trained.items():
             setattr(self, name, nnx.data(Factor(array)))
-        empty: dict[str, Any] = dict.fromkeys(trained)
+        empty: Leaves = dict.fromkeys(trained)
         # of an unknown base: the module holds its own, and may be cast or trained itself
         about = dataclasses.replace(adapter, fingerprint=Fingerprint(), **empty)
         self.about = nnx.static(about)
@@ -149,7 +150,7 @@ class Adapted(nnx.Module, Generic[M]):
         call.write(nodes, changed, graphdef, self.factors)
         return out
 
-    def params(self) -> Any:
+    def params(self) -> PyTree:
         """Return ``flax.nnx.state`` of the module with a `jaxlora.LoRAWeight` at each target.
 
         Its parameters have their own types, as before they were held as `Frozen`.
@@ -254,15 +255,15 @@ def merge(adapted: Adapted[M]) -> M:
     return nnx.merge(nnx.graphdef(adapted.model), merging.merge(adapted.params()))
 
 
-def _check_rngs(rngs: Any) -> None:
+def _check_rngs(rngs: object) -> None:
     if isinstance(rngs, nnx.Rngs):
         return
     if not isinstance(rngs, jax.Array) or not _is_key(rngs):
-        told = "no array of keys" if isinstance(rngs, jax.Array) else type(rngs).__name__
+        got = "no array of keys" if isinstance(rngs, jax.Array) else type(rngs).__name__
         seed = rngs if isinstance(rngs, int) else 0
         raise TypeError(
             "the first argument, rngs, must be flax.nnx.Rngs or a key from jax.random.key: "
-            f"got {told}; pass flax.nnx.Rngs({seed}) before the module"
+            f"got {got}; pass flax.nnx.Rngs({seed}) before the module"
         )
 
 
@@ -273,7 +274,7 @@ def _is_key(array: jax.Array) -> bool:
     return array.dtype == jnp.uint32 and array.ndim == 1
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: PyTree) -> None:
     if not isinstance(model, nnx.Module):
         raise TypeError(
             f"model must be a flax.nnx.Module: got {type(model).__name__}; "

@@ -3,27 +3,28 @@
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 import jax
 from flax import nnx
+from jax.tree_util import KeyPath
 
 from jaxlora.messages import checks
 from jaxlora.nnx.frozen import freeze
 from jaxlora.tracing.transform import lora
+from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import blocks
 
-Method = Callable[..., Any] | str
+Method = Function | str
 _NODE = object()  # stands for a module among the arguments of a call
 
 
-def leaves_of(nodes: Any) -> dict[tuple, Any]:
+def leaves_of(nodes: PyTree) -> dict[KeyPath, Leaf]:
     """Return the variables of modules by path, and the arrays that are attributes."""
     return dict(nnx.to_flat_state(nnx.state(nodes)))
 
 
-def is_node(leaf: Any) -> bool:
+def is_node(leaf: Leaf) -> bool:
     """Tell whether an argument is a module or a variable, which NNX splits."""
     return isinstance(leaf, nnx.Pytree | nnx.Variable)
 
@@ -33,7 +34,7 @@ def name_of(path: tuple) -> str:
     return "/".join(map(str, path))
 
 
-def program(model: Any, args: tuple, kwargs: dict, method: Method) -> tuple[list, tuple]:
+def program(model: PyTree, args: tuple, kwargs: dict, method: Method) -> tuple[list, tuple]:
     """Return the modules of a call, the model first, and what `run` takes beside its state."""
     if inspect.ismethod(method) or not (isinstance(method, str) or checks.is_function(method)):
         is_bound = inspect.ismethod(method)
@@ -52,8 +53,8 @@ def program(model: Any, args: tuple, kwargs: dict, method: Method) -> tuple[list
 
 
 def run(
-    params: Any, rest: dict, values: tuple, graphdef: Any, method: Method
-) -> tuple[Any, Any, Any]:
+    params: PyTree, rest: dict, values: tuple, graphdef: PyTree, method: Method
+) -> tuple[PyTree, PyTree, PyTree]:
     """Call a module given by its state; return also what it changed, and its new graphdef.
 
     The state has the types that the module's own code expects, where graphdef may have `Frozen`;
@@ -81,8 +82,8 @@ def run(
 run_low_rank = lora(run)
 
 
-def write(nodes: list, changed: Any, graphdef: Any, adapted: Collection[str]) -> None:
-    """Write what a call changed to the modules it was called with, but for adapted weights."""
+def write(nodes: list, changed: PyTree, graphdef: PyTree, adapted: Collection[str]) -> None:
+    """Write what a call changed to the modules it was called with, except adapted weights."""
     current, written = leaves_of(nodes), {}
     for path, leaf in nnx.to_flat_state(changed):
         name = f"{name_of(path[1:])}/"

@@ -5,10 +5,12 @@ Filters select variables by type. In an adapted module the factors alone are of 
 had, and get that type back for the time of a call.
 """
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from flax import nnx
+
+from jaxlora.types import Leaf, PyTree
 
 N = TypeVar("N")
 _TYPE = "param_type"  # metadata of a frozen variable: the type that it had
@@ -30,12 +32,12 @@ def freeze(nodes: N) -> N:
     return nnx.map(lambda _, leaf: _frozen(leaf), nodes)
 
 
-def restore(state: Any) -> Any:
+def restore(state: PyTree) -> PyTree:
     """Return a state whose `Frozen` variables have the types of the parameters again."""
     return nnx.map_state(lambda _, leaf: _restored(leaf), state)
 
 
-def _frozen(leaf: Any) -> Any:
+def _frozen(leaf: Leaf) -> PyTree:
     """Return a copy of a variable, `Frozen` in the place of a parameter."""
     if not isinstance(leaf, nnx.Variable):
         return leaf
@@ -45,7 +47,7 @@ def _frozen(leaf: Any) -> Any:
     return Frozen.from_metadata(copy.get_raw_value(), copy.get_metadata() | {_TYPE: leaf.type})
 
 
-def _restored(leaf: Any) -> Any:
+def _restored(leaf: Leaf) -> PyTree:
     """Return a parameter in the place of a `Frozen` variable."""
     if not isinstance(leaf, Frozen):
         return leaf

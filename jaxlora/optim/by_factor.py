@@ -27,11 +27,14 @@ def scale_rates(
     Raises:
         ValueError: a number is not finite and positive; at ``init``, a tree without factors.
 
-    >>> import jax.numpy as jnp, jaxlora, optax
+    >>> import jax, jax.numpy as jnp, jaxlora, optax
+    >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+    >>> config = jaxlora.LoRAConfig(rank=1)
+    >>> params = jaxlora.init(jax.random.key(0), model, {"w": jnp.ones((4, 3))}, x, config=config)
+    >>> _, adapters = jaxlora.split(params)
     >>> tx = optax.chain(optax.sgd(0.5), jaxlora.optim.scale_rates(b=16))
-    >>> factors = {"w": {"a": jnp.ones(()), "b": jnp.ones(())}}
-    >>> updates, _ = tx.update(factors, tx.init(factors))
-    >>> float(updates["w"]["a"]), float(updates["w"]["b"])
+    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, adapters), tx.init(adapters))
+    >>> float(updates["w"].a[0, 0]), float(updates["w"].b[0, 0])
     (-0.5, -8.0)
     """
     import optax

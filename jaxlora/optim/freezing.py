@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora.messages import checks
+from jaxlora.types import PyTree
 from jaxlora.weights import modules
 from jaxlora.weights.adapters import FACTORS
 
@@ -77,14 +78,14 @@ def freeze(
     return optax.GradientTransformationExtraArgs(init, factors_only.update)
 
 
-def _check_transform(tx: Any) -> None:
+def _check_transform(tx: object) -> None:
     if not isinstance(tx, tuple) or not all(hasattr(tx, name) for name in ("init", "update")):
         raise TypeError(
             f"tx must be an optax transform, as optax.adam(1e-3): got {checks.shown(tx)}"
         )
 
 
-def _zeros(updates: Any, params: Any) -> Any:
+def _zeros(updates: PyTree, params: PyTree) -> PyTree:
     """Return updates of zero; integers, as the codes of quantized weights, have no gradient."""
 
     def zero(update, param):

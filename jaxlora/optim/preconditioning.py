@@ -56,8 +56,8 @@ def precondition(damping: float = 1e-6) -> optax.GradientTransformation:
             return dataclasses.replace(gradient, terms=tuple(terms))
         if not isinstance(leaf, Adapter):
             return gradient
-        a, b = matrices.of(leaf)
-        da, db = matrices.of(gradient)
+        a, b = matrices.factors(leaf)
+        da, db = matrices.factors(gradient)
         identity = damping * jnp.eye(leaf.rank)[None]
         da = jnp.linalg.solve(b @ b.mT + identity, da.mT).mT
         db = jnp.linalg.solve(a.mT @ a + identity, db)

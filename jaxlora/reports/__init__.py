@@ -3,6 +3,6 @@
 from jaxlora.reports.counts import Row, Summary
 from jaxlora.reports.usage import Report
 from jaxlora.tracing.jaxprs.cost import Cost
-from jaxlora.tracing.recorder import Use
+from jaxlora.tracing.recorder import Kind, Use
 
-__all__ = ["Cost", "Report", "Row", "Summary", "Use"]
+__all__ = ["Cost", "Kind", "Report", "Row", "Summary", "Use"]

@@ -3,12 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora.messages import checks, table
+from jaxlora.types import Leaf, PyTree
 from jaxlora.weights import blocks, modules, paths, tree_checks
 from jaxlora.weights.adapters import Adapter, Replacement
 from jaxlora.weights.nodes import Node
@@ -68,7 +68,7 @@ class Summary:
         """Bytes in all, factors included."""
         return sum(row.total_bytes for row in self.rows)
 
-    def __str__(self):
+    def __str__(self) -> str:
         cells = [
             (
                 row.path,
@@ -90,7 +90,7 @@ class Summary:
     __repr__ = __str__
 
 
-def summary(params: Any) -> Summary:
+def summary(params: PyTree) -> Summary:
     """Count what is trained in a tree, and list what is left out.
 
     Args:
@@ -124,7 +124,7 @@ def summary(params: Any) -> Summary:
     return Summary(tuple(row for path, leaf in leaves.items() for row in _rows(path, leaf)))
 
 
-def _rows(path: str, leaf: Any) -> Iterator[Row]:
+def _rows(path: str, leaf: Leaf) -> Iterator[Row]:
     """Return the row of a leaf, or one for each part of it that is adapted; the first counts it."""
     if isinstance(leaf, Node):
         for i, term in enumerate(leaf.terms):
@@ -136,7 +136,7 @@ def _rows(path: str, leaf: Any) -> Iterator[Row]:
         yield Row(path, tuple(getattr(leaf, "shape", ())), 0, 0, size, 0, nbytes)
 
 
-def _row(path: str, base: Any, term: Adapter | Replacement) -> Row:
+def _row(path: str, base: Leaf, term: Adapter | Replacement) -> Row:
     """Return the row of what is trained of a leaf, which counts the leaf too if there is one."""
     arrays = term.trained().values()
     trainable, trainable_bytes = sum(map(_size, arrays)), sum(map(_bytes, arrays))
@@ -151,15 +151,15 @@ def _row(path: str, base: Any, term: Adapter | Replacement) -> Row:
     )
 
 
-def _is_key(x: Any) -> bool:
+def _is_key(x: Leaf) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _size(x: Any) -> int:
+def _size(x: Leaf) -> int:
     return math.prod(x.shape) if hasattr(x, "shape") else 0
 
 
-def _bytes(x: Any) -> int:
+def _bytes(x: Leaf) -> int:
     if isinstance(x, QuantizedWeight):
         return x.nbytes
     return _size(x) * x.dtype.itemsize if hasattr(x, "shape") else 0

@@ -4,7 +4,6 @@ The evaluation is abstract: nothing is computed.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jaxlora.tracing.jaxprs import cost
 from jaxlora.tracing.jaxprs.cost import Cost
 from jaxlora.tracing.program import trace, with_trained
 from jaxlora.tracing.recorder import Kind, Recorder, Use
+from jaxlora.types import Function, PyTree
 from jaxlora.weights import tree_checks
 from jaxlora.weights.nodes import LoRAWeight
 
@@ -26,7 +26,7 @@ class Report:
     Attributes:
         uses: the operations that consume it, by path.
         costs: extra operations and bytes of one call by path, a loop of unknown length counted
-            once; what several weights share is parted evenly among them.
+            once; what several weights share is divided evenly among them.
     """
 
     uses: dict[str, tuple[Use, ...]]
@@ -46,7 +46,7 @@ class Report:
         }
         return {path: uses for path, uses in found.items() if uses}
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = []
         for path, uses in self.uses.items():
             low = [_told(use) for use in uses if use.kind != Kind.MATERIALIZED]
@@ -70,7 +70,7 @@ def _told(use: Use) -> str:
     return f"{use.operation} ({use.kind}{form}{sharing})"
 
 
-def explain(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Report:
+def explain(fn: Function, params: PyTree, /, *args: Any, **kwargs: Any) -> Report:
     """Tell for each adapted weight where the program takes it low-rank, and where not and why.
 
     Args:

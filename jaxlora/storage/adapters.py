@@ -10,21 +10,21 @@ import hashlib
 import json
 import os
 import warnings
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora.messages.checks import shown
 from jaxlora.storage import checkpoints, description, directories, locations, processes
-from jaxlora.storage.locations import PathLike
+from jaxlora.storage.locations import PathLike, Place
 from jaxlora.storage.processes import together
 from jaxlora.trees.binding import bind, changed_hint, split
+from jaxlora.types import Json, Leaf, Leaves, PyTree
 from jaxlora.weights import blocks, fingerprints, modules, paths, tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, Replacement
 
 
-def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> None:
+def save_adapters(path: PathLike, adapters: Adapters, *, base: PyTree = None) -> None:
     """Write the factors, and what is needed to know them again, to a directory.
 
     Rank, alpha, roles, shape, dtype and content hash of the base weight are written for each
@@ -75,7 +75,7 @@ def save_adapters(path: PathLike, adapters: Adapters, *, base: Any = None) -> No
     checkpoints.write("save_adapters", path, arrays, about, check)
 
 
-def load_adapters(path: PathLike, *, base: Any) -> Adapters:
+def load_adapters(path: PathLike, *, base: PyTree) -> Adapters:
     """Read the factors from a directory, for a base that they fit.
 
     Nothing is written, so the directory may be read-only. Where a save replaces it meanwhile,
@@ -106,12 +106,12 @@ def load_adapters(path: PathLike, *, base: Any) -> Adapters:
     )
 
 
-def _arrays(adapters: Adapters) -> dict[str, dict[str, Any]]:
+def _arrays(adapters: Adapters) -> dict[str, Leaves]:
     """Return what is trained, by path and name."""
     return {path: adapter.trained() for path, adapter in adapters.items()}
 
 
-def _check_finite(arrays: dict[str, dict[str, Any]]) -> None:
+def _check_finite(arrays: dict[str, Leaves]) -> None:
     """Raise if a factor holds NaN or inf."""
     finite = jax.device_get(jax.tree.map(_is_finite, arrays))
     for name, fields in finite.items():
@@ -134,11 +134,11 @@ def _warn_of_unknown_bases(adapters: Adapters) -> None:
 
 
 @jax.jit
-def _is_finite(array: Any) -> jax.Array:
+def _is_finite(array: Leaf) -> jax.Array:
     return jnp.isfinite(array).all()
 
 
-def _load(place: Any, target: Any, leaves: dict[str, Any]) -> Adapters:
+def _load(place: Place, target: Place, leaves: Leaves) -> Adapters:
     """Return the adapters in a directory; errors name where it should be."""
     call = "load_adapters"
     about = together(call, lambda: _description(checkpoints.about_of(place, target), target))
@@ -150,8 +150,10 @@ def _load(place: Any, target: Any, leaves: dict[str, Any]) -> Adapters:
     except ValueError as error:
         raise ValueError(f"the adapters at {target} are damaged: {error}") from error
     if problems := _differences(adapters, leaves):
-        told = "\n  ".join(problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5))
-        raise ValueError(f"the adapters at {target} are for another base:\n  {told}")
+        listed = problems[:5]
+        if len(problems) > len(listed):
+            listed.append(f"and {len(problems) - len(listed)} more")
+        raise ValueError("\n  ".join([f"the adapters at {target} are for another base:", *listed]))
 
     def read():
         try:
@@ -172,7 +174,7 @@ def _load(place: Any, target: Any, leaves: dict[str, Any]) -> Adapters:
     }
 
 
-def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
+def _differences(adapters: Adapters, leaves: Leaves) -> list[str]:
     """Return a line for each weight of the base that is not the one an adapter was made for."""
     located = {name: blocks.locate(name, leaves)[0] for name in adapters}
     present = {path: paths.plain(leaves[path]) for path in located.values() if path in leaves}
@@ -196,14 +198,14 @@ def _differences(adapters: Adapters, leaves: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _known_by(name: str, adapter: Adapter | Replacement, leaves: dict[str, Any]) -> Any:
+def _known_by(name: str, adapter: Adapter | Replacement, leaves: Leaves) -> Adapter | Replacement:
     """Return an adapter with the fingerprint of the base it was loaded for, if that has values."""
     path, text = blocks.locate(name, leaves)
     found = fingerprints.take(paths.plain(leaves[path]), blocks.resolve(text, adapter.shape))
     return adapter if found.digest is None else dataclasses.replace(adapter, fingerprint=found)
 
 
-def _description(about: dict[str, Any], target: Any) -> dict[str, Any]:
+def _description(about: Json, target: Place) -> Json:
     """Return the description of adapters in the form of the present format, or raise."""
     if about.get("format") != checkpoints.ADAPTERS and "checksum" not in about:
         raise ValueError(f"no adapters at {target}: it is a checkpoint of something else")

@@ -13,15 +13,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import KeyPath
 
 from jaxlora.storage import directories, locations, processes
-from jaxlora.storage.locations import PathLike
+from jaxlora.storage.locations import PathLike, Place
 from jaxlora.storage.processes import together
+from jaxlora.types import Json, Leaf, Leaves, PyTree
 from jaxlora.weights import sharding
 
 ADAPTERS, MERGED = "jaxlora.adapters", "jaxlora.merged"  # formats
@@ -32,7 +34,7 @@ T = TypeVar("T")
 
 
 def write(
-    call: str, path: PathLike, tree: Any, about: dict[str, Any], check: Callable[[Any], None]
+    call: str, path: PathLike, tree: PyTree, about: Json, check: Callable[[Place], None]
 ) -> None:
     """Write a checkpoint beside its destination, check it, and put it in its place."""
     target = together(call, lambda: locations.resolve(path))
@@ -40,7 +42,7 @@ def write(
     def said(action: Callable[[], T]) -> T:
         return _with_path(target, action)
 
-    def save(place: Any) -> None:
+    def save(place: Place) -> None:
         together(call, lambda: said(lambda: _save(place, tree, about)))
         together(call, lambda: said(lambda: _check_about(place, about)), first_alone=True)
         said(lambda: check(place))
@@ -69,7 +71,7 @@ def write(
     together(call, lambda: workspace.leave(lock), first_alone=True)
 
 
-def _with_path(target: Any, action: Callable[[], T]) -> T:
+def _with_path(target: Place, action: Callable[[], T]) -> T:
     """Return what an action returns; an error of it names the path, and keeps its number."""
     try:
         return action()
@@ -91,13 +93,13 @@ def os_number(error: Exception) -> int | None:
     return getattr(error, "errno", None) or (int(found[1]) if found else None)
 
 
-def _check_about(place: Any, about: dict[str, Any]) -> None:
+def _check_about(place: Place, about: Json) -> None:
     """Raise if a checkpoint does not say of itself what it was to say."""
     if about_of(place, place) != about:
         raise ValueError(NOT_WRITTEN)
 
 
-def _check_is_free(target: Any) -> None:
+def _check_is_free(target: Place) -> None:
     if target.exists():
         raise FileExistsError(
             f"{target} exists, and in a bucket nothing can be replaced without deleting it first: "
@@ -105,7 +107,7 @@ def _check_is_free(target: Any) -> None:
         )
 
 
-def _check_replaceable(place: Any, target: Any, kind: str) -> None:
+def _check_replaceable(place: Place, target: Place, kind: str) -> None:
     """Raise if there is something that is no earlier save of a kind, and no empty directory."""
     if not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir())):
         return
@@ -123,7 +125,7 @@ def _check_replaceable(place: Any, target: Any, kind: str) -> None:
         )
 
 
-def _save(place: Any, tree: Any, about: dict[str, Any]) -> None:
+def _save(place: Place, tree: PyTree, about: Json) -> None:
     import orbax.checkpoint as ocp
 
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer, _literal(place) as path:
@@ -132,7 +134,7 @@ def _save(place: Any, tree: Any, about: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _literal(place: Any) -> Iterator[Any]:
+def _literal(place: Place) -> Iterator[Place]:
     """Yield a path that leads to the same place and is no pattern of other names.
 
     Orbax takes the path for a pattern when it collects what it wrote, and ``run[0]`` for ``run0``.
@@ -146,20 +148,20 @@ def _literal(place: Any) -> Iterator[Any]:
         yield link / place.name
 
 
-def _savable(array: Any) -> Any:
+def _savable(array: Leaf) -> Leaf:
     """Return an array as Orbax takes it: one that each process has for itself as NumPy's."""
     is_local = isinstance(array, jax.Array) and array.is_fully_addressable
     return np.asarray(array) if is_local and jax.process_count() > 1 else array
 
 
-def like(array: Any) -> jax.ShapeDtypeStruct:
+def like(array: Leaf) -> jax.ShapeDtypeStruct:
     """Return the shape of an array, to be read to where it is."""
     is_spread = isinstance(array, jax.Array) and not array.is_fully_addressable
     place = array.sharding if is_spread else sharding.default()
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
 
 
-def about_of(place: Any, target: Any) -> dict[str, Any]:
+def about_of(place: Place, target: Place) -> Json:
     """Return what a save wrote of itself, or raise if there is none."""
     if not place.exists():
         raise FileNotFoundError(f"no adapters at {target}: there is no such directory")
@@ -172,7 +174,7 @@ def about_of(place: Any, target: Any) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def read(place: Any, like: dict[str, dict[str, Any]]) -> dict[str, dict[str, jax.Array]]:
+def read(place: Place, like: dict[str, Leaves]) -> dict[str, dict[str, jax.Array]]:
     """Return the arrays of a checkpoint.
 
     Args:
@@ -184,7 +186,7 @@ def read(place: Any, like: dict[str, dict[str, Any]]) -> dict[str, dict[str, jax
     return _restored(place, like)
 
 
-def _stores(place: Any) -> dict[str, dict[str, Any]]:
+def _stores(place: Place) -> dict[str, Leaves]:
     """Return how TensorStore opens each array of a checkpoint, by the name that Orbax gives it."""
     import tensorstore as ts
 
@@ -196,7 +198,7 @@ def _stores(place: Any) -> dict[str, dict[str, Any]]:
     return {n: {"driver": "zarr", "kvstore": {**database, "path": f"{n}/"}} for n in names}
 
 
-def _read_alone(stores: dict[str, Any], like: dict[str, dict[str, Any]]) -> Any:
+def _read_alone(stores: dict[str, Leaves], like: dict[str, Leaves]) -> PyTree:
     """Return arrays as they are stored, without Orbax.
 
     When one cannot be read, because it is damaged or just replaced, threads of Orbax that read
@@ -225,7 +227,7 @@ def _read_alone(stores: dict[str, Any], like: dict[str, dict[str, Any]]) -> Any:
     return jax.tree.map(placed, reading, like)
 
 
-def _restored(place: Any, like: Any) -> Any:
+def _restored(place: Place, like: PyTree) -> PyTree:
     """Return arrays read by Orbax, each process for itself, so that none waits for another."""
     import orbax.checkpoint as ocp
 
@@ -237,7 +239,7 @@ def _restored(place: Any, like: Any) -> Any:
         return checkpointer.restore(place, args=ocp.args.StandardRestore(like))
 
 
-def shapes(place: Any) -> dict[Any, Any]:
+def shapes(place: Place) -> dict[KeyPath, object]:
     """Return the shape and dtype of each array of a checkpoint, by the keys that lead to it."""
     import orbax.checkpoint as ocp
 
@@ -246,7 +248,7 @@ def shapes(place: Any) -> dict[Any, Any]:
     return {keys: (tuple(x.shape), str(x.dtype)) for keys, x in found.items()}
 
 
-def shapes_of(tree: Any) -> dict[Any, Any]:
+def shapes_of(tree: PyTree) -> dict[KeyPath, object]:
     """Return what `shapes` does of a tree to be saved; None for a leaf that is no plain array."""
     import orbax.checkpoint as ocp
 

@@ -9,13 +9,13 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora.storage import checkpoints
+from jaxlora.types import Json
 from jaxlora.version import __version__
 from jaxlora.weights import blocks, fingerprints, paths, sharding
 from jaxlora.weights.adapters import Adapter, Adapters, Replacement
@@ -24,7 +24,7 @@ from jaxlora.weights.roles import Roles
 VERSION = 2
 
 
-def describe(adapters: Adapters) -> dict[str, Any]:
+def describe(adapters: Adapters) -> Json:
     """Return the description of adapters, as JSON has it."""
     arrays = {name: adapter.trained() for name, adapter in adapters.items()}
     about = {
@@ -38,7 +38,7 @@ def describe(adapters: Adapters) -> dict[str, Any]:
     return about | {"checksum": _checksum(about)}
 
 
-def _entry(name: str, adapter: Adapter | Replacement, arrays: Mapping[str, Any]) -> dict[str, Any]:
+def _entry(name: str, adapter: Adapter | Replacement, arrays: Json) -> Json:
     base = {
         "shape": [int(size) for size in adapter.shape],
         "dtype": adapter.fingerprint.dtype,
@@ -48,13 +48,13 @@ def _entry(name: str, adapter: Adapter | Replacement, arrays: Mapping[str, Any])
     return {"path": name, "base": base, "dtypes": dtypes, **adapter.describe()}
 
 
-def _checksum(about: Mapping[str, Any]) -> str:
+def _checksum(about: Json) -> str:
     """Return a hash of all of a description but its ``checksum``, the same in every format."""
     rest = {key: value for key, value in about.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def checked(about: dict[str, Any]) -> dict[str, Any]:
+def checked(about: Json) -> Json:
     """Return a description that is whole, in the form of the present format.
 
     Args:
@@ -82,7 +82,7 @@ def checked(about: dict[str, Any]) -> dict[str, Any]:
     return about | {"adapters": entries}
 
 
-def abstract(entry: dict[str, Any], leaves: Mapping[str, Any]) -> Adapter | Replacement:
+def abstract(entry: Json, leaves: Json) -> Adapter | Replacement:
     """Return the adapter that was described: shapes, sharded as their axes of its leaf.
 
     Args:
@@ -93,7 +93,7 @@ def abstract(entry: dict[str, Any], leaves: Mapping[str, Any]) -> Adapter | Repl
         ValueError: its path names no part of a weight of its shape.
     """
     path, text = blocks.locate(entry["path"], leaves)
-    known = sharding.of(paths.plain(leaves.get(path)))
+    known = sharding.concrete(paths.plain(leaves.get(path)))
     whole = tuple(entry["base"]["shape"])
     known_base = fingerprints.read(entry["base"]["dtype"], entry["base"]["digest"])
 
@@ -108,12 +108,12 @@ def abstract(entry: dict[str, Any], leaves: Mapping[str, Any]) -> Adapter | Repl
     return dataclasses.replace(adapter, fingerprint=known_base)
 
 
-def _kind(entry: Mapping[str, Any]) -> type[Adapter | Replacement]:
+def _kind(entry: Json) -> type[Adapter | Replacement]:
     """Return the type of what an entry describes."""
     return Adapter if "roles" in entry else Replacement
 
 
-def _from_format_1(entry: dict[str, Any]) -> dict[str, Any]:
+def _from_format_1(entry: Json) -> Json:
     """Return the description of one adapter of format 1 as format 2 has it."""
     names = _kind(entry).fields
     dtypes = _list(entry, "dtypes", str)[: len(names)]
@@ -125,7 +125,7 @@ def _from_format_1(entry: dict[str, Any]) -> dict[str, Any]:
     return {"changed": ""} | entry | {"roles": roles}
 
 
-def _check(entry: dict[str, Any]) -> None:
+def _check(entry: Json) -> None:
     """Raise if a field of the description of one adapter is missing or cannot be."""
     where = f" of {_value(entry, 'path', str)!r}"
     base = _value(entry, "base", dict, where)
@@ -155,7 +155,7 @@ def _check(entry: dict[str, Any]) -> None:
         raise ValueError(f"roles{where} must name each axis of {shape}: got {entry['roles']}")
 
 
-def _axes(entry: dict[str, Any]) -> list[int]:
+def _axes(entry: Json) -> list[int]:
     """Return the axes that the roles of an entry name, or raise if they cannot be roles."""
     found = _value(entry, "roles", dict)
     groups = [_list(found, name, int) for name in ("stack", "in", "out")]
@@ -171,7 +171,7 @@ def _is_dtype(name: str) -> bool:
     return True
 
 
-def _value(holder: dict[str, Any], key: str, kind: Any, where: str = "") -> Any:
+def _value(holder: Json, key: str, kind: type | tuple[type, ...], where: str = "") -> Any:
     """Return a field of a description, or raise if it is missing or of another type."""
     if not isinstance(holder, dict) or key not in holder:
         raise ValueError(f"it has no {key!r}{where}")
@@ -181,7 +181,7 @@ def _value(holder: dict[str, Any], key: str, kind: Any, where: str = "") -> Any:
     return found
 
 
-def _list(holder: dict[str, Any], key: str, kind: Any, where: str = "") -> list[Any]:
+def _list(holder: Json, key: str, kind: type | tuple[type, ...], where: str = "") -> list[Any]:
     found = _value(holder, key, list, where)
     if not all(isinstance(value, kind) and not isinstance(value, bool) for value in found):
         raise ValueError(f"{key!r}{where} cannot be {found!r}")

@@ -20,12 +20,12 @@ def _fields(kind: type, *, static: bool) -> list[str]:
     return [f.name for f in dataclasses.fields(kind) if bool(f.metadata.get("static")) == static]
 
 
-def _written(values: Iterable[Any]) -> bytes:
+def _written(values: Iterable[object]) -> bytes:
     """Return the static fields of a node, in order."""
     return json.dumps(list(values), default=_plain).encode()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> object:
     if isinstance(value, Fingerprint):  # unknown: what is exported is called for any base
         return None
     return str(value) if isinstance(value, np.dtype) else dataclasses.asdict(value)

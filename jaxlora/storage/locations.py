@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.messages.checks import shown
+from jaxlora.types import Function
 
 PathLike = str | os.PathLike[str]
+Place = Any  # a pathlib.Path, or an etils.epath.Path for a bucket
 _PATIENCE = 20.0  # seconds for a bucket to answer
 
 
-def resolve(path: PathLike) -> Any:
+def resolve(path: PathLike) -> Place:
     """Return where a path leads, or raise if nothing can be read or written there.
 
     Args:
@@ -56,12 +58,12 @@ def resolve(path: PathLike) -> Any:
     return Path(os.path.realpath(os.path.expanduser(text)))
 
 
-def is_local(place: Any) -> bool:
+def is_local(place: Place) -> bool:
     """Tell whether a resolved path is on a file system, where directories can be renamed."""
     return isinstance(place, Path)
 
 
-def _in_bucket(text: str) -> Any:
+def _in_bucket(text: str) -> Place:
     """Return the path in a bucket that exists and answers, or raise."""
     from etils import epath
 
@@ -85,7 +87,7 @@ def _in_bucket(text: str) -> Any:
     return place
 
 
-def _answer_of(question: Any) -> Any:
+def _answer_of(question: Function) -> object:
     """Return what a function returns, or raise if it takes too long: some retry for minutes."""
     answer: concurrent.futures.Future = concurrent.futures.Future()
 

@@ -1,16 +1,15 @@
 """Merged weights in a directory that plain Orbax restores."""
 
-from typing import Any
-
 from jaxlora.storage import checkpoints
 from jaxlora.storage.locations import PathLike
 from jaxlora.storage.processes import together
 from jaxlora.trees.merging import merge
+from jaxlora.types import PyTree
 from jaxlora.version import __version__
 from jaxlora.weights import modules, tree_checks
 
 
-def save_merged(path: PathLike, params: Any) -> None:
+def save_merged(path: PathLike, params: PyTree) -> None:
     """Merge a tree and write plain weights to a directory that plain Orbax restores.
 
     ``orbax.checkpoint.StandardCheckpointer().restore(path)`` reads it. An earlier save of merged

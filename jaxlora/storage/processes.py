@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 import jax
 import numpy as np
 
-_LONGEST = 1000  # bytes that other processes are told
+_LONGEST = 1000  # bytes that are sent to other processes
 _KINDS = (FileExistsError, FileNotFoundError, ImportError, OSError, TimeoutError, TypeError)
 _TOLD = MappingProxyType({kind.__name__: kind for kind in (*_KINDS, ValueError)})
 T = TypeVar("T")
@@ -59,9 +59,9 @@ def _raise_of_another(call: str, error: Exception | None) -> None:
     """Wait for every process, tell them the error of this one, and raise the first of theirs."""
     number = getattr(error, "errno", None) or ""
     said = "" if error is None else f"{type(error).__name__} {number}: {_message(error)}"
-    for process, told in enumerate(gathered(call, said)):
-        if told and error is None:
-            kind, _, message = told.partition(": ")
+    for process, sent in enumerate(gathered(call, said)):
+        if sent and error is None:
+            kind, _, message = sent.partition(": ")
             name, _, number = kind.partition(" ")
             message = f"{message} (in process {process})"
             if number:

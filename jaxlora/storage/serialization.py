@@ -12,11 +12,13 @@ import dataclasses
 import importlib.abc
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxlora.types import Leaf, Leaves
 from jaxlora.weights.adapters import Adapter, Replacement
 from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
@@ -27,7 +29,7 @@ _FLAX = "flax.serialization"
 class _WhenImported(importlib.abc.MetaPathFinder):
     """Registers the nodes when Flax is imported, and is gone then."""
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
         del path, target
         if fullname != _FLAX:
             return None
@@ -74,17 +76,17 @@ def _register(flax: Any) -> None:
         flax.register_serialization_state(kind, to_state, from_state, override=True)
 
 
-def _arrays(node: Any) -> dict[str, Any]:
+def _arrays(node: Leaf) -> Leaves:
     """Return what is not static of a node, by name."""
     fields = [f.name for f in dataclasses.fields(node) if not f.metadata.get("static")]
     return {name: x for name in fields if (x := getattr(node, name)) is not None}
 
 
-def _is_key(x: Any) -> bool:
+def _is_key(x: Leaf) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _plain(x: Any) -> Any:
+def _plain(x: Leaf) -> Leaf:
     """Return the bits of random keys, which NumPy has no dtype for, and else the same."""
     return jax.random.key_data(x) if _is_key(x) else x
 

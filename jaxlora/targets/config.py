@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlora.initializers import FromWeight, LoftQ
 from jaxlora.initializers.registry import NAMED, Initializer, InitializerName
@@ -56,9 +57,9 @@ class LoRAConfig:
             axis, as the tokens that are new in an embedding. Each call then makes a copy of it.
         bias: also train biases, the leaves whose name is ``bias`` or ``b``: ``"all"``,
             ``"lora_only"`` for those beside adapted weights, or ``"none"``.
-        magnitude: also train the norm of each column of the weight (DoRA, see
-            `jaxlora.weights.magnitude`), in float32 or wider; of whole weights, or with layers of
-            entries of a stack.
+        magnitude: also train the norm of each column of the weight (DoRA, Liu et al. 2024,
+            arXiv:2402.09353), in float32 or wider; of whole weights, or with layers of entries of
+            a stack.
         dtype: floating dtype of the factors.
 
     Raises:
@@ -87,9 +88,9 @@ class LoRAConfig:
     rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict, hash=False)
     bias: Literal["none", "all", "lora_only"] = "none"
     magnitude: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "rank", checks.check_count(self.rank, "rank"))
         _checked_alpha(self.alpha, "alpha")
         for field in ("targets", "exclude", "train"):
@@ -108,7 +109,7 @@ class LoRAConfig:
 
     @property
     def scaling(self) -> float:
-        """Factor of the low-rank product: alpha / rank, or alpha / √rank if stabilized."""
+        """Factor of the low-rank product, alpha / rank, or alpha / √rank if stabilized."""
         return scaling(self.plain_alpha(self.alpha, self.rank), self.rank)
 
     def plain_alpha(self, alpha: float, rank: int) -> float:
@@ -116,7 +117,7 @@ class LoRAConfig:
         return alpha * math.sqrt(rank) if self.rank_stabilized else float(alpha)
 
 
-def _check_initializer(initializer: Any) -> None:
+def _check_initializer(initializer: object) -> None:
     if checks.is_function(initializer) or isinstance(initializer, FromWeight | LoftQ):
         return
     if not isinstance(initializer, str):
@@ -135,11 +136,11 @@ def _check_initializer(initializer: Any) -> None:
         )
 
 
-def _checked_alpha(alpha: Any, field: str) -> float:
+def _checked_alpha(alpha: object, field: str) -> float:
     return checks.check_number(alpha, field, "finite and positive")
 
 
-def _checked_indices(indices: Any, field: str) -> tuple[int, ...]:
+def _checked_indices(indices: object, field: str) -> tuple[int, ...]:
     """Return indices in increasing order, or raise for what is none."""
     indices = _listed(indices, f"{field} must be indices")
     for index in indices:
@@ -150,7 +151,7 @@ def _checked_indices(indices: Any, field: str) -> tuple[int, ...]:
     return tuple(sorted({int(index) for index in indices}))
 
 
-def _checked_axes(axes: Any, field: str) -> tuple[int, ...]:
+def _checked_axes(axes: object, field: str) -> tuple[int, ...]:
     """Return axes in increasing order, perhaps none, or raise for what is none."""
     axes = _listed(axes, f"{field} must be indices")
     return _checked_indices(axes, field) if axes else ()
@@ -163,7 +164,9 @@ def _listed(values: Any, needed: str) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _checked_pattern(pattern: Any, field: str, check: Callable[[Any, str], Any]) -> dict[str, Any]:
+def _checked_pattern(
+    pattern: object, field: str, check: Callable[[Any, str], Any]
+) -> dict[str, Any]:
     """Return a copy of a pattern, or raise for a key or a value that is none."""
     if not isinstance(pattern, Mapping):
         raise TypeError(f"{field} must be a mapping from names: got {checks.shown(pattern)}")

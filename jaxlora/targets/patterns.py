@@ -6,7 +6,6 @@ whole paths. Layers are numbers in paths.
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from jaxlora.targets.config import ALL_LINEAR, Targets
 from jaxlora.weights import blocks
@@ -80,7 +79,7 @@ def without_all(targets: Targets) -> tuple[bool, Targets]:
     return ALL_LINEAR in targets, tuple(name for name in targets if name != ALL_LINEAR)
 
 
-def means(key: str, path: str, part: blocks.Part | None, shape: Any) -> bool:
+def means(key: str, path: str, part: blocks.Part | None, shape: Sequence[int]) -> bool:
     """Tell whether a key of a pattern is a name, or the expression, of a path or of a part."""
     if blocks.is_part(key):
         name, text = blocks.parse(key)

@@ -22,8 +22,12 @@ from jaxlora.targets.patterns import (
     without_all,
 )
 from jaxlora.targets.sites import Sites, is_bias
+from jaxlora.types import Leaf, Leaves
 from jaxlora.weights import blocks, paths
 from jaxlora.weights.target import Target
+
+Shapes = dict[str, tuple[int, ...]]
+Rows = tuple[int, ...] | None
 
 
 def select(config: LoRAConfig, sites: Sites) -> list[Target]:
@@ -70,7 +74,7 @@ def select(config: LoRAConfig, sites: Sites) -> list[Target]:
     return sorted(chosen, key=lambda target: (order[target.path], target.name))
 
 
-def select_whole(config: LoRAConfig, leaves: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
+def select_whole(config: LoRAConfig, leaves: Leaves) -> dict[str, tuple[int, ...] | None]:
     """Return the leaves to train beside the factors, each with its rows, None for all of it.
 
     Args:
@@ -81,14 +85,14 @@ def select_whole(config: LoRAConfig, leaves: dict[str, Any]) -> dict[str, tuple[
         ValueError: a name matches no leaf, an adapted one, or one that is not floating; a leaf is
             named twice; it has no such row; there is no bias to train.
     """
-    found: dict[str, tuple[str, Any]] = {}
-    named: list[tuple[str, list[str], Any]] = []
+    found: dict[str, tuple[str, Rows]] = {}
+    named: list[tuple[str, list[str], Rows]] = []
     if config.train:
         named += [(name, of, None) for name, of in matches(config.train, leaves).items()]
     if config.bias != "none":
         named.append(("bias", _biases(config.bias, leaves), None))
     for name, rows in config.rows.items():
-        named.append((name, [path for path in leaves if means(name, path, None, ())], rows))
+        named.append((name, [path for path in leaves if means(name, path, None, ())], tuple(rows)))
     for name, of, rows in named:
         if not of:
             raise ValueError(
@@ -103,7 +107,7 @@ def select_whole(config: LoRAConfig, leaves: dict[str, Any]) -> dict[str, tuple[
     return {path: found[path][1] for path in leaves if path in found}
 
 
-def _biases(which: str, leaves: dict[str, Any]) -> list[str]:
+def _biases(which: str, leaves: Leaves) -> list[str]:
     """Return the paths of the biases, all or those beside adapted weights, that have no adapter."""
     beside = {path.rpartition("/")[0] for path in leaves if paths.is_trained(leaves[path])}
     found = [path.rpartition("/") for path in leaves if not paths.is_trained(leaves[path])]
@@ -114,7 +118,7 @@ def _biases(which: str, leaves: dict[str, Any]) -> list[str]:
     ]
 
 
-def _check_trainable(name: str, path: str, leaf: Any, rows: tuple[int, ...] | None) -> None:
+def _check_trainable(name: str, path: str, leaf: Leaf, rows: tuple[int, ...] | None) -> None:
     if paths.is_trained(leaf):
         raise ValueError(f"{name!r} is to be trained, and {path!r} is adapted: exclude it")
     if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
@@ -168,7 +172,7 @@ def _without_layers(named: set[tuple[str, blocks.Part | None]]) -> str:
 
 
 def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
-    """Return start and stop of each run of following indices, which are in rising order.
+    """Return start and stop of each run of following indices, which are in increasing order.
 
     >>> _runs((0, 1, 2, 5))
     [(0, 3), (5, 6)]
@@ -187,7 +191,9 @@ def _cut(
     return tuple(cut) if any(cut) else None
 
 
-def _target(config: LoRAConfig, path: str, part: blocks.Part | None, shape: Any) -> Target:
+def _target(
+    config: LoRAConfig, path: str, part: blocks.Part | None, shape: tuple[int, ...]
+) -> Target:
     """Return a target with the rank and alpha that the patterns, or else the config, give it."""
     values: dict[str, Any] = {"rank_pattern": config.rank, "alpha_pattern": config.alpha}
     for field, default in values.items():
@@ -200,7 +206,7 @@ def _target(config: LoRAConfig, path: str, part: blocks.Part | None, shape: Any)
     return Target(path, part, rank, config.plain_alpha(alpha, rank))
 
 
-def _check_patterns(config: LoRAConfig, chosen: list[Target], shapes: dict[str, Any]) -> None:
+def _check_patterns(config: LoRAConfig, chosen: list[Target], shapes: Shapes) -> None:
     """Raise if a pattern names something that is not adapted."""
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
@@ -224,7 +230,7 @@ def _check_parts(chosen: list[Target], sites: Sites) -> None:
                 raise ValueError(f"the targets {names} overlap: one element has one adapter")
 
 
-def _matched(targets: Targets, word: str, shapes: dict[str, Any]) -> list[tuple[str, str]]:
+def _matched(targets: Targets, word: str, shapes: Shapes) -> list[tuple[str, str]]:
     """Return targets with each path they match; each has to match one."""
     found = matches(targets, shapes) if targets else {}
     for name, of in found.items():

@@ -4,17 +4,19 @@ The evaluation is abstract: nothing is computed.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlora.messages import checks, table
 from jaxlora.tracing.interpreter import Evaluator
 from jaxlora.tracing.program import is_array, trace
 from jaxlora.tracing.recorder import Kind, Recorder, Use
 from jaxlora.tracing.values.probe import Probe
+from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import paths, tree_checks
 from jaxlora.weights.roles import Roles
 
@@ -36,7 +38,7 @@ class Site:
 
     path: str
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: DTypeLike
     roles: Roles
     uses: tuple[Use, ...]
 
@@ -105,7 +107,7 @@ class Sites:
             raise KeyError(f"no site {path!r}: {self.skipped.get(path, 'no such leaf')}; {near}")
         return found[path]
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = []
         for path, shape in self.shapes.items():
             if path in self.sites:
@@ -121,7 +123,7 @@ class Sites:
     __repr__ = __str__
 
 
-def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Sites:
+def find_sites(fn: Function, params: PyTree, /, *args: Any, **kwargs: Any) -> Sites:
     """Find every weight that can be adapted, by tracing the program that uses it.
 
     Args:
@@ -192,11 +194,11 @@ def find_sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any
     return Sites(sites, skipped, shapes, dense)
 
 
-def _plain(leaf: Any) -> Any:
+def _plain(leaf: Leaf) -> Leaf:
     return paths.abstract(paths.plain(leaf))
 
 
-def _unfit(leaf: Any) -> str | None:
+def _unfit(leaf: Leaf) -> str | None:
     """Return why a leaf cannot be adapted whatever the program does with it."""
     if not is_array(leaf):
         return f"it is no array but {type(leaf).__name__}"

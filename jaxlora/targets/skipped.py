@@ -1,12 +1,12 @@
 """Say which weights a choice of targets leaves out, and why: none is skipped in silence."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from jaxlora.messages import checks, table
 from jaxlora.targets import patterns
 from jaxlora.targets.config import LoRAConfig
 from jaxlora.targets.sites import RETURNED, UNUSED, Sites, is_matrix
+from jaxlora.types import PyTree
 from jaxlora.weights import paths
 
 
@@ -14,7 +14,7 @@ class SkippedWeightWarning(UserWarning):
     """The targets leave out weights that cannot be adapted, or only when they are named."""
 
 
-def warn_of_skipped(config: LoRAConfig, sites: Sites, params: Any) -> None:
+def warn_of_skipped(config: LoRAConfig, sites: Sites, params: PyTree) -> None:
     """Warn once of the floating weights of two or more axes that the targets leave out.
 
     With ``"all-linear"`` that is every one that ``exclude`` does not name, with names every one
@@ -44,7 +44,7 @@ def warn_of_skipped(config: LoRAConfig, sites: Sites, params: Any) -> None:
         f"targets={config.targets!r} leaves out {some} of two or more axes:\n"
         + "\n".join(lines)
         + "\nto adapt one, name its whole path in targets, also beside 'all-linear' (what is not "
-        "used cannot be adapted); to be told of it no more, name it in exclude",
+        "used cannot be adapted); to leave it out without this warning, name it in exclude",
         SkippedWeightWarning,
     )
 

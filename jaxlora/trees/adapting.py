@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-import types
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlora.initializers import FromWeight, LoftQ, from_rounding, residual
 from jaxlora.initializers.registry import NAMED
@@ -17,6 +16,7 @@ from jaxlora.targets.selection import select, select_whole
 from jaxlora.targets.sites import Site, find_sites
 from jaxlora.targets.skipped import warn_of_skipped
 from jaxlora.targets.stacking import with_stacks
+from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import blocks, paths, placed, quantized, tree_checks
 from jaxlora.weights.adapters import Adapter, Replacement
 from jaxlora.weights.magnitude import norms
@@ -29,13 +29,13 @@ _ORDER = "init(key, fn, params, *args, config=config)"
 
 def init(
     key: jax.Array,
-    fn: Callable[..., Any],
-    params: Any,
+    fn: Function,
+    params: PyTree,
     /,
     *args: Any,
     config: LoRAConfig,
     **kwargs: Any,
-) -> Any:
+) -> PyTree:
     """Return the parameters with a fresh `LoRAWeight` at each target; the output does not change.
 
     ``b`` is zero and ``a`` is drawn from the key of its path, so the same key gives the same
@@ -51,7 +51,7 @@ def init(
         params: its first argument, arrays or `jax.ShapeDtypeStruct`.
         *args: its other arguments, or their shapes.
         config: what to adapt and how.
-        **kwargs: its keyword arguments, but for one named ``config``.
+        **kwargs: its keyword arguments, except one named ``config``.
 
     Warns:
         SkippedWeightWarning: the targets leave out weights of two or more axes; once, with the
@@ -98,8 +98,8 @@ def init(
 
 
 def _fresh(
-    key: jax.Array, site: Site, target: Target, base: Any, config: LoRAConfig
-) -> tuple[Any, Adapter]:
+    key: jax.Array, site: Site, target: Target, base: Leaf, config: LoRAConfig
+) -> tuple[Leaf, Adapter]:
     """Return the base and the adapter of a target, whose initializer may change the base."""
     initializer, key = config.initializer, paths.random_key(key, target.name)
     if isinstance(initializer, str):
@@ -113,7 +113,7 @@ def _fresh(
     shape = (in_, target.rank)
     _check_initializer(initializer, key, shape, config.dtype, site.path)
     factors = _Factors(
-        types.MethodType(_call, initializer),  # hashable, whatever the initializer is
+        _Itself(initializer),
         stack,
         shape,
         config.dtype,
@@ -125,7 +125,7 @@ def _fresh(
 
 
 def _check_initializer(
-    initializer: Callable[..., Any], key: jax.Array, shape: tuple[int, int], dtype: Any, path: str
+    initializer: Function, key: jax.Array, shape: tuple[int, int], dtype: DTypeLike, path: str
 ) -> None:
     """Raise if an initializer does not return an array of the shape and dtype asked for."""
     try:
@@ -146,7 +146,7 @@ def _check_initializer(
     )
 
 
-def _with_magnitude(name: str, base: Any, term: Adapter) -> Adapter:
+def _with_magnitude(name: str, base: Leaf, term: Adapter) -> Adapter:
     """Return an adapter with the norms of its columns as they are, so that its output stays."""
     if not hasattr(quantized.stand_in(base), "__array__"):
         raise ValueError(f"a magnitude starts from values: {name!r} is {base}")
@@ -155,28 +155,37 @@ def _with_magnitude(name: str, base: Any, term: Adapter) -> Adapter:
     return dataclasses.replace(term, magnitude=magnitude)
 
 
-def _norms(base: Any, term: Adapter, static: None) -> list[jax.Array]:
+def _norms(base: Leaf, term: Adapter, static: None) -> list[jax.Array]:
     del static
     return [norms(base, term)]
+
+
+class _Itself:
+    """A function that is equal to itself alone: hashable, as what is static has to be."""
+
+    def __init__(self, function: Function):
+        self.function = function
+
+    def __hash__(self) -> int:
+        return id(self.function)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.function is other.function
 
 
 class _Factors(NamedTuple):
     """What has to be known to draw the factors of one weight."""
 
-    initializer: Callable[..., jax.Array]
+    initializer: _Itself
     entries: int
     shape: tuple[int, int]
-    dtype: Any
+    dtype: DTypeLike
     factor_shapes: tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def _call(fn: Callable[..., Any], *args: Any) -> Any:
-    return fn(*args)
 
 
 def _draw(key: jax.Array, factors: _Factors) -> tuple[jax.Array, jax.Array]:
     """Return ``a``, each entry of the stack from a key of its own, and ``b``, zero."""
     a_shape, b_shape = factors.factor_shapes
     keys = jax.random.split(key, factors.entries)
-    a = jax.vmap(lambda key: factors.initializer(key, factors.shape, factors.dtype))(keys)
+    a = jax.vmap(lambda key: factors.initializer.function(key, factors.shape, factors.dtype))(keys)
     return a.reshape(a_shape), jnp.zeros(b_shape, factors.dtype)

@@ -6,27 +6,27 @@ so every function here is one pass over the leaves by path.
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.messages import checks
+from jaxlora.types import Leaf, Leaves, PyTree
 from jaxlora.weights import blocks, fingerprints, modules, paths, tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, Replacement
 from jaxlora.weights.fingerprints import Fingerprint
 from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf, over
 
 
-def split(params: Any) -> tuple[Any, Adapters]:
-    """Part a tree into its frozen base and its trainable factors.
+def split(params: PyTree) -> tuple[PyTree, Adapters]:
+    """Split a tree into its frozen base and its trainable factors.
 
     Args:
         params: a tree with `LoRAWeight` nodes.
 
     Returns:
         The tree with each node's base in its place, and the factors by path. `bind` undoes it,
-        but for dropout, which is chosen for each step.
+        except dropout, which is chosen for each step.
 
     Raises:
         TypeError: params holds adapters without their base.
@@ -54,7 +54,7 @@ def split(params: Any) -> tuple[Any, Adapters]:
     return treedef.unflatten(leaves.values()), adapters
 
 
-def bind(base: Any, adapters: Adapters, *, check_base: bool = True) -> Any:
+def bind(base: PyTree, adapters: Adapters, *, check_base: bool = True) -> PyTree:
     """Put a frozen base and factors together; the opposite of `split`.
 
     Adapters know the weights that they were made for, and are refused on others: on those that
@@ -93,7 +93,7 @@ def bind(base: Any, adapters: Adapters, *, check_base: bool = True) -> Any:
 
 
 def nodes_over(
-    leaves: dict[str, Any], adapters: Adapters, *, check_base: bool
+    leaves: Leaves, adapters: Adapters, *, check_base: bool
 ) -> dict[str, LoRAWeight | TrainedLeaf]:
     """Return the node of each leaf that adapters are for, or raise where one is for none.
 
@@ -103,7 +103,7 @@ def nodes_over(
         check_base: whether the leaves must be those that the adapters were made for.
     """
     tree_checks.check_adapters(adapters, some=True)
-    terms: dict[str, list[Any]] = {}
+    terms: dict[str, list[Adapter | Replacement]] = {}
     for name, adapter in adapters.items():
         path, text = blocks.locate(name, leaves)
         if path not in leaves:
@@ -123,7 +123,7 @@ def nodes_over(
     return {path: over(leaves[path], found) for path, found in terms.items()}
 
 
-def _check_disjoint(path: str, one: Any, other: Any) -> None:
+def _check_disjoint(path: str, one: Leaf, other: Leaf) -> None:
     """Raise if the terms of two parts of one leaf cannot stand side by side."""
     if blocks.overlap(one.block, other.block):
         names = f"{blocks.name(path, other.block)!r} and {blocks.name(path, one.block)!r}"
@@ -133,7 +133,7 @@ def _check_disjoint(path: str, one: Any, other: Any) -> None:
 
 
 def fitted(
-    name: str, path: str, text: str | None, leaf: Any, adapter: Adapter | Replacement
+    name: str, path: str, text: str | None, leaf: Leaf, adapter: Adapter | Replacement
 ) -> Adapter | Replacement:
     """Return an adapter with the block that its name says, or raise if it does not fit a leaf.
 
@@ -168,7 +168,7 @@ def fitted(
     return adapter
 
 
-def _check_alpha(path: str, alpha: Any) -> None:
+def _check_alpha(path: str, alpha: object) -> None:
     """Raise if an alpha is no number, or not finite and positive."""
     if not (isinstance(alpha, float | int | np.floating) and 0 < alpha < math.inf):
         raise ValueError(f"the alpha of {path!r} must be finite and positive: got {alpha}")
@@ -195,7 +195,7 @@ def _check_shapes(path: str, adapter: Adapter | Replacement) -> None:
         )
 
 
-def _check_base(path: str, leaf: Any, adapter: Adapter | Replacement) -> None:
+def _check_base(path: str, leaf: Leaf, adapter: Adapter | Replacement) -> None:
     """Raise if a leaf is known to be none that an adapter was made for."""
     if (wrong := adapter.fingerprint.refusal(leaf)) is None:
         return

@@ -1,23 +1,23 @@
 """Dropout on the input of the low-rank path: keys for one step, in the nodes."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora.messages import checks
+from jaxlora.types import PyTree
 from jaxlora.weights import modules, paths, placed, tree_checks
 from jaxlora.weights.nodes import LoRAWeight
 
 
-def dropout(params: Any, key: jax.Array, rate: float) -> Any:
+def dropout(params: PyTree, key: jax.Array, rate: float) -> PyTree:
     """Return the parameters with dropout on the input of every low-rank product.
 
     An element of the input is zero with probability ``rate``, and others are divided by
     ``1 - rate``; the base's own product is not touched. It holds for the calls made with the
     result, so use a new key for each step. Lookups have no input to drop. Each step of a scan
-    draws anew, also for a weight that all steps share; a `while_loop` does not, and neither do
+    draws anew, also for a weight that all steps share; a ``while_loop`` does not, and neither do
     several uses of one weight outside of a loop.
 
     Args:

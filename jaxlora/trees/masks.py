@@ -1,14 +1,14 @@
 """What is trained of a tree, as a tree of bools or labels."""
 
-from typing import Any
-
 import jax
+from jax.tree_util import KeyPath
 
+from jaxlora.types import PyTree
 from jaxlora.weights import modules, paths
 from jaxlora.weights.adapters import FACTORS
 
 
-def mask(params: Any) -> Any:
+def mask(params: PyTree) -> PyTree:
     """Return a tree of bools, true at what is trained.
 
     It selects, and does not freeze: with it alone most wrappers of optax train the wrong arrays.
@@ -36,22 +36,22 @@ def mask(params: Any) -> Any:
     instead = "filter by flax.nnx.Param, which selects the factors alone"
     modules.refuse_adapted("params", params, instead)
 
-    def of(leaf):
+    def marked(leaf):
         if not paths.is_trained(leaf):
             return jax.tree.map(lambda _: False, leaf)
         return jax.tree_util.tree_map_with_path(lambda path, _: _is_factor(path), leaf)
 
-    return jax.tree.map(of, params, is_leaf=paths.is_node)
+    return jax.tree.map(marked, params, is_leaf=paths.is_node)
 
 
-def labels(params: Any) -> Any:
+def labels(params: PyTree) -> PyTree:
     """Return a tree of ``"trained"`` and ``"frozen"``, for ``optax.partition``.
 
     Args:
         params: a tree with `LoRAWeight` nodes, or adapters from `split`.
 
     Returns:
-        The same tree with a string for each array: ``"trained"`` where `mask` is true.
+        The same tree with a string for each array, ``"trained"`` where `mask` is true.
 
     >>> import jax, jax.numpy as jnp, jaxlora, optax
     >>> model, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
@@ -65,6 +65,6 @@ def labels(params: Any) -> Any:
     return jax.tree.map(lambda is_trained: "trained" if is_trained else "frozen", mask(params))
 
 
-def _is_factor(keys: Any) -> bool:
+def _is_factor(keys: KeyPath) -> bool:
     """Tell whether the keys of a leaf of a node lead to a trainable array of it."""
     return getattr(keys[-1], "name", None) in FACTORS

@@ -1,7 +1,6 @@
 """Fold the product of the factors into the weights, and take it out again."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ from jax.core import Tracer
 
 from jaxlora.messages import checks
 from jaxlora.trees.binding import nodes_over
+from jaxlora.types import Leaf, Leaves, PyTree
 from jaxlora.weights import blocks, modules, paths, placed, quantized, sharding, tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, merge_dtype
 from jaxlora.weights.magnitude import merged
@@ -16,9 +16,10 @@ from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
 
 Terms = tuple[Adapter, ...]
+Folded = tuple[Leaf, jax.Array, Leaves]  # a weight, its rounding error, what of it is finite
 
 
-def merge(params: Any, *, donate: bool = False, requantize: bool = False) -> Any:
+def merge(params: PyTree, *, donate: bool = False, requantize: bool = False) -> PyTree:
     """Fold the product of the factors into the weights.
 
     ``W = round(base + scaling * a b)``, summed in float32 (float64 for a float64 base) and rounded
@@ -30,7 +31,7 @@ def merge(params: Any, *, donate: bool = False, requantize: bool = False) -> Any
         donate: give up each adapted weight of params as soon as it is merged, so that no more
             than one is in memory twice. Their arrays are deleted, as those that are donated to a
             function under `jax.jit`, also where an error is raised.
-        requantize: quantize weights that were quantized again, as they were, but for those that
+        requantize: quantize weights that were quantized again, as they were, except those that
             are trained themselves; else all becomes plain.
 
     Returns:
@@ -62,7 +63,7 @@ def merge(params: Any, *, donate: bool = False, requantize: bool = False) -> Any
     return treedef.unflatten(leaves.values())
 
 
-def merge_error(params: Any, *, requantize: bool = False) -> dict[str, jax.Array]:
+def merge_error(params: PyTree, *, requantize: bool = False) -> dict[str, jax.Array]:
     """Return how much `merge` loses by rounding each merged weight to the dtype of its base.
 
     Weights are merged one at a time, and none is kept.
@@ -102,7 +103,7 @@ def merge_error(params: Any, *, requantize: bool = False) -> dict[str, jax.Array
     return errors
 
 
-def _flatten(params: Any, name: str, instead: str) -> tuple[dict[str, Any], Any]:
+def _flatten(params: PyTree, name: str, instead: str) -> tuple[Leaves, PyTree]:
     """Return the leaves and the treedef of a tree with adapted weights, or raise."""
     needed = f"{name} needs a tree with adapted weights"
     return tree_checks.flatten_adapted(
@@ -110,7 +111,7 @@ def _flatten(params: Any, name: str, instead: str) -> tuple[dict[str, Any], Any]
     )
 
 
-def unmerge(plain: Any, adapters: Adapters, *, check_base: bool = True) -> Any:
+def unmerge(plain: PyTree, adapters: Adapters, *, check_base: bool = True) -> PyTree:
     """Take the product of the factors out of merged weights again.
 
     What that leaves has to be the base that the adapters were made for: weights into which they
@@ -159,7 +160,7 @@ def unmerge(plain: Any, adapters: Adapters, *, check_base: bool = True) -> Any:
     return treedef.unflatten(leaves.values())
 
 
-def _check_undone(name: str, base: Any, merged: Any, adapter: Adapter) -> None:
+def _check_undone(name: str, base: Leaf, merged: Leaf, adapter: Adapter) -> None:
     """Raise if what was left of a merged weight is known not to be the base of an adapter."""
     arrays = base, adapter.a, adapter.b
     if any(isinstance(x, Tracer) for x in arrays):
@@ -177,7 +178,7 @@ def _check_undone(name: str, base: Any, merged: Any, adapter: Adapter) -> None:
 
 def _fold(
     path: str, node: LoRAWeight, sign: int, *, donate: bool = False, requantize: bool = False
-) -> tuple[Any, Any]:
+) -> tuple[Leaf, jax.Array]:
     """Return ``base + sign * delta`` and its rounding error; raise if it is not finite."""
     base, dtype = node.base, node.dtype
     is_quantized = isinstance(base, QuantizedWeight)
@@ -189,7 +190,7 @@ def _fold(
         run = jax.jit(
             _folded,
             static_argnums=2,
-            out_shardings=(sharding.of(base), None, None),
+            out_shardings=(sharding.concrete(base), None, None),
             donate_argnums=0 if donate and not is_quantized else (),
         )
         folded, error, finite = run(base, node.terms, sign)
@@ -203,21 +204,21 @@ def _fold(
     return folded, error
 
 
-def _finite(path: str, value: Any) -> Any:
+def _finite(path: str, value: Leaf) -> Leaf:
     """Return the value of a leaf that was trained whole, or raise if it is not finite."""
     if not isinstance(value, Tracer) and not jnp.isfinite(value).all():
         raise ValueError(f"the trained leaf {path!r} is not finite: it holds NaN or inf")
     return value
 
 
-def _folded_again(base: Any, terms: Terms, sign: int) -> tuple[Any, Any, dict[str, Any]]:
+def _folded_again(base: Leaf, terms: Terms, sign: int) -> Folded:
     """Return what `_folded` does, quantized as the base."""
     return _folded(base, terms, sign, round_as=lambda exact: quantized.again(exact, base))
 
 
 def _folded(
-    base: Any, terms: Terms, sign: int, round_as: Callable[[Any], Any] | None = None
-) -> tuple[Any, Any, dict[str, Any]]:
+    base: Leaf, terms: Terms, sign: int, round_as: Callable[[Leaf], Leaf] | None = None
+) -> Folded:
     node = LoRAWeight(quantized.values(base), terms)
     exact = merged(node) if sign > 0 else node.base.astype(merge_dtype(node.dtype)) - node.delta()
     folded = exact.astype(node.dtype) if round_as is None else round_as(exact)
@@ -227,14 +228,14 @@ def _folded(
     return folded, error, {n: _all_finite(found) for n, found in arrays.items()}
 
 
-def _arrays(base: Any, terms: Terms) -> dict[str, list[Any]]:
+def _arrays(base: Leaf, terms: Terms) -> dict[str, list[Leaf]]:
     """Return the arrays that a merged weight is computed from, by name."""
     trained = [term.trained() for term in terms]
     found = {n: [arrays[n] for arrays in trained if n in arrays] for n in Adapter.fields}
     return {"base": [base]} | {name: arrays for name, arrays in found.items() if arrays}
 
 
-def _all_finite(arrays: Sequence[Any]) -> Any:
+def _all_finite(arrays: Sequence[Leaf]) -> jax.Array:
     """Tell whether all elements are finite: by the largest of each row, a loop that vectorizes."""
     rows = [jnp.max(jnp.abs(array), axis=-1, initial=0) for array in arrays]
     return jnp.all(jnp.stack([jnp.isfinite(largest).all() for largest in rows]))

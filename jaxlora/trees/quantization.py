@@ -2,7 +2,6 @@
 
 import dataclasses
 import typing
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from jaxlora.targets.config import ALL_LINEAR, LoRAConfig, Targets
 from jaxlora.targets.selection import select
 from jaxlora.targets.sites import Site, find_sites
 from jaxlora.tracing.recorder import Kind as UseKind
+from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import paths, placed, quantized, sharding, tree_checks
 from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import Code, Kind, QuantizedWeight
@@ -42,7 +42,7 @@ class QuantizationConfig:
     targets: Targets = ALL_LINEAR
     exclude: Targets = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.check_choice(self.kind, "kind", typing.get_args(Kind))
         checks.check_flag(self.double, "double")
         object.__setattr__(self, "block_size", checks.check_count(self.block_size, "block_size", 2))
@@ -52,13 +52,13 @@ class QuantizationConfig:
 
 
 def quantize(
-    fn: Callable[..., Any], params: Any, /, *args: Any, config: QuantizationConfig, **kwargs: Any
-) -> Any:
+    fn: Function, params: PyTree, /, *args: Any, config: QuantizationConfig, **kwargs: Any
+) -> PyTree:
     """Return the parameters with a `QuantizedWeight` in the place of each target.
 
     One weight at a time is quantized. They are frozen: `jaxlora.init` gives them adapters as any
     others, `jaxlora.lora` makes functions accept them, `jaxlora.merge` makes them plain. A program
-    makes each where it reads it, and again to derive it, one at a time. (But for the CPU compiler
+    makes each where it reads it, and again to differentiate. (Except with the CPU compiler
     of JAX 0.10, which makes those of an unrolled program all at once and keeps them; those of
     layers that are scanned it does not.)
 
@@ -68,7 +68,7 @@ def quantize(
             adapted weight is quantized, and its factors stay.
         *args: its other arguments, or their shapes.
         config: what to quantize and how.
-        **kwargs: its keyword arguments, but for one named ``config``.
+        **kwargs: its keyword arguments, except one named ``config``.
 
     Returns:
         The same tree with quantized weights. Their codes are sharded as the weights were.
@@ -111,7 +111,7 @@ def quantize(
     return treedef.unflatten(leaves.values())
 
 
-def dequantize(params: Any) -> Any:
+def dequantize(params: PyTree) -> PyTree:
     """Return a tree with plain weights in the place of quantized ones, also beneath the trained.
 
     Args:
@@ -142,7 +142,7 @@ def _axis(site: Site) -> int:
     return max(axes, key=lambda axis: (site.shape[axis], axis))
 
 
-def _quantized(path: str, weight: Any, code: Code, axis: int) -> QuantizedWeight:
+def _quantized(path: str, weight: Leaf, code: Code, axis: int) -> QuantizedWeight:
     """Return a quantized weight, or the shapes of one; raise if it is not finite."""
     abstract = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
     shapes, _ = jax.eval_shape(lambda weight: _made(weight, (code, axis)), abstract)

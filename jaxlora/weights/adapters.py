@@ -13,13 +13,15 @@ answer the same questions, so that nothing else has to know which of the two it 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from jaxlora.types import Json, Leaf, Leaves
 from jaxlora.weights import blocks, sharding
 from jaxlora.weights.blocks import Part
 from jaxlora.weights.fingerprints import Fingerprint
@@ -30,7 +32,7 @@ from jaxlora.weights.sharding import Axes
 _static = MappingProxyType({"static": True})
 _ALONE = "put adapters on their base with jaxlora.bind(base, adapters)"
 FACTORS = ("a", "b", "magnitude", "value")  # the names of what is trained
-MakeArray = Callable[[str, tuple[int, ...], Axes], Any]
+MakeArray = Callable[[str, tuple[int, ...], Axes], Leaf]
 
 
 class Trained(Opaque):
@@ -40,7 +42,7 @@ class Trained(Opaque):
     fields: ClassVar[tuple[str, ...]]  # names of the arrays that are trained
     what: ClassVar[str]  # what it is called in errors
 
-    def trained(self) -> dict[str, Any]:
+    def trained(self) -> Leaves:
         """Return the arrays that are trained, by name."""
         found = {name: getattr(self, name) for name in self.fields}
         return {name: array for name, array in found.items() if array is not None}
@@ -59,8 +61,8 @@ class Adapter(Trained):
         shape: shape of the whole weight that the factors were made for.
         fingerprint: what is known of that weight; nothing in a node, which holds it.
         changed: name of the initializer that took the first product out of the base, or empty.
-        magnitude: the norm of each column, ``(*stack, *out)``, or None; see
-            `jaxlora.weights.magnitude`.
+        magnitude: the norm of each column, ``(*stack, *out)``, or None (DoRA,
+            Liu et al. 2024, arXiv:2402.09353).
         block: (start, stop) along each axis of the weight that the factors are for, None for a
             whole axis; None for all of the weight.
     """
@@ -68,14 +70,14 @@ class Adapter(Trained):
     fields = ("a", "b", "magnitude")
     what = "adapter"
 
-    a: Any
-    b: Any
+    a: Leaf
+    b: Leaf
     roles: Roles = dataclasses.field(metadata=_static)
     alpha: float = dataclasses.field(metadata=_static)
     shape: tuple[int, ...] = dataclasses.field(metadata=_static)
     fingerprint: Fingerprint = dataclasses.field(default_factory=Fingerprint, metadata=_static)
     changed: str = dataclasses.field(default="", metadata=_static)
-    magnitude: Any = None
+    magnitude: Leaf = None
     block: Part | None = dataclasses.field(default=None, metadata=_static)
 
     @property
@@ -98,8 +100,8 @@ class Adapter(Trained):
         """Return for each dimension of its arrays the axis of the weight, by name."""
         return dict(zip(self.fields, factor_axes(self.roles, self.block), strict=True))
 
-    def delta(self, base: Any) -> jax.Array:
-        """Return the dense ``scaling * a b``, shaped and sharded as a base, in `merge_dtype`."""
+    def delta(self, base: Leaf) -> jax.Array:
+        """Return ``scaling * a b``, dense, shaped and sharded as a base, in float32 or wider."""
         roles, dtype = self.roles, merge_dtype(base.dtype)
         ndim = rank = len(base.shape)  # the name of the rank axis is the next free
         product = jnp.einsum(
@@ -113,7 +115,7 @@ class Adapter(Trained):
         )
         return jnp.pad(product * self.scaling, blocks.padding(self.block, base.shape))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         """Return what is static of it but the base, as JSON has it."""
         roles = {"stack": self.roles.stack, "in": self.roles.in_, "out": self.roles.out}
         return {
@@ -125,7 +127,7 @@ class Adapter(Trained):
 
     @classmethod
     def from_description(
-        cls, entry: Mapping[str, Any], shape: tuple[int, ...], block: Part | None, array: MakeArray
+        cls, entry: Json, shape: tuple[int, ...], block: Part | None, array: MakeArray
     ) -> "Adapter":
         """Return the adapter that was described, of a weight of some shape or a block of it.
 
@@ -169,7 +171,7 @@ class Replacement(Trained):
     rank = 0
     changed = ""
 
-    value: Any
+    value: Leaf
     shape: tuple[int, ...] = dataclasses.field(metadata=_static)
     fingerprint: Fingerprint = dataclasses.field(default_factory=Fingerprint, metadata=_static)
     rows: tuple[int, ...] | None = dataclasses.field(default=None, metadata=_static)
@@ -183,13 +185,13 @@ class Replacement(Trained):
         first = 0 if self.rows is None else None
         return {"value": (first, *range(1, len(self.shape)))[: len(self.shape)]}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         """Return what is static of it but the leaf, as JSON has it."""
         return {"rows": None if self.rows is None else [int(row) for row in self.rows]}
 
     @classmethod
     def from_description(
-        cls, entry: Mapping[str, Any], shape: tuple[int, ...], block: Part | None, array: MakeArray
+        cls, entry: Json, shape: tuple[int, ...], block: Part | None, array: MakeArray
     ) -> "Replacement":
         """Return the replacement that was described, see `Adapter.from_description`."""
         del block
@@ -208,6 +210,6 @@ def scaling(alpha: float, rank: int) -> float:
     return alpha / rank
 
 
-def merge_dtype(dtype: Any) -> jnp.dtype:
+def merge_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Return the dtype to add a low-rank product to a weight in: float32, or wider for wider."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

@@ -35,7 +35,7 @@ def _slices(text: str) -> list[re.Match[str] | None]:
 
 
 def locate(name: str, leaves: Container[str]) -> tuple[str, str | None]:
-    """Return what `parse` does, but for a leaf whose own name ends in brackets."""
+    """Return what `parse` does, except for a leaf whose own name ends in brackets."""
     return (name, None) if name in leaves else parse(name)
 
 

@@ -9,13 +9,13 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxlora.types import Leaf
 from jaxlora.weights import sampling
 from jaxlora.weights.blocks import Part
 from jaxlora.weights.quantized import QuantizedWeight, stand_in
@@ -41,7 +41,7 @@ class Base:
     whole: Sample | None = None
     part: Part | None = None
     block: Sample | None = None
-    arrays: list[weakref.ref] = dataclasses.field(default_factory=list, repr=False)
+    arrays: list[weakref.ref[jax.Array]] = dataclasses.field(default_factory=list, repr=False)
 
     @property
     def sample(self) -> Sample | None:
@@ -53,17 +53,17 @@ class Base:
         """The part that `sample` is of, None for all of it."""
         return None if self.block is None else self.part
 
-    def is_array(self, array: Any) -> bool:
+    def is_array(self, array: Leaf) -> bool:
         """Tell whether this very array is known to be the base."""
         return any(known() is array for known in self.arrays)
 
-    def remember(self, array: Any) -> None:
+    def remember(self, array: Leaf) -> None:
         """Know an array to be the base from now on; one of NumPy may change, and is not known."""
         if isinstance(array, jax.Array) and not isinstance(array, Tracer):
             self.arrays[:] = [known for known in self.arrays if known() is not None]
             self.arrays.append(weakref.ref(array))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         return Base, (self.dtype, self.whole, self.part, self.block)
 
 
@@ -87,7 +87,7 @@ class Fingerprint:
         self._bases = tuple(bases)
         self._joined: Fingerprint | None = None
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, Fingerprint):
             return NotImplemented
         while (one := self._root()) is not (two := other._root()):
@@ -98,7 +98,7 @@ class Fingerprint:
                     one._bases, two._joined = after, one
         return True
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return 0
 
     def _root(self) -> "Fingerprint":
@@ -113,13 +113,13 @@ class Fingerprint:
     def _is_root_of(self, bases: tuple[Base, ...]) -> bool:
         return self._joined is None and self._bases is bases
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         return Fingerprint, (self.bases,)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: object) -> "Fingerprint":
         return self
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Fingerprint({self.dtype})"
 
     @property
@@ -137,7 +137,7 @@ class Fingerprint:
         """Hash of the sample of the whole base, None if it is unknown or one of two."""
         return _only({base.whole and base.whole.digest for base in self.bases})
 
-    def refusal(self, weight: Any) -> str | None:
+    def refusal(self, weight: Leaf) -> str | None:
         """Return what is wrong with a weight as the base, None if nothing or if that is unknown.
 
         Args:
@@ -163,7 +163,7 @@ class Fingerprint:
             others[wanted.digest] = got.digest
         return f"holds other values (hash {_either(others.values())}, not {_either(others)})"
 
-    def is_known(self, weight: Any) -> bool:
+    def is_known(self, weight: Leaf) -> bool:
         """Tell whether a weight is known to be the base."""
         are_known = self.digest is not None and sampling.take(weight) is not None
         return are_known and self.refusal(weight) is None
@@ -173,7 +173,7 @@ class Fingerprint:
         pairs = [(one, two) for one in self.bases for two in other.bases]
         return not pairs or any(_may_be_one(one, two) for one, two in pairs)
 
-    def is_undone(self, weight: Any, merged: Any, noise: float) -> bool:
+    def is_undone(self, weight: Leaf, merged: Leaf, noise: float) -> bool:
         """Tell whether a weight may be the base, from which another was rounded and it from that.
 
         Args:
@@ -195,7 +195,7 @@ def read(dtype: str | None, digest: str | None) -> Fingerprint:
     return Fingerprint([Base(dtype, None if digest is None else Sample(None, digest=digest))])
 
 
-def take(weight: Any, part: Part | None = None) -> Fingerprint:
+def take(weight: Leaf, part: Part | None = None) -> Fingerprint:
     """Return the fingerprint of a base; of its dtype alone where its values are unknown.
 
     Args:
@@ -208,7 +208,7 @@ def take(weight: Any, part: Part | None = None) -> Fingerprint:
     return Fingerprint([base])
 
 
-def _only(values: set[Any]) -> Any:
+def _only(values: set[str | None]) -> str | None:
     return values.pop() if len(values) == 1 else None
 
 
@@ -227,7 +227,7 @@ def _united(one: tuple[Base, ...], two: tuple[Base, ...]) -> tuple[Base, ...]:
     return tuple(distinct.values()) if len(distinct) <= _MOST else ()
 
 
-def _dtype(weight: Any) -> str:
+def _dtype(weight: Leaf) -> str:
     """Return the kind of the codes of a quantized weight, or the dtype that JAX has for another."""
     if isinstance(weight, QuantizedWeight):
         return weight.code.kind
@@ -240,7 +240,7 @@ def _may_be_one(one: Base, two: Base) -> bool:
     return one.dtype == two.dtype and len({s.digest for s in samples if s}) < 2
 
 
-def _is_rounded(base: Base, weight: Any, merged: Any, noise: float) -> bool:
+def _is_rounded(base: Base, weight: Leaf, merged: Leaf, noise: float) -> bool:
     """Tell whether a weight may be one base, within rounding and noise."""
     if base.sample is None or base.sample.elements is None:
         return True
@@ -256,13 +256,13 @@ def _is_rounded(base: Base, weight: Any, merged: Any, noise: float) -> bool:
     return bool((np.abs(got - wanted) <= rounding + noise + smallest).all())
 
 
-def checksums(factors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+def checksums(factors: Mapping[str, Mapping[str, Leaf]]) -> dict[str, dict[str, int]]:
     """Return a checksum over every bit of each factor, in the same structure."""
     return jax.tree.map(int, jax.device_get(jax.tree.map(_checksum, dict(factors))))
 
 
 @jax.jit
-def _checksum(array: Any) -> jax.Array:
+def _checksum(array: Leaf) -> jax.Array:
     """Return the sum of the bits of each element times an odd number of its own, mod 2**32."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
     bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)

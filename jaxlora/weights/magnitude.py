@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlora.types import Leaf
 from jaxlora.weights import blocks, quantized, sharding
 from jaxlora.weights.adapters import Adapter, merge_dtype
 from jaxlora.weights.nodes import LoRAWeight
@@ -22,7 +23,7 @@ from jaxlora.weights.quantized import QuantizedWeight
 from jaxlora.weights.roles import Roles
 
 
-def norms(base: Any, term: Adapter) -> jax.Array:
+def norms(base: Leaf, term: Adapter) -> jax.Array:
     """Return the norm of each column of ``base + scaling * a b``, which is not formed.
 
     A column of it has the squared norm ``|w|² + 2 s (w^T a) b + s² b^T (a^T a) b``, with products
@@ -88,7 +89,7 @@ def gain(weight: LoRAWeight) -> jax.Array:
     return functools.reduce(jnp.multiply, gains)  # no column is in two of them
 
 
-def _own_gain(base: Any, term: Adapter) -> jax.Array:
+def _own_gain(base: Leaf, term: Adapter) -> jax.Array:
     """Return the gain of one term, 1 in the columns that it is not for."""
     norm = norms(*jax.lax.stop_gradient((base, term)))
     magnitude = term.magnitude.astype(norm.dtype)

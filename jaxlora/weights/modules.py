@@ -5,26 +5,26 @@ not: its factors are variables beside the weights. Both kinds can only exist onc
 """
 
 import sys
-from typing import Any
 
 import jax
 
+from jaxlora.types import PyTree
 from jaxlora.weights import paths
 
 
-def is_module(value: Any) -> bool:
+def is_module(value: object) -> bool:
     """Tell whether a value is a module of Flax NNX."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(value, nnx.Module)
 
 
-def is_adapted(value: Any) -> bool:
+def is_adapted(value: object) -> bool:
     """Tell whether a value is an adapted module."""
     ours = sys.modules.get("jaxlora.nnx.adapted")
     return ours is not None and isinstance(value, ours.Adapted)
 
 
-def refuse_adapted(name: str, value: Any, instead: str) -> None:
+def refuse_adapted(name: str, value: object, instead: str) -> None:
     """Raise if a value is an adapted module, or a module that holds one.
 
     Args:
@@ -43,18 +43,18 @@ def refuse_adapted(name: str, value: Any, instead: str) -> None:
         )
 
 
-def _holds_adapted(module: Any) -> bool:
+def _holds_adapted(module: PyTree) -> bool:
     return any(map(is_adapted, jax.tree.leaves(module, is_leaf=is_adapted)))
 
 
-def advice(params: Any) -> str:
+def advice(params: PyTree) -> str:
     """Return how to adapt a tree that has no adapted weight, for an error message."""
     if is_module(params):
         return f"adapt the {type(params).__name__} with jaxlora.nnx.adapt"
     return "make some with jaxlora.init"
 
 
-def parameters(tree: Any) -> Any:
+def parameters(tree: PyTree) -> PyTree:
     """Return a tree without the variables of modules that are no parameters.
 
     Args:

@@ -5,11 +5,12 @@ the deltas of its terms the weight in effect of a `LoRAWeight` is ``base + sum(d
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from jaxlora.types import Leaf
 from jaxlora.weights import blocks, quantized
 from jaxlora.weights.adapters import Adapter, Replacement
 from jaxlora.weights.opaque import Opaque
@@ -23,7 +24,7 @@ class Node(Opaque):
 
     instead = _NODE
 
-    base: Any
+    base: Leaf
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -31,7 +32,7 @@ class Node(Opaque):
         return self.base.shape
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> Leaf:
         """Dtype of the leaf."""
         return self.base.dtype
 
@@ -53,9 +54,9 @@ class LoRAWeight(Node):
         dropout_rate: share of the low-rank path's input that is dropped.
     """
 
-    base: Any
+    base: Leaf
     terms: tuple[Adapter, ...]
-    dropout_keys: Any = None
+    dropout_keys: Leaf = None
     dropout_rate: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     @property
@@ -77,17 +78,17 @@ class LoRAWeight(Node):
         return self.terms[0].roles
 
     @property
-    def a(self) -> Any:
+    def a(self) -> Leaf:
         """Factor of the only term on the input side, ``(*stack, *in, rank)``."""
         return self.term.a
 
     @property
-    def b(self) -> Any:
+    def b(self) -> Leaf:
         """Factor of the only term on the output side, ``(*stack, rank, *out)``."""
         return self.term.b
 
     @property
-    def magnitude(self) -> Any:
+    def magnitude(self) -> Leaf:
         """Magnitude of the only term, or None."""
         return self.term.magnitude
 
@@ -117,7 +118,7 @@ class LoRAWeight(Node):
         return any(term.magnitude is not None for term in self.terms)
 
     def delta(self) -> jax.Array:
-        """Return the sum of the deltas of the terms, dense, in `merge_dtype` of the base."""
+        """Return the sum of the deltas of the terms, dense, in float32 or wider."""
         return sum(
             (term.delta(self.base) for term in self.terms[1:]), self.terms[0].delta(self.base)
         )
@@ -138,7 +139,7 @@ class TrainedLeaf(Node):
         replacement: its values as they are trained.
     """
 
-    base: Any
+    base: Leaf
     replacement: Replacement
 
     @property
@@ -147,7 +148,7 @@ class TrainedLeaf(Node):
         return (self.replacement,)
 
     @property
-    def value(self) -> Any:
+    def value(self) -> Leaf:
         """The leaf as it is trained, or its rows, ``(len(rows), ...)``."""
         return self.replacement.value
 
@@ -161,8 +162,8 @@ class TrainedLeaf(Node):
         return base.at[jnp.array(rows)].set(value, unique_indices=True)
 
 
-def over(base: Any, terms: Any) -> LoRAWeight | TrainedLeaf:
+def over(base: Leaf, terms: Sequence[Adapter | Replacement]) -> LoRAWeight | TrainedLeaf:
     """Return the node of terms of one kind over a leaf."""
-    if isinstance(terms[0], Replacement):
-        return TrainedLeaf(base, *terms)
-    return LoRAWeight(base, tuple(terms))
+    if replaced := [term for term in terms if isinstance(term, Replacement)]:
+        return TrainedLeaf(base, *replaced)
+    return LoRAWeight(base, tuple(term for term in terms if isinstance(term, Adapter)))

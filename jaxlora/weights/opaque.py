@@ -4,7 +4,7 @@ JAX and NumPy ask an unknown object how to become an array, and take what does n
 array of one Python object. The nodes answer with the function that was forgotten.
 """
 
-from typing import Any, ClassVar, NoReturn
+from typing import ClassVar, NoReturn
 
 _OPERATORS = (
     *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"),
@@ -31,7 +31,7 @@ class Opaque:
     def __jax_array__(self) -> NoReturn:  # jax.lax asks whether there is one, and does not call it
         _refuse(self)
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> NoReturn:
+    def __array__(self, dtype: object = None, copy: object = None) -> NoReturn:
         del dtype, copy
         _refuse(self)
 
@@ -41,9 +41,9 @@ class Opaque:
         raise AttributeError(f"{kind!r} object has no attribute {name!r}{hint}")
 
 
-def _refuse(node: Opaque, *others: Any) -> NoReturn:
+def _refuse(node: Opaque, *others: object) -> NoReturn:
     del others
-    raise TypeError(f"a {type(node).__name__} is no array: {node.instead}")
+    raise TypeError(f"the {type(node).__name__} is no array: {node.instead}")
 
 
 for _name in _OPERATORS:

@@ -9,43 +9,43 @@ import dataclasses
 import difflib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath, SequenceKey
 
+from jaxlora.types import Leaf, Leaves, PyTree
 from jaxlora.weights.adapters import Trained
 from jaxlora.weights.nodes import LoRAWeight, Node, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
 
 
-def is_node(leaf: Any) -> bool:
+def is_node(leaf: Leaf) -> bool:
     """Tell whether this is a node of ours, which tree functions must not open."""
     return is_trained(leaf) or isinstance(leaf, QuantizedWeight)
 
 
-def is_trained(leaf: Any) -> bool:
+def is_trained(leaf: Leaf) -> bool:
     """Tell whether this is a node that holds what is trained."""
     return isinstance(leaf, Node | Trained)
 
 
-def plain(leaf: Any) -> Any:
+def plain(leaf: Leaf) -> Leaf:
     """Return the frozen array or quantized weight beneath a node of a tree, or the leaf itself."""
     return leaf.base if isinstance(leaf, Node) else leaf
 
 
-def over(leaf: Any, plain: Any) -> Any:
+def over(leaf: Leaf, plain: PyTree) -> Leaf:
     """Return a leaf or node with another frozen weight beneath it."""
     is_node = isinstance(leaf, LoRAWeight | TrainedLeaf)
     return dataclasses.replace(leaf, base=plain) if is_node else plain
 
 
-def abstract(leaf: Any) -> Any:
+def abstract(leaf: Leaf) -> Leaf:
     """Return the shape and dtype of what a quantized weight stands for, or the leaf itself."""
     return leaf.abstract if isinstance(leaf, QuantizedWeight) else leaf
 
 
-def _part(key: Any) -> str:
+def _part(key: object) -> str:
     match key:
         case DictKey() | FlattenedIndexKey():
             return str(key.key)
@@ -56,7 +56,7 @@ def _part(key: Any) -> str:
     return str(key)
 
 
-def names(key_paths: Sequence[Sequence[Any]], skip: int = 0) -> list[str]:
+def names(key_paths: Sequence[KeyPath], skip: int = 0) -> list[str]:
     """Return the path of each leaf of a tree from its keys in the sense of `jax.tree_util`.
 
     Args:
@@ -66,7 +66,7 @@ def names(key_paths: Sequence[Sequence[Any]], skip: int = 0) -> list[str]:
     Returns:
         Paths in the same order; the attribute ``value`` of a node that has no other is left out.
     """
-    children: dict[tuple, set[Any]] = {}
+    children: dict[KeyPath, set[object]] = {}
     for keys in key_paths:
         for i, key in enumerate(keys):
             children.setdefault(tuple(keys[:i]), set()).add(key)
@@ -81,7 +81,7 @@ def names(key_paths: Sequence[Sequence[Any]], skip: int = 0) -> list[str]:
     ]
 
 
-def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
+def flatten(tree: PyTree) -> tuple[Leaves, PyTree]:
     """Flatten a tree to leaves by path, with `LoRAWeight` and `Adapter` as leaves.
 
     Args:
@@ -93,7 +93,7 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     Raises:
         ValueError: two leaves have the same path.
     """
-    leaves: dict[str, Any] = {}
+    leaves: Leaves = {}
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
     for path, (_, leaf) in zip(names([keys for keys, _ in flat]), flat, strict=True):
         if path in leaves:
@@ -112,7 +112,7 @@ def random_key(key: jax.Array, path: str) -> jax.Array:
 _STATES = frozenset({"BatchStat", "Cache", "Intermediate", "Perturbation", "RngState"})
 
 
-def states(tree: Any) -> set[str]:
+def states(tree: PyTree) -> set[str]:
     """Return the paths of what Flax keeps beside the parameters, as statistics and caches.
 
     In Linen variables that is what is not in ``params``; in an NNX state it is told by the class

@@ -14,15 +14,16 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
+from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights.quantized import stand_in
-from jaxlora.weights.sharding import Axes, along, explicit, of
+from jaxlora.weights.sharding import Axes, along, concrete, explicit
 
 
 def make(
     build: Callable[..., Sequence[jax.Array]],
     static: Hashable,
     key: jax.Array,
-    base: Any,
+    base: Leaf,
     axes: Sequence[Axes],
 ) -> Sequence[jax.Array]:
     """Return the arrays of ``build(key, static)``, sharded as the base's axes that they have.
@@ -59,12 +60,12 @@ def make(
 
 
 def run(
-    build: Callable[..., Any],
+    build: Function,
     static: Hashable,
-    args: Sequence[Any],
-    base: Any,
-    axes: Any,
-) -> Any:
+    args: Sequence[PyTree],
+    base: Leaf,
+    axes: PyTree,
+) -> Leaf:
     """Return the arrays of ``build(*args, static)``, sharded as the axes of a base that they have.
 
     Args:
@@ -75,7 +76,7 @@ def run(
         axes: for each array of the tree, the base's axis of each of its dimensions.
     """
     base = stand_in(base)
-    typed, known = explicit(base), of(base)
+    typed, known = explicit(base), concrete(base)
 
     def placed(sharding):
         return jax.tree.map(lambda kept: along(sharding, kept), axes, is_leaf=_is_axes)
@@ -92,7 +93,7 @@ def run(
     )
 
 
-def _is_axes(x: Any) -> bool:
+def _is_axes(x: Leaf) -> bool:
     return isinstance(x, tuple) and all(isinstance(axis, int | None) for axis in x)
 
 
@@ -102,11 +103,11 @@ def _draws_are_typed(key: jax.Array) -> bool:
 
 
 def _make_placed(
-    build: Any, static: Any, key: jax.Array, base: Any, axes: Sequence[Axes]
+    build: Function, static: Hashable, key: jax.Array, base: Leaf, axes: Sequence[Axes]
 ) -> Sequence[jax.Array]:
     """Return the arrays of `make` for a base that is no tracer."""
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        known = of(base)
+        known = concrete(base)
         placed = None if known is None else tuple(along(known, kept) for kept in axes)
         return jax.jit(build, static_argnums=1, out_shardings=placed)(_unbound(key), static)
 

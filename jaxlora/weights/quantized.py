@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
+from jaxlora.types import Leaf
 from jaxlora.weights.opaque import Opaque
 
 Kind = Literal["int8", "int4", "nf4"]
@@ -47,7 +49,7 @@ class QuantizedWeight(Opaque):
     """A frozen weight in few bits, in the place of the leaf it was made of.
 
     It is a pytree node; `jaxlora.lora` makes functions accept it where they take an array, and
-    makes it one where it is used. Its arrays have the axes of the weight, in full but for the one
+    makes it one where it is used. Its arrays have the axes of the weight, in full except the one
     along which its blocks lie.
 
     Attributes:
@@ -63,12 +65,12 @@ class QuantizedWeight(Opaque):
 
     instead = "call the function as jaxlora.lora(fn), or use jaxlora.dequantize(params)"
 
-    codes: Any
-    scale: Any
-    step: Any
-    offset: Any
+    codes: Leaf
+    scale: Leaf
+    step: Leaf
+    offset: Leaf
     code: Code = dataclasses.field(metadata=_meta)
-    dtype: Any = dataclasses.field(metadata=_meta)
+    dtype: DTypeLike = dataclasses.field(metadata=_meta)
     is_packed: bool = dataclasses.field(metadata=_meta)
 
     @property
@@ -100,17 +102,17 @@ class QuantizedWeight(Opaque):
         """Bytes of its arrays."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         shape = self.shape if hasattr(self.codes, "shape") else self.codes
         return f"QuantizedWeight({self.code.kind}, {shape}, {self.dtype})"
 
 
-def values(weight: Any) -> Any:
+def values(weight: Leaf) -> Leaf:
     """Return what a quantized weight stands for, in its dtype; anything else as it is."""
     return dequantized(weight).astype(weight.dtype) if _is_quantized(weight) else weight
 
 
-def stand_in(weight: Any) -> Any:
+def stand_in(weight: Leaf) -> Leaf:
     """Return an array with the sharding of a weight, and if traced its shape, of other values."""
     if not _is_quantized(weight):
         return weight
@@ -118,7 +120,7 @@ def stand_in(weight: Any) -> Any:
     return jnp.concatenate([weight.codes] * 2, weight.axis) if is_smaller else weight.codes
 
 
-def _is_quantized(weight: Any) -> bool:
+def _is_quantized(weight: Leaf) -> bool:
     return isinstance(weight, QuantizedWeight)
 
 
@@ -127,7 +129,7 @@ def level(weight: QuantizedWeight) -> jax.Array:
     return jnp.mean(jnp.log(weight.scale) if weight.offset is None else weight.offset)
 
 
-def _typed(weight: QuantizedWeight) -> Any:
+def _typed(weight: QuantizedWeight) -> Leaf:
     """Return the sharding in the type of the codes on a mesh with Explicit axes, else None."""
     found = jax.typeof(weight.codes).sharding if isinstance(weight.codes, jax.Array) else None
     return found if found and found.mesh.explicit_axes else None
@@ -152,7 +154,7 @@ def _dequantized(weight: QuantizedWeight) -> jax.Array:
     return _times(codes, scale, "nf4" if weight.code.kind == "nf4" else jnp.int8)
 
 
-def _times(codes: jax.Array, scale: jax.Array, kind: Any) -> jax.Array:
+def _times(codes: jax.Array, scale: jax.Array, kind: object) -> jax.Array:
     """Return the meaning of codes times the scale of their block."""
     qwix = _qwix()
     return qwix.dequantize(qwix.QArray(codes, scale, qtype=kind))
@@ -188,7 +190,7 @@ def quantized(weight: jax.Array, code: Code, axis: int) -> QuantizedWeight:
     return QuantizedWeight(codes, scale, step, offset, code, weight.dtype, is_packed)
 
 
-def _in_blocks(array: jax.Array, kind: Any, axis: int, block: int) -> Any:
+def _in_blocks(array: jax.Array, kind: object, axis: int, block: int) -> Leaf:
     others = [i for i in range(array.ndim) if i != axis]
     return _qwix().quantize(array, kind, channelwise_axes=others, tiled_axes={axis: block})
 
@@ -204,7 +206,7 @@ def _block(size: int, most: int) -> int:
     return divisor if divisor > 1 and 4 * divisor >= min(size, most) else size
 
 
-def _qwix() -> Any:
+def _qwix() -> Leaf:
     try:
         import qwix
     except ImportError as error:

@@ -8,15 +8,17 @@ shapes ``a: (*stack, *in, rank)`` and ``b: (*stack, rank, *out)``. The program t
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 from jaxlora.weights.blocks import Part
 from jaxlora.weights.sharding import Axes
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """The role of each axis of a weight; each axis is named once, in rising order.
+    """The role of each axis of a weight; each axis is named once, in increasing order.
 
     Attributes:
         stack: axes along which the weight is a stack of weights (layers, experts), each with
@@ -29,15 +31,15 @@ class Roles:
     in_: tuple[int, ...]
     out: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         groups = (self.stack, self.in_, self.out)
         named = [axis for group in groups for axis in group]
         if sorted(named) != list(range(len(named))):
             raise ValueError(f"roles must name every axis once: got {self}")
         if any(list(group) != sorted(group) for group in groups):
-            raise ValueError(f"axes of one role must be in rising order: got {self}")
+            raise ValueError(f"axes of one role must be in increasing order: got {self}")
 
-    def labels(self, stack: Any, in_: Any, out: Any) -> list[Any]:
+    def labels(self, stack: T, in_: T, out: T) -> list[T]:
         """Return for each axis the label of its role."""
         label = dict.fromkeys(self.stack, stack) | dict.fromkeys(self.in_, in_)
         label |= dict.fromkeys(self.out, out)
@@ -47,8 +49,10 @@ class Roles:
         """Return the sizes of the (stack, in, out) axes of a weight of this shape."""
         return tuple(tuple(shape[i] for i in axes) for axes in (self.stack, self.in_, self.out))
 
-    def factor_shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple, tuple]:
-        """Return the shapes of ``a`` (*stack, *in, rank) and ``b`` (*stack, rank, *out)."""
+    def factor_shapes(
+        self, shape: Sequence[int], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of a, ``(*stack, *in, rank)``, and b, ``(*stack, rank, *out)``."""
         stack, in_, out = self.sizes(shape)
         return (*stack, *in_, rank), (*stack, rank, *out)
 

@@ -9,14 +9,15 @@ changes them.
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
+from jaxlora.types import Function, Leaf
 from jaxlora.weights import blocks, sharding
 from jaxlora.weights.blocks import Part
 from jaxlora.weights.quantized import QuantizedWeight, level, stand_in
@@ -31,7 +32,7 @@ class Sample:
         elements: the elements, ``(min(size, 256),)``, or None where only their hash is known.
     """
 
-    def __init__(self, elements: Any, level: Any = None, digest: str | None = None):
+    def __init__(self, elements: Leaf, level: Leaf = None, digest: str | None = None):
         self.elements = elements
         self._level = level  # of the scales of a quantized weight
         self._digest = digest
@@ -46,12 +47,12 @@ class Sample:
             found += b"%d" % round(8 * float(self._level))
         return hashlib.sha256(found).hexdigest()[:16]
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         elements = None if self.elements is None else np.asarray(self.elements)
         return Sample, (elements, None, self.digest)
 
 
-def take(weight: Any, part: Part | None = None) -> Sample | None:
+def take(weight: Leaf, part: Part | None = None) -> Sample | None:
     """Return evenly spaced elements of a weight or a part of it, None where they are unknown."""
     array = stand_in(weight)
     if isinstance(weight, np.ndarray):
@@ -72,18 +73,18 @@ def take(weight: Any, part: Part | None = None) -> Sample | None:
         return Sample(*run(_sample_quantized, weight, part))
 
 
-def _has_values(array: Any) -> bool:
+def _has_values(array: Leaf) -> bool:
     if isinstance(array, np.ndarray):
         return True
     return isinstance(array, jax.Array) and not (isinstance(array, Tracer) or array.is_deleted())
 
 
 @functools.lru_cache(maxsize=64)
-def _jitted(fn: Callable[..., Any], static: tuple[int, ...], everywhere: Any) -> Any:
+def _jitted(fn: Function, static: tuple[int, ...], everywhere: NamedSharding | None) -> Function:
     return jax.jit(fn, static_argnums=static, out_shardings=everywhere)
 
 
-def _sample(array: Any, part: Part | None = None) -> jax.Array:
+def _sample(array: Leaf, part: Part | None = None) -> jax.Array:
     return _elements(array, _positions(array.shape, part))
 
 
@@ -99,7 +100,7 @@ def _sample_quantized(weight: QuantizedWeight, part: Part) -> tuple[jax.Array, j
     return at(weight.codes), jnp.mean(levels)
 
 
-def _elements(array: Any, positions: tuple[Any, ...]) -> jax.Array:
+def _elements(array: Leaf, positions: tuple[np.ndarray, ...]) -> jax.Array:
     if (typed := sharding.explicit(array)) is None:
         return jnp.asarray(array)[positions]
     return array.at[positions].get(out_sharding=jax.NamedSharding(typed.mesh, jax.P()))
@@ -111,5 +112,5 @@ def _positions(shape: Sequence[int], part: Part | None) -> tuple[np.ndarray, ...
     size = math.prod(block)
     indices = np.linspace(0, size - 1, min(size, _SAMPLES)).astype(np.int64)
     starts = (low for low, _ in blocks.padding(part, shape))
-    found: Iterator[Any] = iter(np.unravel_index(indices, block) if block else ())
+    found: Iterator[np.ndarray] = iter(np.unravel_index(indices, block) if block else ())
     return tuple(place + start for place, start in zip(found, starts, strict=True))

@@ -11,18 +11,18 @@ an Auto mesh there it tells nothing: the compiler decides.
 """
 
 import math
-from typing import Any
 
 import jax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlora.types import Leaf, PyTree
 from jaxlora.weights.quantized import stand_in
 
 Axes = tuple[int | None, ...]
 
 
-def of(array: Any) -> NamedSharding | None:
+def concrete(array: Leaf) -> NamedSharding | None:
     """Return the sharding of a concrete array or of the shape of one, None where it has none.
 
     A quantized weight is where its codes are, also for the functions below.
@@ -33,7 +33,7 @@ def of(array: Any) -> NamedSharding | None:
     return found if known else None
 
 
-def explicit(array: Any) -> NamedSharding | None:
+def explicit(array: Leaf) -> NamedSharding | None:
     """Return the sharding in the type of an array on an Explicit mesh, else None."""
     array = stand_in(array)
     if not isinstance(array, jax.Array):
@@ -61,7 +61,7 @@ def along(sharding: NamedSharding, axes: Axes) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*parts))
 
 
-def shards(sharding: NamedSharding, entry: Any) -> int:
+def shards(sharding: NamedSharding, entry: object) -> int:
     """Return over how many parts an entry of a spec divides its dimension."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return 1
@@ -69,14 +69,14 @@ def shards(sharding: NamedSharding, entry: Any) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
-def even_axes(base: Any, shapes: Any) -> Any:
+def even_axes(base: Leaf, shapes: PyTree) -> PyTree:
     """Return for each array of a tree its axes along which it can be cut as a base is.
 
     Args:
         base: the weight, an array.
         shapes: the tree, of arrays or shapes that have the axes of the base, in other sizes.
     """
-    known = explicit(base) or of(base)
+    known = explicit(base) or concrete(base)
 
     def axes(array):
         spec = dict(enumerate(known.spec if known else ()))
@@ -94,7 +94,7 @@ def default() -> jax.sharding.Sharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def replicated(array: Any) -> NamedSharding | None:
+def replicated(array: Leaf) -> NamedSharding | None:
     """Return the sharding that puts a small result from an array on all of its devices."""
-    found = of(array)
+    found = concrete(array)
     return None if found is None else NamedSharding(found.mesh, PartitionSpec())

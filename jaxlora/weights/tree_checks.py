@@ -9,20 +9,21 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxlora.messages.checks import shown
+from jaxlora.types import Leaf, Leaves, PyTree
 from jaxlora.weights import modules, paths
 from jaxlora.weights.adapters import Trained
 from jaxlora.weights.nodes import Node
 from jaxlora.weights.quantized import QuantizedWeight
 
 
-def check_tree(params: Any, order: str, name: str = "params") -> dict[str, Any]:
+def check_tree(params: PyTree, order: str, name: str = "params") -> Leaves:
     """Return the leaves of a tree of weights by path, or raise if it has none."""
     leaves, _ = paths.flatten(params)
     check_leaves(leaves, params, order, name)
     return leaves
 
 
-def check_leaves(leaves: dict[str, Any], params: Any, order: str, name: str = "params") -> None:
+def check_leaves(leaves: Leaves, params: PyTree, order: str, name: str = "params") -> None:
     """Raise if these, the leaves of a tree, are no weights."""
     if not leaves:
         raise ValueError(
@@ -41,7 +42,7 @@ def check_leaves(leaves: dict[str, Any], params: Any, order: str, name: str = "p
         )
 
 
-def flatten_adapted(params: Any, instead: str, bound: str) -> tuple[dict[str, Any], Any]:
+def flatten_adapted(params: PyTree, instead: str, bound: str) -> tuple[Leaves, PyTree]:
     """Return the leaves by path and the treedef of a tree with adapted weights, or raise.
 
     Args:
@@ -91,7 +92,7 @@ def check_matrices(arrays: Any, name: str, source: str = "jaxlora.calibration.mo
             raise ValueError(f"{needed}: got {shown(array)} for {target!r}")
 
 
-def check_untraced(call: str, tree: Any) -> None:
+def check_untraced(call: str, tree: PyTree) -> None:
     """Raise if a function that needs values is called where JAX only traces."""
     if any(isinstance(x, Tracer) for x in (*jax.tree.leaves(tree), jnp.zeros(()))):
         raise TypeError(
@@ -101,7 +102,7 @@ def check_untraced(call: str, tree: Any) -> None:
         )
 
 
-def is_weight(leaf: Any) -> bool:
+def is_weight(leaf: Leaf) -> bool:
     """Tell whether a leaf is an array, the shape of one, or a node that stands for one."""
     if isinstance(leaf, np.ndarray):
         return leaf.dtype.kind not in "OSU"
@@ -110,7 +111,7 @@ def is_weight(leaf: Any) -> bool:
     return isinstance(leaf, Node | QuantizedWeight)
 
 
-def check_plain(leaves: dict[str, Any], name: str, *, with_values: bool = False) -> None:
+def check_plain(leaves: Leaves, name: str, *, with_values: bool = False) -> None:
     """Raise if a leaf is adapted or trained; with values, also if it is the shape of an array."""
     for path, leaf in leaves.items():
         if paths.is_trained(leaf):

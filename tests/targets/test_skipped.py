@@ -16,6 +16,7 @@ from flax import nnx
 from flax.linen import fp8_ops
 
 import jaxlora
+from jaxlora.reports import Kind
 from jaxlora.targets.patterns import ends_in
 
 pytestmark = pytest.mark.once
@@ -243,9 +244,9 @@ def test_all_linear_may_stand_beside_names():
 
 def test_entries_picked_from_a_stack_are_no_lookup():
     roles = jaxlora.weights.Roles((0,), (1,), (2,))
-    picked = jaxlora.reports.Use("w", "gather", "", "looked up", in_=frozenset({0}))
+    picked = jaxlora.reports.Use("w", "gather", "", Kind.LOOKED_UP, in_=frozenset({0}))
     product = jaxlora.reports.Use(
-        "w", "dot_general", "", "contracted", frozenset({0}), frozenset({1})
+        "w", "dot_general", "", Kind.CONTRACTED, frozenset({0}), frozenset({1})
     )
     experts = jaxlora.targets.Site("w", (2, 4, 4), jnp.float32, roles, (picked, product))
     assert not experts.is_looked_up

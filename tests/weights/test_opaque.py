@@ -75,7 +75,7 @@ USES = [
 @pytest.mark.parametrize("use", USES)
 def test_node_in_the_place_of_an_array_is_refused(use, kind):
     node, hint = NODES[kind]
-    with pytest.raises(TypeError, match=f"a {kind} is no array: .*{hint}"):
+    with pytest.raises(TypeError, match=f"the {kind} is no array: .*{hint}"):
         use(node)
 
 

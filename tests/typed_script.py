@@ -1,0 +1,162 @@
+# pyright: strict, reportMissingTypeStubs=false
+"""A user's script that calls every public function, as a type checker sees it in strict mode.
+
+Its values are looked at in test_public_names.py.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxlora
+from jaxlora import algebra, calibration, initializers, optim
+from jaxlora.formats import peft
+
+X = jax.random.normal(jax.random.key(9), (5, 8))
+Params = dict[str, jax.Array]
+grad: Callable[..., Callable[..., Any]] = jax.grad  # pyright: ignore  of unknown types itself
+
+
+def model(params: Params, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+def loss(params: Params, x: jax.Array) -> jax.Array:
+    return jnp.mean(model(params, x) ** 2)
+
+
+def weights(seed: int) -> Params:
+    up, down = jax.random.split(jax.random.key(seed))
+    return {"up": jax.random.normal(up, (8, 6)), "down": jax.random.normal(down, (6, 8))}
+
+
+def trained(seed: int) -> tuple[Any, Any]:
+    """Adapt and train: sites, targets, a step in each of two ways."""
+    params = weights(0)
+    sites = jaxlora.find_sites(model, params, X)
+    ranks: dict[str, int] = {site.path: min(2, site.max_rank) for site in sites}
+    config = jaxlora.LoRAConfig(rank=2, alpha=4.0, rank_pattern=ranks, initializer="kaiming")
+    adapted = jaxlora.init(jax.random.key(seed), model, params, X, config=config)
+    base, adapters = jaxlora.split(adapted)
+
+    def of_adapters(adapters: Any) -> jax.Array:
+        tree = jaxlora.dropout(jaxlora.bind(base, adapters), jax.random.key(1), 0.1)
+        return jaxlora.lora(loss)(tree, X)
+
+    steps = (optim.scale_rates(b=4.0), optim.decay_factors(a=0.1), optim.precondition(damping=1.0))
+    tx = optax.chain(*steps, optax.sgd(0.1))
+    updates, _ = tx.update(grad(of_adapters)(adapters), tx.init(adapters), adapters)
+    adapters: Any = optax.apply_updates(adapters, updates)
+
+    frozen = optim.freeze(optax.sgd(0.1)) if seed else jaxlora.freeze(optax.sgd(0.1), train="b")
+    tree = jaxlora.bind(base, adapters)
+    grads = grad(jaxlora.lora(loss), allow_int=True)(tree, X)
+    updates, _ = frozen.update(grads, frozen.init(tree), tree)
+    return base, jaxlora.split(optax.apply_updates(tree, updates))[1]
+
+
+def summed() -> dict[str, float]:
+    """Call the algebra of adapters."""
+    base, one = trained(0)
+    key, two = jax.random.key(2), trained(1)[1]
+    methods: list[algebra.Method] = [
+        algebra.Concatenation(),
+        algebra.Linear(),
+        algebra.MagnitudePruning(0.5),
+        algebra.Ties(density=0.5, majority="frequency"),
+        algebra.DareLinear(0.5, key),
+        algebra.DareTies(0.5, key, "total"),
+        algebra.Svd(algebra.Ties(0.5), rank=2),
+    ]
+    sums = [algebra.combine([one, two], [0.5, 0.5], method) for method in methods]
+    sums.append(peft.combine([one, two], [0.5, 0.5], "ties_svd", svd_rank=2, density=0.5))
+    wide = algebra.pad(algebra.scale(algebra.add(one, two), 0.5), 8)
+    tree = jaxlora.bind(base, algebra.truncate(wide, 4))
+    change = algebra.delta(tree, "up")
+    found: algebra.Extracted = algebra.extract(base, jaxlora.merge(tree), 4)
+    return {
+        "difference": float(jnp.abs(change - algebra.delta(jaxlora.bind(base, wide), "up")).max()),
+        "energy": min(found.energy.values()),
+        "sets": float(len(sums)),
+    }
+
+
+def started() -> dict[str, float]:
+    """Start from weights, data and quantized weights."""
+    params, key, config = weights(3), jax.random.key(4), jaxlora.LoRAConfig(rank=2)
+    moments = calibration.moments(model, params, [(X,)], config=config)
+    gradients = calibration.gradients(loss, params, [(X,)], config=config)
+    ranks = initializers.eva_ranks(moments, 2)
+    starts: list[initializers.FromWeight] = [
+        initializers.pissa(4),
+        initializers.eva(moments),
+        initializers.corda(moments, keep=True),
+        initializers.lora_ga(gradients),
+    ]
+    for start in starts:
+        made = jaxlora.LoRAConfig(rank=2, initializer=start)
+        jaxlora.init(key, model, params, X, config=made)
+    for draw in (
+        initializers.uniform,
+        initializers.normal,
+        initializers.kaiming,
+        initializers.orthogonal,
+    ):
+        assert draw(key, (8, 2), jnp.float32).shape == (8, 2)
+    pissa = jaxlora.LoRAConfig(rank=2, initializer="pissa")
+    adapted = jaxlora.init(key, model, params, X, config=pissa)
+    _, adapters = jaxlora.split(adapted)
+    plain = algebra.rebase(adapters, adapters, base=params)
+
+    how = jaxlora.QuantizationConfig("int8", block_size=4)
+    quantized = jaxlora.quantize(model, params, X, config=how)
+    loftq = jaxlora.LoRAConfig(rank=2, initializer=initializers.loftq(params))
+    nearer = jaxlora.merge(jaxlora.init(key, model, quantized, X, config=loftq))
+    error = jaxlora.dequantize(quantized)["up"] - params["up"]
+    return {
+        "ranks": float(sum(ranks.values())),
+        "rebased": float(plain["up"].rank),
+        "quantized": float(jnp.abs(error).mean()),
+        "loftq": float(jnp.abs(nearer["up"] - params["up"]).mean()),
+    }
+
+
+def stored(folder: pathlib.Path) -> dict[str, float]:
+    """Report, save, load, merge and take out again."""
+    base, adapters = trained(0)
+    tree = jaxlora.bind(base, adapters)
+    summary: jaxlora.reports.Summary = jaxlora.summary(tree)
+    report: jaxlora.reports.Report = jaxlora.explain(model, tree, X)
+    kinds = {use.kind for uses in report.uses.values() for use in uses}
+    jaxlora.save_adapters(folder / "adapters", adapters)
+    jaxlora.save_merged(folder / "merged", tree)
+    loaded = jaxlora.load_adapters(folder / "adapters", base=base)
+    merged = jaxlora.merge(jaxlora.bind(base, loaded))
+    back = jaxlora.unmerge(merged, loaded)
+    errors: dict[str, jax.Array] = jaxlora.merge_error(tree)
+    marked: list[bool] = jax.tree.leaves(jaxlora.mask(tree))
+    named: list[str] = jax.tree.leaves(jaxlora.labels(tree))
+    return {
+        "trainable": float(summary.trainable),
+        "extra": float(report.cost.flops),
+        "kinds": float(len(kinds)),
+        "back": float(jnp.abs(back["up"] - base["up"]).max()),
+        "error": max(float(error) for error in errors.values()),
+        "marked": float(sum(marked)),
+        "named": float(named.count("trained")),
+    }
+
+
+def module() -> dict[str, float]:
+    """Adapt an NNX module, and merge it."""
+    linear = flax.nnx.Linear(8, 6, rngs=flax.nnx.Rngs(0))
+    config = jaxlora.LoRAConfig(rank=2)
+    adapted = jaxlora.nnx.adapt(jax.random.key(5), linear, X, config=config)
+    same = jaxlora.nnx.Adapted(linear, adapted.adapters())
+    merged: flax.nnx.Linear = jaxlora.nnx.merge(same)
+    return {"module": float(jnp.abs(merged(X) - linear(X)).max())}
