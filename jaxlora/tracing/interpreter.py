@@ -14,7 +14,7 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Literal, Unpack
+from typing import Unpack
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat, cost, dataflow, sharing
 from jaxlora.tracing.jaxprs.compat import Var
+from jaxlora.tracing.options import Options
 from jaxlora.tracing.recorder import Facts, Kind, Recorder
 from jaxlora.tracing.types import Base, Eqn, Jaxpr, Value, Values
 from jaxlora.tracing.values import deferred
@@ -30,30 +31,11 @@ from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.weight import Weight, base_of
 from jaxlora.weights.adapters import merge_dtype
 
-Form = Literal["auto", "factored", "weight-side"]
 WarningKey = str | tuple[str, type[Warning], int]  # of `warnings`
 
 
 class MaterializationWarning(UserWarning):
     """An adapted weight was made dense, because an operation has no low-rank rule."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How programs are evaluated.
-
-    Attributes:
-        strict: raise where a weight would be materialized.
-        form: form of the products, see `jaxlora.tracing.products.forms`.
-        observes: products tell of their inputs and have no low-rank term, see
-            `jaxlora.tracing.transform.observe`.
-        is_linear: the program is a derivative, to be transposed, and so nothing in it is named.
-    """
-
-    strict: bool = False
-    form: Form = "auto"
-    observes: bool = False
-    is_linear: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +50,7 @@ class Evaluator:
             compiled once; it goes when the program goes.
     """
 
-    options: Options = Options()
+    options: Options = dataclasses.field(default_factory=Options)
     recorder: Recorder | None = None
     warned: dict[WarningKey, int] = dataclasses.field(default_factory=dict)
     compiled: weakref.WeakKeyDictionary[Jaxpr, Callable[..., Values]] = dataclasses.field(

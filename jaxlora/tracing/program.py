@@ -6,7 +6,6 @@ handed to the function as it is, and so is every other leaf of what it returns.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from jaxlora.tracing import boundary
 from jaxlora.tracing.interpreter import Evaluator
 from jaxlora.tracing.types import Jaxpr, Value
+from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import paths
 from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
@@ -38,25 +38,25 @@ class Program:
     """
 
     jaxpr: Jaxpr
-    inputs: list[Any]
+    inputs: list[Leaf]
     paths: list[str]
-    rebuild: Callable[[Sequence[object]], Any]
+    rebuild: Callable[[Sequence[object]], PyTree]
 
-    def evaluated(self, evaluator: Evaluator, inputs: Sequence[Any]) -> list[Value]:
+    def evaluated(self, evaluator: Evaluator, inputs: Sequence[Leaf]) -> list[Value]:
         """Return the outputs for some inputs, in which adapted weights are low-rank."""
         pairs = zip(self.paths, inputs, strict=True)
         entered = [boundary.enter(evaluator, p, x) if is_weight(x) else x for p, x in pairs]
         return [*map(evaluator.left, evaluator.run(self.jaxpr, *entered))]
 
 
-def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Program:
+def trace(fn: Function, args: tuple, kwargs: dict[str, PyTree]) -> Program:
     """Trace a function once, with the base in the place of each adapted weight."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_weight)
     traced = [i for i, (_, leaf) in enumerate(leaves) if is_array(leaf) or is_weight(leaf)]
     inputs = [leaves[i][1] for i in traced]
     every = paths.names([keys for keys, _ in leaves], skip=2)  # args or kwargs, and which
     names = [every[i] for i in traced]
-    result: dict[str, Any] = {}
+    result: dict[str, PyTree] = {}
 
     def flat(*arrays):
         values = [leaf for _, leaf in leaves]
@@ -78,7 +78,7 @@ def trace(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Progra
     return Program(jaxpr, inputs, names, rebuild)
 
 
-def with_trained(tree: Any) -> Any:
+def with_trained(tree: PyTree) -> PyTree:
     """Return a tree with what each leaf that is trained whole or by rows is now in its place."""
 
     def is_whole(leaf):

@@ -2,22 +2,23 @@
 
 import functools
 import typing
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 
 from jaxlora.messages import checks
 from jaxlora.tracing import boundary
 from jaxlora.tracing import rules as rules  # which registers them
-from jaxlora.tracing.interpreter import Evaluator, Form, Options
+from jaxlora.tracing.interpreter import Evaluator
+from jaxlora.tracing.options import Form, Options
 from jaxlora.tracing.program import is_weight, trace, with_trained
 from jaxlora.tracing.types import Value
 from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.lowrank import LowRank
 from jaxlora.tracing.values.weight import Weight
+from jaxlora.types import Function
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Function)
 
 
 def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:

@@ -30,7 +30,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxlora.tracing.interpreter import Evaluation, Form
+from jaxlora.tracing.interpreter import Evaluation
+from jaxlora.tracing.options import Form
 from jaxlora.tracing.products.term import Term
 from jaxlora.tracing.types import Base
 from jaxlora.tracing.values import axes, placement

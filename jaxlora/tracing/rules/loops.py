@@ -5,7 +5,6 @@ gives back in another form than it took is made dense before the loop.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import LowRank
 from jaxlora.tracing.values.weight import Weight, base_of
+from jaxlora.types import PyTree
 
 
 @rule("scan", passes=True, times=lambda eqn: eqn.params["length"])
@@ -124,7 +124,7 @@ def _scanned(x: Value) -> Base | dict[str, Base]:
     return {"base": x.base} | {n: part for n, part in arrays if label and label <= x.carries[n]}
 
 
-def _entry(x: Value, part: Any) -> Value:
+def _entry(x: Value, part: PyTree) -> Value:
     """Return one entry of a scanned value."""
     if isinstance(x, Weight):
         return x.entry().replace(**{**part, "base": _entry(x.base, part["base"])})

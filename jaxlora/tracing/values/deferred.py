@@ -8,7 +8,6 @@ reads it makes it for itself alone: in a derivative it is made again and not kep
 import dataclasses
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.jaxprs.compat import Eqn
 from jaxlora.tracing.values.slicing import Change
+from jaxlora.types import PyTree
 from jaxlora.weights.quantized import QuantizedWeight, dequantized
 
 _meta = MappingProxyType({"static": True})
@@ -43,8 +43,8 @@ class Deferred:
         is_cut: whether something was done to what it is made of.
     """
 
-    parts: Any
-    make: Callable[[Any], jax.Array] = dataclasses.field(metadata=_meta)
+    parts: PyTree
+    make: Callable[[PyTree], jax.Array] = dataclasses.field(metadata=_meta)
     order: tuple[int, ...] = dataclasses.field(metadata=_meta)
     dtypes: tuple[np.dtype, ...] = dataclasses.field(metadata=_meta)
     made: jax.ShapeDtypeStruct | None = dataclasses.field(default=None, metadata=_meta)
@@ -54,7 +54,7 @@ class Deferred:
     def from_quantized(cls, weight: QuantizedWeight) -> "Deferred":
         """Return the array of a quantized weight; it gets no gradient."""
         parts = jax.tree.map(lax.stop_gradient, weight)
-        return cls(parts, dequantized, tuple(range(weight.ndim)), (weight.dtype,))
+        return cls(parts, dequantized, tuple(range(weight.ndim)), (jnp.dtype(weight.dtype),))
 
     @property
     def shape(self) -> tuple[int, ...]:

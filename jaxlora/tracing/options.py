@@ -1,0 +1,24 @@
+"""How programs are evaluated."""
+
+import dataclasses
+from typing import Literal
+
+Form = Literal["auto", "factored", "weight-side"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How programs are evaluated.
+
+    Attributes:
+        strict: raise where a weight would be materialized.
+        form: form of the products, see `jaxlora.tracing.products.forms`.
+        observes: products tell of their inputs and have no low-rank term, see
+            `jaxlora.tracing.transform.observe`.
+        is_linear: the program is a derivative, to be transposed, and so nothing in it is named.
+    """
+
+    strict: bool = False
+    form: Form = "auto"
+    observes: bool = False
+    is_linear: bool = False
