@@ -168,7 +168,7 @@ def find_sites(fn: Function, params: PyTree, /, *args: Any, **kwargs: Any) -> Si
         for i, path in enumerate(fit):
             if path not in unfit:
                 values[i] = Probe.enter(path, values[i])
-        outs = [*map(evaluator.left, evaluator.run(program.jaxpr, *values))]
+        outs = [*map(evaluator.leave, evaluator.run(program.jaxpr, *values))]
         returned.update(*(out.origin.paths for out in outs if isinstance(out, Probe)))
         return outs
 

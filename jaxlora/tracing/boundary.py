@@ -81,7 +81,7 @@ def leave(weight: LowRank) -> LoRAWeight | None:
         shape=tuple(shape),
     )
     return LoRAWeight(
-        deferred.left(weight.base),
+        deferred.leave(weight.base),
         (term,),
         dropout_keys=None if keys is None else _to_role_order(keys, roles.stack, shape),
         dropout_rate=origin.dropout_rate,

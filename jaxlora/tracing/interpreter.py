@@ -106,12 +106,12 @@ class Evaluator:
         elif self.recorder is not None:
             self.recorder.record(eqn, where, value, Kind.MATERIALIZED, reason=reason)
         if not is_rows:
-            self.complain(where, value, reason)
+            self.warn(where, value, reason)
             dtype = merge_dtype(dtype)
         with self.scope(value):
             return value.dense(dtype)
 
-    def left(self, out: Value, reason: str = "") -> Value:
+    def leave(self, out: Value, reason: str = "") -> Value:
         """Return what leaves a program, an array for rows, and for a weight if there is a reason.
 
         Args:
@@ -129,7 +129,7 @@ class Evaluator:
         paths = tuple(path for weight in weights for path in weight.origin.paths)
         return jax.named_scope(cost.scope(self.recorder.number(paths)))
 
-    def complain(self, where: tuple[str, str], weight: Weight, reason: str) -> None:
+    def warn(self, where: tuple[str, str], weight: Weight, reason: str) -> None:
         """Warn that a weight is made dense, once for each line, or raise if that is asked for."""
         if self.recorder is not None:
             return
@@ -273,7 +273,7 @@ class Evaluation:
         """Return a value that is not deferred; say so, for it will be kept as it is made here."""
         if isinstance(value, Weight) and isinstance(value.base, Deferred):
             reason = "it is dequantized for a function with its own derivative"
-            self.evaluator.complain(self.where(eqn), value, reason)
+            self.evaluator.warn(self.where(eqn), value, reason)
             return value.replace(base=deferred.now(value.base))
         return value
 

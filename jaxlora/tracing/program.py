@@ -46,7 +46,7 @@ class Program:
         """Return the outputs for some inputs, in which adapted weights are low-rank."""
         pairs = zip(self.paths, inputs, strict=True)
         entered = [boundary.enter(evaluator, p, x) if is_weight(x) else x for p, x in pairs]
-        return [*map(evaluator.left, evaluator.run(self.jaxpr, *entered))]
+        return [*map(evaluator.leave, evaluator.run(self.jaxpr, *entered))]
 
 
 def trace(fn: Function, args: tuple, kwargs: dict[str, PyTree]) -> Program:

@@ -1,4 +1,4 @@
-"""What is written down while a program is evaluated: each operation that consumes a weight."""
+"""What is recorded while a program is evaluated: each operation that consumes a weight."""
 
 import dataclasses
 import enum

@@ -91,6 +91,6 @@ def _low_rank(fn: F, options: Options) -> F:
 def _left(evaluator: Evaluator, out: Value) -> object:
     """Return an output as the caller gets it: an array, or the node of a weight passed through."""
     if not isinstance(out, Weight):
-        return deferred.left(out)
+        return deferred.leave(out)
     node = boundary.leave(out) if isinstance(out, LowRank) else None
-    return evaluator.left(out, "it leaves the function") if node is None else node
+    return evaluator.leave(out, "it leaves the function") if node is None else node

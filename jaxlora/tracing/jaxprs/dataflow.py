@@ -13,8 +13,8 @@ def values(program: Jaxpr) -> dict[Atom, Atom]:
     gradient stand for two.
 
     Returns:
-        By variable the first that is computed in the same way, but for selecting between one and
-        the same.
+        By variable the first that is computed in the same way; a selection between one variable
+        and itself counts as that variable.
     """
     if all(eqn.primitive.name != "select_n" for eqn in program.eqns):
         return {}

@@ -20,7 +20,7 @@ save on, and the form is factored.
 
 A third form, ``[x | x a] [W; b]``, is not here: its forward pass copies x and W, 2·N·d + 2·d·k
 elements in the place of the 2·N·k that adding the term to y moves, so where weight-side is exact it
-always moves more than that, and its backward pass has to be parted again for W to have no gradient.
+always moves more than that, and its backward pass has to be split again for W to have no gradient.
 """
 
 import math

@@ -21,7 +21,7 @@ from jaxlora.tracing.recorder import Facts, Kind
 from jaxlora.tracing.registry import rule
 from jaxlora.tracing.types import Eqn, Operand, Values
 from jaxlora.tracing.values import axes, deferred
-from jaxlora.tracing.values.chain import told
+from jaxlora.tracing.values.chain import send_back
 from jaxlora.tracing.values.lowrank import CARRIES, LowRank
 from jaxlora.tracing.values.probe import Probe
 from jaxlora.tracing.values.weight import Weight
@@ -167,7 +167,7 @@ def _observed(
     wide = merge_dtype(x.dtype)
     weight = weight.replace(base=weight.base.astype(wide))
     term = dataclasses.replace(term, dtype=wide, precision=lax.Precision.HIGHEST)
-    return told(y, *term.narrow(run, x.astype(wide), [weight]))
+    return send_back(y, *term.narrow(run, x.astype(wide), [weight]))
 
 
 def _ragged_flops(eqn: Eqn) -> int:

@@ -15,7 +15,7 @@ from jax import dtypes, lax
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.registry import rule
-from jaxlora.tracing.rules.loops import kind
+from jaxlora.tracing.rules.loops import signature
 from jaxlora.tracing.rules.meshes import constrained
 from jaxlora.tracing.types import Eqn, Value, Values
 from jaxlora.tracing.values import deferred
@@ -134,8 +134,8 @@ def cond(run: Evaluation, eqn: Eqn, index: Value, *operands: Value) -> Values:
         lambda *operands, jaxpr=jaxpr: run.inner(eqn, jaxpr, *operands)
         for jaxpr in eqn.params["branches"]
     ]
-    kinds = [[kind(out) for out in jax.eval_shape(f, *operands)] for f in branches]
-    agree = [len(set(of_output)) == 1 for of_output in zip(*kinds, strict=True)]
+    outs = [jax.eval_shape(branch, *operands) for branch in branches]
+    agree = [len({*map(signature, same)}) == 1 for same in zip(*outs, strict=True)]
 
     def agreeing(branch):
         def agreed(*operands):

@@ -68,11 +68,11 @@ def _joined(run: Evaluation, eqn: Eqn, values: Values, parts: Values, axis: int 
         return run.without_rule(eqn, values, reason)
     base = deferred.bind(eqn, [base_of(value) for value in values])
     if probes:
-        return [_joined_probes(_with_books(probes, base), probes, axis)]
-    return [_joined_weights(_with_books(weights, base), parts, axis)]
+        return [_joined_probes(_with_bookkeeping(probes, base), probes, axis)]
+    return [_joined_weights(_with_bookkeeping(weights, base), parts, axis)]
 
 
-def _with_books(weights: Sequence[W], base: Base) -> W:
+def _with_bookkeeping(weights: Sequence[W], base: Base) -> W:
     """Return the first of some weights with another base, and what is known of all."""
     paths = dict.fromkeys(path for weight in weights for path in weight.origin.paths)
     rate = weights[0].origin.dropout_rate

@@ -132,7 +132,7 @@ def _entry(x: Value, part: PyTree) -> Value:
 
 
 def _stacked(y: Value, xs: Values, length: int) -> Value:
-    """Return a value that left a scan with the new first dimension on its books."""
+    """Return a value that left a scan with the new first dimension in its bookkeeping."""
     if isinstance(y, Deferred):
         return y.stacked()
     if not isinstance(y, Weight):
@@ -167,7 +167,7 @@ def _settled(
     while any(map(_is_carried, carry)):
         outs = jax.eval_shape(step, carry, *xs)
         changed = [
-            _is_carried(value) and kind(value) != kind(out)
+            _is_carried(value) and signature(value) != signature(out)
             for value, out in zip(carry, outs, strict=True)
         ]
         if not any(changed):
@@ -178,7 +178,7 @@ def _settled(
     return carry
 
 
-def kind(value: Value) -> Hashable:
+def signature(value: Value) -> Hashable:
     """Return what two values must share to stand in one place of a carry or an output."""
     leaves, treedef = jax.tree.flatten(value)
     return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)

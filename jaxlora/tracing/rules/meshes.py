@@ -114,7 +114,7 @@ def vary(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
 
 @rule("ppermute")
 def permute(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
-    """Send each factor where the base goes, but for one that is the same everywhere."""
+    """Send each factor where the base goes, except one that is the same everywhere."""
     mesh_axes = set(eqn.params["axis_name"])
     is_known = mesh_axes & compat.varying(weight.base)  # else nothing says what varies
 
@@ -156,7 +156,7 @@ def shard_map(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
 
     def body(*parts):
         shards = [value.shard(part) for value, part in zip(entered, parts, strict=True)]
-        outs = [*map(run.evaluator.left, run.inner(eqn, params["jaxpr"], *shards))]
+        outs = [*map(run.evaluator.leave, run.inner(eqn, params["jaxpr"], *shards))]
         left[:] = [_Sharded.leave(*pair) for pair in zip(outs, out_shardings, strict=True)]
         return [value.parts for value in left]
 

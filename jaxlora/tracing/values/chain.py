@@ -136,8 +136,9 @@ def scaled_along(
 def _rows(factor: jax.Array) -> jax.Array:
     """Return a factor with its rank axis first.
 
-    So its gradient is a product of shape (rank, in), which the CPU computes faster than (in, rank);
-    without the barrier, which the gradient alone meets, the compiler makes the one of the other.
+    So its gradient is a product of shape (rank, in), which the CPU computes faster than (in, rank).
+    The barrier stands in the gradient alone: without it the compiler would compute (in, rank), and
+    transpose.
     """
     return jnp.moveaxis(factor, -1, 0)
 
@@ -152,8 +153,8 @@ def _rows_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
 
 
 @jax.custom_vjp
-def told(y: jax.Array, h: jax.Array) -> jax.Array:
-    """Return y; backwards, give h the cotangent h, whatever that of y is.
+def send_back(y: jax.Array, h: jax.Array) -> jax.Array:
+    """Identity on y whose VJP sends h itself as h's cotangent.
 
     With ``h = x a`` the gradient of ``a`` is then that of ``|x a|² / 2``, which is ``(x^T x) a``.
     """
@@ -161,7 +162,7 @@ def told(y: jax.Array, h: jax.Array) -> jax.Array:
     return y
 
 
-told.defvjp(lambda y, h: (y, h), lambda h, cotangent: (cotangent, h))
+send_back.defvjp(lambda y, h: (y, h), lambda h, cotangent: (cotangent, h))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +212,7 @@ def narrow(
 
     Args:
         x: the input, which is read once.
-        firsts: factors whose axes have the same names and, but for the last, the rank, sizes.
+        firsts: factors whose axes have the same names and sizes, except for the last, the rank.
         names: names of the axes of x, of each factor and of each result.
         scales: of each factor.
         how: how it is computed.

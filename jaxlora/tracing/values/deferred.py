@@ -106,7 +106,7 @@ class Deferred:
     def on_parts(
         self, change: Callable[[jax.Array], jax.Array], order: tuple[int, ...]
     ) -> "Deferred":
-        """Return this made of other arrays, aligned as before but for the order of dimensions."""
+        """Return this made of other arrays, aligned as before, its dimensions in another order."""
         parts = jax.tree.map(change, self.parts)
         return dataclasses.replace(self, parts=parts, order=order, is_cut=True)
 
@@ -126,7 +126,7 @@ def now(x: Base) -> jax.Array:
     return array
 
 
-def left(x: Base) -> jax.Array | QuantizedWeight:
+def leave(x: Base) -> jax.Array | QuantizedWeight:
     """Return what leaves a program: the weight, quantized if nothing was done to it."""
     if isinstance(x, Deferred) and x.is_aligned and not x.is_cut:
         is_same = x.order == tuple(range(x.ndim)) and len(x.dtypes) == 1
@@ -154,7 +154,7 @@ def lazily(function: Callable[..., jax.Array], *values: Base) -> Base:
 
 
 def read(function: Callable[..., list[jax.Array]], *values: Base) -> list[jax.Array]:
-    """Return ``function(*values)``, with what is deferred made for it, and again to derive it."""
+    """Return ``function(*values)``, with what is deferred made for it and for its derivative."""
     return jax.checkpoint(lambda *values: function(*map(now, values)))(*values)
 
 

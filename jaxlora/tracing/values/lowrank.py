@@ -94,7 +94,7 @@ class LowRank(Weight):
         return Role.STACK
 
     def entry(self) -> "LowRank":
-        """Return the books of an entry, as one that was picked out."""
+        """Return the bookkeeping of an entry, as one that was picked out."""
         label = self.labels(0) - {axes.REPEATED}
         return self.replace(dims=self.dims[1:], indexed=self.indexed | label)
 

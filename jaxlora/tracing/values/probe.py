@@ -64,7 +64,7 @@ class Probe(Weight):
         return frozenset().union(*labels)
 
     def entry(self) -> "Probe":
-        """Return the books of an entry, which make the axis a stack."""
+        """Return the bookkeeping of an entry, which make the axis a stack."""
         return self.scanned_over(self.labels(0)).replace(dims=self.dims[1:])
 
     def stacked(self, length: int, scanned: Sequence[Weight]) -> "Probe":

@@ -123,7 +123,7 @@ class Weight(abc.ABC):
 
     @abc.abstractmethod
     def entry(self: W) -> W:
-        """Return the books of one entry along the first dimension; its arrays are the loop's."""
+        """Return one entry along the first dimension, except its arrays, which are the loop's."""
 
     @abc.abstractmethod
     def stacked(self: W, length: int, scanned: Sequence["Weight"]) -> W:
