@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from cases import Case, normal
+from nodes import with_factors
 
 import jaxlora
 
@@ -258,7 +259,7 @@ def test_adapter_for_a_missing_leaf_is_refused():
 @pytest.mark.parametrize("where", ["base", "b"])
 def test_merge_that_is_not_finite_is_refused(bad, where):
     node = init()["block"]["query"]
-    node = dataclasses.replace(node, **{where: getattr(node, where).at[0, 0].set(bad)})
+    node = with_factors(node, **{where: getattr(node, where).at[0, 0].set(bad)})
     with pytest.raises(ValueError, match=rf"'w' is not finite: {where} hold NaN or inf"):
         jaxlora.merge({"w": node})
 
@@ -270,7 +271,7 @@ def test_merge_that_overflows_its_dtype_is_refused():
         (X,),
     )
     node = case.init(jax.random.key(0))["w"]
-    node = dataclasses.replace(node, a=jnp.full((8, 2), 100.0), b=jnp.full((2, 6), 100.0))
+    node = with_factors(node, a=jnp.full((8, 2), 100.0), b=jnp.full((2, 6), 100.0))
     with pytest.raises(ValueError, match="it overflows float16"):
         jaxlora.merge({"w": node})
 

@@ -4,7 +4,6 @@
 """
 
 import collections
-import dataclasses
 import os
 import sys
 import threading
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from cases import normal
 from jax import lax
+from nodes import with_factors
 
 import jaxlora
 
@@ -117,7 +117,7 @@ def test_call_that_failed_leaves_the_next_one_right():
     config = jaxlora.LoRAConfig(rank=4, targets=tuple("qkv"))
     params = jaxlora.init(jax.random.key(0), unrolled, PLAIN, X, config=config)
     node = params["q"]
-    params["q"] = dataclasses.replace(node, b=node.b + 0.1)
+    params["q"] = with_factors(node, b=node.b + 0.1)
     run = jaxlora.lora(fn, strict=True)
     wanted = run(params, X, False)
     with pytest.raises(ValueError, match="strict=True needs a low-rank rule"):

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax import P
 from jax.sharding import NamedSharding
+from nodes import with_factors
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
@@ -78,7 +79,7 @@ def trained(params):
     def fill(node):
         b = np.random.default_rng(1).standard_normal(node.b.shape).astype(np.float32)
         known = isinstance(node.b.sharding, NamedSharding)
-        return dataclasses.replace(node, b=jax.device_put(b, node.b.sharding if known else None))
+        return with_factors(node, b=jax.device_put(b, node.b.sharding if known else None))
 
     return jax.tree.map(fill, params, is_leaf=lambda x: isinstance(x, jaxlora.LoRAWeight))
 

@@ -1,7 +1,6 @@
 """Two processes of four devices each: every function on arrays that no process holds whole."""
 
 import contextlib
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from jax import P
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
+from nodes import with_factors
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
@@ -37,7 +37,7 @@ def trained(params):
     b = np.random.default_rng(1).standard_normal(node.b.shape).astype(np.float32)
     known = isinstance(node.b.sharding, NamedSharding)
     b = spread(b, node.b.sharding) if known else jax.numpy.asarray(b)
-    return {"dense": dataclasses.replace(node, b=b)}
+    return {"dense": with_factors(node, b=b)}
 
 
 def spread(array, sharding):
