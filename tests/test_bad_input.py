@@ -259,7 +259,8 @@ def test_adapter_for_a_missing_leaf_is_refused():
 @pytest.mark.parametrize("where", ["base", "b"])
 def test_merge_that_is_not_finite_is_refused(bad, where):
     node = init()["block"]["query"]
-    node = with_factors(node, **{where: getattr(node, where).at[0, 0].set(bad)})
+    change = dataclasses.replace if where == "base" else with_factors
+    node = change(node, **{where: getattr(node, where).at[0, 0].set(bad)})
     with pytest.raises(ValueError, match=rf"'w' is not finite: {where} hold NaN or inf"):
         jaxlora.merge({"w": node})
 
