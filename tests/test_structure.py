@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 from collections.abc import MutableMapping, MutableSequence, MutableSet
 from pathlib import Path
 
@@ -132,3 +133,8 @@ def test_no_file_is_long():
     lengths = {file: len(file.read_text().splitlines()) for file in SOURCES}
     long = {str(file): length for file, length in lengths.items() if length > 300}
     assert not long, long
+
+
+def test_few_types_are_any():
+    words = [word for file in FILES for word in re.findall(r"\bAny\b", file.read_text())]
+    assert len(words) <= 200
