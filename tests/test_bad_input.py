@@ -270,7 +270,8 @@ def test_merge_that_overflows_its_dtype_is_refused():
         (X,),
     )
     node = case.init(jax.random.key(0))["w"]
-    node = dataclasses.replace(node, a=jnp.full((8, 2), 100.0), b=jnp.full((2, 6), 100.0))
+    term = dataclasses.replace(node.term, a=jnp.full((8, 2), 100.0), b=jnp.full((2, 6), 100.0))
+    node = dataclasses.replace(node, terms=(term,))
     with pytest.raises(ValueError, match="it overflows float16"):
         jaxlora.merge({"w": node})
 

@@ -117,7 +117,8 @@ def test_call_that_failed_leaves_the_next_one_right():
     config = jaxlora.LoRAConfig(rank=4, targets=tuple("qkv"))
     params = jaxlora.init(jax.random.key(0), unrolled, PLAIN, X, config=config)
     node = params["q"]
-    params["q"] = dataclasses.replace(node, b=node.b + 0.1)
+    term = dataclasses.replace(node.term, b=node.b + 0.1)
+    params["q"] = dataclasses.replace(node, terms=(term,))
     run = jaxlora.lora(fn, strict=True)
     wanted = run(params, X, False)
     with pytest.raises(ValueError, match="strict=True needs a low-rank rule"):

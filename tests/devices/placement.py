@@ -78,7 +78,8 @@ def trained(params):
     def fill(node):
         b = np.random.default_rng(1).standard_normal(node.b.shape).astype(np.float32)
         known = isinstance(node.b.sharding, NamedSharding)
-        return dataclasses.replace(node, b=jax.device_put(b, node.b.sharding if known else None))
+        b = jax.device_put(b, node.b.sharding if known else None)
+        return dataclasses.replace(node, terms=(dataclasses.replace(node.term, b=b),))
 
     return jax.tree.map(fill, params, is_leaf=lambda x: isinstance(x, jaxlora.LoRAWeight))
 

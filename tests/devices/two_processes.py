@@ -37,7 +37,7 @@ def trained(params):
     b = np.random.default_rng(1).standard_normal(node.b.shape).astype(np.float32)
     known = isinstance(node.b.sharding, NamedSharding)
     b = spread(b, node.b.sharding) if known else jax.numpy.asarray(b)
-    return {"dense": dataclasses.replace(node, b=b)}
+    return {"dense": dataclasses.replace(node, terms=(dataclasses.replace(node.term, b=b),))}
 
 
 def spread(array, sharding):

@@ -61,7 +61,9 @@ def test_user_says_which_axes_are_a_stack(form, axes, shapes, key):
     config = jaxlora.LoRAConfig(rank=2, stack={"w": axes})
     params = jaxlora.init(key, program(form), {"w": W}, X, config=config)
     assert (params["w"].a.shape, params["w"].b.shape) == shapes
-    params["w"] = dataclasses.replace(params["w"], b=params["w"].b + 0.1)
+    term = params["w"].term
+    term = dataclasses.replace(term, b=term.b + 0.1)
+    params["w"] = dataclasses.replace(params["w"], terms=(term,))
     got = jaxlora.lora(program(form), strict=True)(params, X)
     assert_allclose(got, program(form)(jaxlora.merge(params), X), rtol=1e-4, atol=1e-4)
 
