@@ -198,9 +198,8 @@ class Evaluation:
         if len(arrays) == len(values):
             return compat.bind(eqn, arrays)
         known = registry.primitive(eqn)
-        if eqn.outvars and all(
-            0 in compat.shape(var) for var in eqn.outvars
-        ):  # nothing of a weight
+        sizes = [compat.size(var) for var in eqn.outvars]
+        if sizes and not any(sizes):  # nothing of a weight
             bases = [base_of(value) for value in values]
             return compat.bind(eqn, [*map(deferred.now, bases)])
         if not weights and known.deferred:

@@ -8,7 +8,7 @@ operation on one dimension of the weight is an operation on one axis of the fact
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -93,25 +93,25 @@ class LowRank(Weight):
         del labels
         return Role.STACK
 
-    def entry(self) -> "LowRank":
+    def entry(self) -> Self:
         """Return the bookkeeping of an entry, as one that was picked out."""
         label = self.labels(0) - {axes.REPEATED}
         return self.replace(dims=self.dims[1:], indexed=self.indexed | label)
 
-    def stacked(self, length: int, scanned: Sequence[Weight]) -> "LowRank":
+    def stacked(self, length: int, scanned: Sequence[Weight]) -> Self:
         """Return this with a first dimension that is a stack."""
         del scanned
         dims = (self.dim([(Role.STACK, length)]), *self.dims)
         stacked = self.replace(dims=dims)
         return stacked if length != 1 else stacked.reshaped(self.base, dims)
 
-    def negated(self) -> "LowRank":
+    def negated(self) -> Self:
         """Return this with ``b`` negated."""
         return self.replace(b=-self.b)
 
     def scaled_by(
         self, operation: Operation, vector: jax.Array, along: Sequence[int]
-    ) -> "LowRank | None":
+    ) -> Self | None:
         """Return this with a factor scaled that carries all of some dimensions."""
         for name in ("b", "a"):
             if self.labels(*along) <= CARRIES[name]:
@@ -120,7 +120,7 @@ class LowRank(Weight):
                 return self.replace(**{name: operation(factor, own)})
         return None
 
-    def unrepeated(self, along: Sequence[int]) -> "LowRank":
+    def unrepeated(self, along: Sequence[int]) -> Self:
         """Return this with factors for each entry along dimensions in which it repeats."""
         dims = enumerate(self.dims)
         is_repeated = [d in along and label is axes.REPEATED for d, dim in dims for label, _ in dim]

@@ -7,6 +7,7 @@ kept and in the batch tell the roles.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Self
 
 import jax
 from jax.typing import DTypeLike
@@ -28,7 +29,7 @@ class Probe(Weight):
     scanned: frozenset = dataclasses.field(default=frozenset(), metadata=STATIC)
 
     @classmethod
-    def enter(cls, path: str, leaf: jax.Array) -> "Probe":
+    def enter(cls, path: str, leaf: jax.Array) -> Self:
         """Return the probe of a leaf, each axis of which has a label of its own."""
         dims = tuple(((frozenset({(path, i)}), size),) for i, size in enumerate(leaf.shape))
         return cls(leaf, dims, Origin((path,), None, tuple(leaf.shape)))
@@ -63,11 +64,11 @@ class Probe(Weight):
         """Return the axes of all labels."""
         return frozenset().union(*labels)
 
-    def entry(self) -> "Probe":
+    def entry(self) -> Self:
         """Return the bookkeeping of an entry, which make the axis a stack."""
         return self.scanned_over(self.labels(0)).replace(dims=self.dims[1:])
 
-    def stacked(self, length: int, scanned: Sequence[Weight]) -> "Probe":
+    def stacked(self, length: int, scanned: Sequence[Weight]) -> Self:
         """Return this with the axis first again that a loop ran over."""
         source = [weight for weight in scanned if weight.origin == self.origin]
         label = source[0].labels(0) if source else frozenset()
@@ -83,6 +84,6 @@ class Probe(Weight):
         """Return what loops run over."""
         return self.scanned
 
-    def scanned_over(self, labels: frozenset) -> "Probe":
+    def scanned_over(self, labels: frozenset) -> Self:
         """Return this with axes that are a stack for sure."""
         return self.replace(scanned=self.scanned | labels)

@@ -11,7 +11,7 @@ import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -122,11 +122,11 @@ class Weight(abc.ABC):
         """Return the label of an axis that stands for axes of several."""
 
     @abc.abstractmethod
-    def entry(self: W) -> W:
+    def entry(self) -> Self:
         """Return one entry along the first dimension, except its arrays, which are the loop's."""
 
     @abc.abstractmethod
-    def stacked(self: W, length: int, scanned: Sequence["Weight"]) -> W:
+    def stacked(self, length: int, scanned: Sequence["Weight"]) -> Self:
         """Return the opposite of `entry`, for arrays that a loop has stacked.
 
         Args:
@@ -142,18 +142,18 @@ class Weight(abc.ABC):
         """Return the labels of axes that are a stack for sure, where nothing else tells."""
         return frozenset()
 
-    def scanned_over(self: W, labels: frozenset) -> W:
+    def scanned_over(self, labels: frozenset) -> Self:
         """Return this, having noted that a loop runs over axes of these labels."""
         del labels
         return self
 
-    def negated(self: W) -> W:
+    def negated(self) -> Self:
         """Return this with the low-rank part negated."""
         return self
 
     def scaled_by(
-        self: W, operation: Operation, vector: jax.Array, along: Sequence[int]
-    ) -> W | None:
+        self, operation: Operation, vector: jax.Array, along: Sequence[int]
+    ) -> Self | None:
         """Return this with the low-rank part scaled, or None where no factor can be.
 
         Args:
@@ -164,16 +164,16 @@ class Weight(abc.ABC):
         del operation, vector, along
         return self
 
-    def unrepeated(self: W, along: Sequence[int]) -> W:
+    def unrepeated(self, along: Sequence[int]) -> Self:
         """Return this with factors for each entry along dimensions in which it repeats."""
         del along
         return self
 
-    def replace(self: W, **changes: object) -> W:
+    def replace(self, **changes: object) -> Self:
         """Return this with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def reshaped(self: W, base: Base, dims: axes.Dims) -> W:
+    def reshaped(self, base: Base, dims: axes.Dims) -> Self:
         """Return this with the same pieces in the same order, split and joined as in dims."""
 
         def shape(factor, carries):
@@ -187,7 +187,7 @@ class Weight(abc.ABC):
 
         return self._map(shape, base=base, dims=dims)
 
-    def transposed(self: W, base: Base | jax.ShapeDtypeStruct, permutation: Sequence[int]) -> W:
+    def transposed(self, base: Base | jax.ShapeDtypeStruct, permutation: Sequence[int]) -> Self:
         """Return this with its dimensions in another order."""
 
         def transpose(factor, carries):
@@ -197,8 +197,8 @@ class Weight(abc.ABC):
         return self._map(transpose, base=base, dims=tuple(self.dims[d] for d in permutation))
 
     def along(
-        self: W, dim: int, apply: Change, *operands: jax.Array, base: Base | None = None
-    ) -> W:
+        self, dim: int, apply: Change, *operands: jax.Array, base: Base | None = None
+    ) -> Self:
         """Return this with ``apply(array, axis, *operands)`` done to the one piece of a dimension.
 
         Args:
@@ -250,8 +250,8 @@ class Weight(abc.ABC):
         return sum(label in carries for label, _ in axes.pieces(self.dims))
 
     def _map(
-        self: W, change: Callable[[jax.Array, frozenset[Role]], jax.Array], **fields: object
-    ) -> W:
+        self, change: Callable[[jax.Array, frozenset[Role]], jax.Array], **fields: object
+    ) -> Self:
         """Return this with ``change(array, carries)`` for each array, and fields replaced."""
         for name, array in self.arrays().items():
             fields[name] = change(array, self.carries[name])
