@@ -150,10 +150,9 @@ def _load(place: Place, target: Place, leaves: Leaves) -> Adapters:
     except ValueError as error:
         raise ValueError(f"the adapters at {target} are damaged: {error}") from error
     if problems := _differences(adapters, leaves):
-        listed = problems[:5]
-        if len(problems) > len(listed):
-            listed.append(f"and {len(problems) - len(listed)} more")
-        raise ValueError("\n  ".join([f"the adapters at {target} are for another base:", *listed]))
+        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+        listed = "\n  ".join([*problems[:5], *more])
+        raise ValueError(f"the adapters at {target} are for another base:\n  {listed}")
 
     def read():
         try:
