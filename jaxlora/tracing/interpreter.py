@@ -24,7 +24,7 @@ from jaxlora.tracing.jaxprs import compat, cost, dataflow, sharing
 from jaxlora.tracing.jaxprs.compat import Var
 from jaxlora.tracing.options import Options
 from jaxlora.tracing.recorder import Facts, Kind, Recorder
-from jaxlora.tracing.types import Base, Eqn, Jaxpr, Value, Values
+from jaxlora.tracing.types import Base, Eqn, Jaxpr, Traced, Value, Values
 from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.chain import CHECKPOINT_NAME
 from jaxlora.tracing.values.deferred import Deferred
@@ -53,11 +53,11 @@ class Evaluator:
     options: Options = dataclasses.field(default_factory=Options)
     recorder: Recorder | None = None
     warned: dict[WarningKey, int] = dataclasses.field(default_factory=dict)
-    compiled: weakref.WeakKeyDictionary[Jaxpr, Callable[..., Values]] = dataclasses.field(
+    compiled: weakref.WeakKeyDictionary[Traced, Callable[..., Values]] = dataclasses.field(
         default_factory=weakref.WeakKeyDictionary
     )
 
-    def run(self, jaxpr: Jaxpr, *args: Value, line: str = "") -> list[Value]:
+    def run(self, jaxpr: Traced, *args: Value, line: str = "") -> list[Value]:
         """Evaluate a jaxpr on arrays and low-rank weights.
 
         Args:
@@ -67,11 +67,11 @@ class Evaluator:
         """
         return self.run_open(jaxpr, compat.consts(jaxpr), *args, line=line)
 
-    def run_open(self, jaxpr: Jaxpr, consts: Values, *args: Value, line: str = "") -> list[Value]:
+    def run_open(self, jaxpr: Traced, consts: Values, *args: Value, line: str = "") -> list[Value]:
         """Evaluate a jaxpr on other constants than its own."""
         return Evaluation(self, compat.opened(jaxpr), consts, args, line).outputs()
 
-    def jitted(self, jaxpr: Jaxpr, name: str, line: str) -> Callable[..., Values]:
+    def jitted(self, jaxpr: Traced, name: str, line: str) -> Callable[..., Values]:
         """Return a function of the constants and inputs of a jaxpr that is compiled by `jax.jit`.
 
         The constants are inputs of it, so that no compiled program has a copy of them.
@@ -229,11 +229,11 @@ class Evaluation:
 
         return self.product(function, x, w, *others)
 
-    def inner(self, eqn: Eqn, jaxpr: Jaxpr, *args: Value) -> list[Value]:
+    def inner(self, eqn: Eqn, jaxpr: Traced, *args: Value) -> list[Value]:
         """Evaluate a program that stands in an equation of this."""
         return self.evaluator.run(jaxpr, *args, line=self.where(eqn)[1])
 
-    def jitted(self, eqn: Eqn, jaxpr: Jaxpr, *args: Value) -> Values:
+    def jitted(self, eqn: Eqn, jaxpr: Traced, *args: Value) -> Values:
         """Do as `inner` does, under `jax.jit` and the name of the equation."""
         evaluate = self.evaluator.jitted(jaxpr, eqn.params["name"], self.where(eqn)[1])
         return evaluate(compat.consts(jaxpr), *args)

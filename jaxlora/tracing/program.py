@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlora.tracing import boundary
 from jaxlora.tracing.interpreter import Evaluator
-from jaxlora.tracing.types import Jaxpr, Value
+from jaxlora.tracing.types import Traced, Value
 from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import paths
 from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
@@ -37,7 +37,7 @@ class Program:
         rebuild: makes the result of the function from the outputs of the program.
     """
 
-    jaxpr: Jaxpr
+    jaxpr: Traced
     inputs: list[Leaf]
     paths: list[str]
     rebuild: Callable[[Sequence[object]], PyTree]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxlora.tracing.jaxprs.compat import Eqn, Jaxpr, Params
+from jaxlora.tracing.jaxprs.compat import Eqn, Jaxpr, Params, Traced
 from jaxlora.tracing.values.deferred import Base, Deferred
 from jaxlora.tracing.values.weight import Weight
 
@@ -12,4 +12,4 @@ Operand = jax.Array | Weight  # of a rule that does not pass on what is deferred
 Value = Operand | Deferred
 Values = Sequence[Value]
 
-__all__ = ["Base", "Eqn", "Jaxpr", "Operand", "Params", "Value", "Values"]
+__all__ = ["Base", "Eqn", "Jaxpr", "Operand", "Params", "Traced", "Value", "Values"]

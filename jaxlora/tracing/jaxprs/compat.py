@@ -21,17 +21,18 @@ REMAT = ("checkpoint", "remat", "remat2")
 
 Eqn = core.JaxprEqn
 Atom = Var | Literal
+Traced = Any  # a Jaxpr, or what was a ClosedJaxpr before 0.12, which exports no such type
 Params = Mapping[str, Any]  # of an equation
 _JAX = os.path.dirname(jax.__file__) + os.sep
 
 
-def consts(jaxpr: Jaxpr) -> Sequence[jax.Array]:
+def consts(jaxpr: Traced) -> Sequence[jax.Array]:
     """Return the constants of a jaxpr; an open one has none."""
     return getattr(jaxpr, "consts", ())
 
 
-def opened(jaxpr: Jaxpr) -> Jaxpr:
-    """Return the jaxpr without its constants, where a version parts the two."""
+def opened(jaxpr: Traced) -> Jaxpr:
+    """Return the jaxpr without its constants, where a version splits the two."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
@@ -96,7 +97,7 @@ def file_and_number(line: str) -> tuple[str, int]:
     return (found[1], int(found[2])) if found else ("<program>", 1)
 
 
-def inner_jaxprs(eqn: Eqn) -> list[Jaxpr]:
+def inner_jaxprs(eqn: Eqn) -> list[Traced]:
     """Return the programs among the parameters of an equation."""
     values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else [p])]
     return [v for v in values if hasattr(opened(v), "eqns")]

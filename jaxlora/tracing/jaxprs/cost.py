@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat
-from jaxlora.tracing.jaxprs.compat import Eqn, Jaxpr
+from jaxlora.tracing.jaxprs.compat import Eqn, Jaxpr, Traced
 
 _SCOPE = "lora@"
 
@@ -44,7 +44,7 @@ def scope(number: int) -> str:
     return f"{_SCOPE}{number}"
 
 
-def count(jaxpr: Jaxpr) -> dict[int, Cost]:
+def count(jaxpr: Traced) -> dict[int, Cost]:
     """Return the cost of what stands under the scope of each number."""
     costs: dict[int, Cost] = {}
     for number, cost in _costs(compat.opened(jaxpr), None):
