@@ -30,6 +30,9 @@ class Rule(Method):
     scaling: a rough approximation of the sum of products, but of the same rank.
     """
 
+    def __post_init__(self) -> None:
+        """Check the fields; rules without any have nothing to check."""
+
     def prune(self, arrays: Sequence[jax.Array], name: str) -> Sequence[jax.Array]:
         """Return arrays ``(stack, ...)``, one of each adapter, with some elements zero."""
         return arrays
@@ -98,6 +101,24 @@ class _Drawn(Rule):
         return jnp.where(jax.random.bernoulli(key, self.density, x.shape), x / self.density, 0)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Elected(Rule):
+    """A rule that sums the elements with the sign of the majority, in front of one that prunes."""
+
+    majority: Majority = "total"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.check_choice(self.majority, "majority", typing.get_args(Majority))
+
+    def total(self, arrays: jax.Array, weights: jax.Array) -> jax.Array:
+        """Return the sum of the elements with the sign of the majority, over their number."""
+        signs = jnp.sign(arrays)
+        votes = (arrays if self.majority == "total" else signs).sum(0)
+        agrees = (signs == jnp.where(votes >= 0, 1, -1)[None]).astype(arrays.dtype)
+        return (arrays * weights * agrees).sum(0) / jnp.maximum(agrees.sum(0), 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Linear(Rule):
     """The weighted sum."""
@@ -117,7 +138,7 @@ class MagnitudePruning(_Largest):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ties(_Largest):
+class Ties(_Elected, _Largest):
     """TIES (Yadav et al. 2023, arXiv:2306.01708): of the largest elements, those of one sign.
 
     Those that have the sign of the majority are weighted and summed at each place, and divided by
@@ -131,16 +152,6 @@ class Ties(_Largest):
         TypeError: density is no number.
         ValueError: density is out of its range, or majority none of the two.
     """
-
-    majority: Majority = "total"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.check_choice(self.majority, "majority", typing.get_args(Majority))
-
-    def total(self, arrays: jax.Array, weights: jax.Array) -> jax.Array:
-        """Return the sum of the elements with the sign of the majority, over their number."""
-        return _elected(arrays, weights, self.majority)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,7 +169,7 @@ class DareLinear(_Drawn):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DareTies(_Drawn):
+class DareTies(_Elected, _Drawn):
     """DARE's random elements, of which those of one sign are summed as by `Ties`.
 
     Attributes:
@@ -170,21 +181,3 @@ class DareTies(_Drawn):
         TypeError: density is no number, or key no random key.
         ValueError: density is out of its range, or majority none of the two.
     """
-
-    majority: Majority = "total"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.check_choice(self.majority, "majority", typing.get_args(Majority))
-
-    def total(self, arrays: jax.Array, weights: jax.Array) -> jax.Array:
-        """Return the sum of the elements with the sign of the majority, over their number."""
-        return _elected(arrays, weights, self.majority)
-
-
-def _elected(arrays: jax.Array, weights: jax.Array, majority: Majority) -> jax.Array:
-    """Return the sum of those of n arrays ``(n, ...)`` with the sign of most, over their number."""
-    signs = jnp.sign(arrays)
-    votes = (arrays if majority == "total" else signs).sum(0)
-    agrees = (signs == jnp.where(votes >= 0, 1, -1)[None]).astype(arrays.dtype)
-    return (arrays * weights * agrees).sum(0) / jnp.maximum(agrees.sum(0), 1)
