@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jaxlora.messages import checks
+from jaxlora.optim.factor_names import by_factor, check_has_params, init_stateless
 
 if TYPE_CHECKING:
     import optax
-from jaxlora.optim.factor_names import by_factor, check_has_params, init_stateless
 
 
 def scale_rates(

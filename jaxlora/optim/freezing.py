@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.messages import checks
+from jaxlora.optim.factor_names import check_some, factor_names
 from jaxlora.types import PyTree
 from jaxlora.weights import modules
 from jaxlora.weights.adapters import FACTORS
 
 if TYPE_CHECKING:
     import optax
-from jaxlora.optim.factor_names import check_some, factor_names
 
 
 def freeze(

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from jaxlora.linalg import matrices
 from jaxlora.messages import checks
+from jaxlora.optim.factor_names import check_has_params, init_stateless
 from jaxlora.weights import paths
 from jaxlora.weights.adapters import Adapter
 from jaxlora.weights.nodes import LoRAWeight
 
 if TYPE_CHECKING:
     import optax
-from jaxlora.optim.factor_names import check_has_params, init_stateless
 
 
 def precondition(damping: float = 1e-6) -> optax.GradientTransformation:

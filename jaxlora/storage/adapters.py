@@ -9,12 +9,11 @@ import dataclasses
 import hashlib
 import json
 import os
-import warnings
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora.messages.checks import shown
+from jaxlora.messages import checks
 from jaxlora.storage import checkpoints, description, directories, locations, processes
 from jaxlora.storage.locations import PathLike, Place
 from jaxlora.storage.processes import together
@@ -125,11 +124,11 @@ def _check_finite(arrays: dict[str, Leaves]) -> None:
 def _warn_of_unknown_bases(adapters: Adapters) -> None:
     """Warn of adapters of which it is not known what base they are for."""
     if unknown := [name for name, a in adapters.items() if a.fingerprint.digest is None]:
-        warnings.warn(
+        checks.warn(
             f"the values of the base of {unknown[0]!r} are unknown, or of one of several bases "
             f"({len(unknown)} of {len(adapters)} adapters): another base cannot be refused when "
             "they are loaded; pass base= to save_adapters",
-            stacklevel=3,
+            UserWarning,
         )
 
 
@@ -184,7 +183,9 @@ def _differences(adapters: Adapters, leaves: Leaves) -> list[str]:
             lines.append(f"{name!r} is missing; {paths.nearest(name, leaves)}")
             continue
         if not tree_checks.is_weight(leaf):
-            lines.append(f"{name!r} must be an array of shape {adapter.shape}: got {shown(leaf)}")
+            lines.append(
+                f"{name!r} must be an array of shape {adapter.shape}: got {checks.shown(leaf)}"
+            )
             continue
         got = fingerprints.take(leaf)
         dtype = wanted.dtype or got.dtype
