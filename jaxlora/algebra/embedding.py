@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from jaxlora.weights import blocks
 from jaxlora.weights.adapters import Adapter
-from jaxlora.weights.blocks import Part
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each axis
 
@@ -42,9 +41,9 @@ def disjoint(adapters: Sequence[dict[str, Adapter]]) -> list[dict[str, list[Adap
         found: dict[str, list[Adapter]] = {}
         for name, adapter in group.items():
             path, bounds = places[name]
-            (block,) = (block for block in around[path] if _overlap(block, bounds))
+            (block,) = (block for block in around[path] if blocks.overlap(block, bounds))
             embedded = _embedded(adapter, bounds, block)
-            part = _part(block, adapter.shape)
+            part = blocks.normal(block, adapter.shape)
             found.setdefault(blocks.name(path, part), []).append(
                 dataclasses.replace(embedded, block=part)
             )
@@ -77,23 +76,13 @@ def _check_alike(path: str, adapter: Adapter, first: Adapter) -> None:
         )
 
 
-def _joined(blocks: Sequence[Bounds], block: Bounds) -> list[Bounds]:
+def _joined(apart: Sequence[Bounds], block: Bounds) -> list[Bounds]:
     """Return blocks and one more, those that overlap as the smallest block around them."""
-    while touched := [other for other in blocks if _overlap(other, block)]:
-        blocks = [other for other in blocks if other not in touched]
+    while touched := [other for other in apart if blocks.overlap(other, block)]:
+        apart = [other for other in apart if other not in touched]
         edges = zip(block, *touched, strict=True)
         block = tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in edges)
-    return [*blocks, block]
-
-
-def _overlap(one: Bounds, other: Bounds) -> bool:
-    return all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
-
-
-def _part(block: Bounds, shape: Sequence[int]) -> Part | None:
-    pairs = zip(block, shape, strict=True)
-    part = tuple(None if bounds == (0, size) else bounds for bounds, size in pairs)
-    return part if any(part) else None
+    return [*apart, block]
 
 
 def _embedded(adapter: Adapter, bounds: Bounds, block: Bounds) -> Adapter:

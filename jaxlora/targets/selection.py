@@ -187,8 +187,8 @@ def _cut(
 ) -> blocks.Part | None:
     """Return a part, with other bounds along one axis, of a weight of some shape."""
     cut = list(part or [None] * len(shape))
-    cut[axis] = None if bounds == (0, shape[axis]) else bounds
-    return tuple(cut) if any(cut) else None
+    cut[axis] = bounds
+    return blocks.normal(cut, shape)
 
 
 def _target(

@@ -66,8 +66,19 @@ def resolve(text: str | None, shape: Sequence[int]) -> Part | None:
         start, stop, _ = slice(*bounds).indices(size)
         if start >= stop:
             raise ValueError(f"the part [{text}] of a weight of shape {tuple(shape)} is empty")
-        part[d] = None if (start, stop) == (0, size) else (start, stop)
-    return tuple(part) if any(part) else None
+        part[d] = (start, stop)
+    return normal(part, shape)
+
+
+def normal(part: Sequence[tuple[int, int] | None], shape: Sequence[int]) -> Part | None:
+    """Return a part with None for whole axes, or None for all of a weight of some shape.
+
+    >>> normal([(0, 12), (1, 3)], (12, 3)), normal([None, (0, 3)], (12, 3))
+    ((None, (1, 3)), None)
+    """
+    pairs = zip(part, shape, strict=True)
+    bounds = tuple(None if found == (0, size) else found for found, size in pairs)
+    return bounds if any(bounds) else None
 
 
 def name(path: str, part: Part | None) -> str:
