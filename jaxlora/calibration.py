@@ -19,7 +19,6 @@ from jaxlora.trees.binding import bind, split
 from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import blocks, paths, tree_checks
 from jaxlora.weights.adapters import Adapter
-from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import QuantizedWeight
 
 __all__ = ["gradients", "moments"]
@@ -168,7 +167,7 @@ def _observed(fn: Function, params: PyTree, args: Args, config: LoRAConfig) -> P
         a_shape, b_shape = roles.factor_shapes(shape, size)
         stack = a_shape[: len(roles.stack)]
         a = jnp.broadcast_to(jnp.eye(size), (*stack, size, size)).reshape(a_shape)
-        b, terms = jnp.zeros(b_shape), getattr(leaf, "terms", ())
+        b = jnp.zeros(b_shape)
         term = Adapter(a, b, roles, float(size), tuple(leaf.shape), block=block)
-        leaves[path] = LoRAWeight(paths.plain(leaf), (*terms, term))
+        leaves[path] = paths.with_term(leaf, paths.plain(leaf), term)
     return treedef.unflatten(leaves.values())

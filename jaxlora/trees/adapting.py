@@ -20,7 +20,7 @@ from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import blocks, paths, placed, quantized, tree_checks
 from jaxlora.weights.adapters import Adapter, Replacement
 from jaxlora.weights.magnitude import norms
-from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
+from jaxlora.weights.nodes import TrainedLeaf
 from jaxlora.weights.roles import factor_axes
 from jaxlora.weights.target import Target
 
@@ -83,11 +83,10 @@ def init(
     sites = with_stacks(find_sites(fn, params, *args, **kwargs), config.stack)
     for target in select(config, sites):
         path = target.path
-        base, terms = paths.plain(leaves[path]), getattr(leaves[path], "terms", ())
-        base, term = _fresh(key, sites[path], target, base, config)
+        base, term = _fresh(key, sites[path], target, paths.plain(leaves[path]), config)
         if config.magnitude:
             term = _with_magnitude(target.name, base, term)
-        leaves[path] = LoRAWeight(base, (*terms, term))
+        leaves[path] = paths.with_term(leaves[path], base, term)
     for path, rows in select_whole(config, leaves).items():
         leaf, now = leaves[path], quantized.values(leaves[path])
         value = jnp.array(now) if rows is None else jnp.asarray(now)[jnp.array(rows)]

@@ -144,12 +144,11 @@ def fitted(
         leaf: the leaf.
         adapter: what is trained of it.
     """
-    kind = type(adapter).__name__.lower()
     if not hasattr(leaf, "shape") or tuple(leaf.shape) != tuple(adapter.shape):
         what = "a weight" if isinstance(adapter, Adapter) else "a leaf"
         found = getattr(leaf, "shape", type(leaf).__name__)
         raise ValueError(
-            f"the {kind} of {path!r} is for {what} of shape {adapter.shape}: got {found}"
+            f"the {adapter.what} of {path!r} is for {what} of shape {adapter.shape}: got {found}"
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(

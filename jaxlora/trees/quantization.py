@@ -107,7 +107,7 @@ def quantize(
         if paths.is_trained(leaf) and not isinstance(leaf, LoRAWeight):
             raise ValueError(f"the leaf {path!r} is trained, and cannot be quantized: exclude it")
         made = _quantized(path, weight, code, _axis(sites[path]))
-        leaves[path] = paths.over(leaf, made)
+        leaves[path] = paths.with_base(leaf, made)
     return treedef.unflatten(leaves.values())
 
 
@@ -128,7 +128,7 @@ def dequantize(params: PyTree) -> PyTree:
     for path, weight in found.items():
         is_abstract = isinstance(weight.codes, jax.ShapeDtypeStruct)
         plain = weight.abstract if is_abstract else jax.jit(quantized.values)(weight)
-        leaves[path] = paths.over(leaves[path], plain)
+        leaves[path] = paths.with_base(leaves[path], plain)
     return treedef.unflatten(leaves.values())
 
 

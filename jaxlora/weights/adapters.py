@@ -31,7 +31,6 @@ from jaxlora.weights.sharding import Axes
 
 _static = MappingProxyType({"static": True})
 _ALONE = "put adapters on their base with jaxlora.bind(base, adapters)"
-FACTORS = ("a", "b", "magnitude", "value")  # the names of what is trained
 MakeArray = Callable[[str, tuple[int, ...], Axes], Leaf]
 
 
@@ -92,9 +91,13 @@ class Adapter(Trained):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes that its arrays must have, by name."""
-        block = blocks.shape(self.block, self.shape)
-        a, b = self.roles.factor_shapes(block, self.rank)
-        return {"a": a, "b": b, "magnitude": self.roles.magnitude_shape(block)}
+        return self._shapes(self.roles, blocks.shape(self.block, self.shape), self.rank)
+
+    @classmethod
+    def _shapes(cls, roles: Roles, block: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the arrays for a block of some shape, by name."""
+        shapes = (*roles.factor_shapes(block, rank), roles.magnitude_shape(block))
+        return dict(zip(cls.fields, shapes, strict=True))
 
     def axes(self) -> dict[str, Axes]:
         """Return for each dimension of its arrays the axis of the weight, by name."""
@@ -138,9 +141,8 @@ class Adapter(Trained):
             array: makes an array from its name, shape and axes of the weight, or returns None.
         """
         roles = Roles(*(tuple(entry["roles"][name]) for name in ("stack", "in", "out")))
-        sizes = blocks.shape(block, shape)
-        shapes = (*roles.factor_shapes(sizes, entry["rank"]), roles.magnitude_shape(sizes))
-        made = map(array, cls.fields, shapes, factor_axes(roles, block))
+        shapes = cls._shapes(roles, blocks.shape(block, shape), entry["rank"])
+        made = map(array, cls.fields, shapes.values(), factor_axes(roles, block))
         static = {"alpha": entry["alpha"], "changed": entry["changed"], "block": block}
         return cls(**dict(zip(cls.fields, made, strict=True)), roles=roles, shape=shape, **static)
 
@@ -203,6 +205,7 @@ class Replacement(Trained):
 
 # by path an `Adapter` or a `Replacement`; Any, as those who take them are types of trees of arrays
 Adapters = dict[str, Any]
+FACTORS = (*Adapter.fields, *Replacement.fields)  # the names of what is trained
 
 
 def scaling(alpha: float, rank: int) -> float:

@@ -14,7 +14,7 @@ import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath, SequenceKey
 
 from jaxlora.types import Leaf, Leaves, PyTree
-from jaxlora.weights.adapters import Trained
+from jaxlora.weights.adapters import Adapter, Trained
 from jaxlora.weights.nodes import LoRAWeight, Node, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
 
@@ -34,10 +34,15 @@ def plain(leaf: Leaf) -> Leaf:
     return leaf.base if isinstance(leaf, Node) else leaf
 
 
-def over(leaf: Leaf, plain: PyTree) -> Leaf:
+def with_base(leaf: Leaf, base: Leaf) -> Leaf:
     """Return a leaf or node with another frozen weight beneath it."""
-    is_node = isinstance(leaf, LoRAWeight | TrainedLeaf)
-    return dataclasses.replace(leaf, base=plain) if is_node else plain
+    is_over = isinstance(leaf, LoRAWeight | TrainedLeaf)
+    return dataclasses.replace(leaf, base=base) if is_over else base
+
+
+def with_term(leaf: Leaf, base: Leaf, term: Adapter) -> LoRAWeight:
+    """Return the node over a base with the terms of a leaf, if it has any, and one more."""
+    return LoRAWeight(base, (*(leaf.terms if isinstance(leaf, LoRAWeight) else ()), term))
 
 
 def abstract(leaf: Leaf) -> Leaf:
