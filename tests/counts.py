@@ -15,7 +15,10 @@ def products(fn, *args):
             if eqn.primitive.name == "dot_general":
                 atoms: Any = (*eqn.invars, *eqn.outvars)
                 yield tuple(atom.aval.shape for atom in atoms)
-            for inner in compat.inner_jaxprs(eqn):
+            inner_jaxprs = compat.inner_jaxprs(eqn)
+            if eqn.params.get("branches_platforms"):  # each platform compiles one of them
+                inner_jaxprs = inner_jaxprs[:1]
+            for inner in inner_jaxprs:
                 yield from shapes(inner)
 
     return list(shapes(jax.make_jaxpr(fn)(*args)))

@@ -20,7 +20,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.tracing import registry
-from jaxlora.tracing.jaxprs import compat, cost, dataflow, sharing
+from jaxlora.tracing.jaxprs import compat, cost, dataflow, sharing, sums
 from jaxlora.tracing.jaxprs.compat import Var
 from jaxlora.tracing.options import Options
 from jaxlora.tracing.recorder import Facts, Kind, Recorder
@@ -158,6 +158,8 @@ class Evaluation:
         last: the last product with a weight that was made for it, see `deferred.product`.
         narrowed: by product, that of its input and the first factor, and how many products share
             it, where it was made for several at the first of them.
+        splits: by product the reshape after which its term is added, see `sums.splits`.
+        late: by reshape what is added to its result, as products before it left it.
     """
 
     def __init__(
@@ -170,6 +172,8 @@ class Evaluation:
         self.values, self.varying = dataflow.values(program), dataflow.varying(program)
         self.last: jax.Array | None = None
         self.narrowed: dict[Eqn, tuple[jax.Array, int]] = {}
+        self.splits = sums.splits(program)
+        self.late: dict[Eqn, list[jax.Array]] = {}
 
     def outputs(self) -> list[Value]:
         """Run every equation, and return the outputs; what was computed on the way is let go."""
@@ -183,7 +187,10 @@ class Evaluation:
             for i, eqn in enumerate(self.plan.eqns):
                 values = [read(atom) for atom in eqn.invars]
                 with compat.scope(eqn):
-                    env.update(zip(eqn.outvars, self._step(eqn, values), strict=True))
+                    outs = self._step(eqn, values)
+                    for late in self.late.pop(eqn, ()):
+                        outs = [jax.lax.add(*outs, late)]
+                    env.update(zip(eqn.outvars, outs, strict=True))
                 for var in last.get(i, ()):
                     env.pop(var, None)
             return [read(atom) for atom in outvars]

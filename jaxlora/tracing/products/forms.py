@@ -145,8 +145,17 @@ def with_term(
     run: Evaluation, y: jax.Array, x: jax.Array, weight: LowRank, h: jax.Array | None, term: Term
 ) -> jax.Array:
     """Return the product with the base plus the low-rank term."""
+    low = low_rank(run, y, x, weight, h, term)
     with run.scope(weight):
-        return jax.lax.add(y, _like(term(run, x, weight, h), y))
+        return jax.lax.add(y, low)
+
+
+def low_rank(
+    run: Evaluation, y: jax.Array, x: jax.Array, weight: LowRank, h: jax.Array | None, term: Term
+) -> jax.Array:
+    """Return the low-rank term as an array like y, the product with the base."""
+    with run.scope(weight):
+        return _like(term(run, x, weight, h), y)
 
 
 def _moves(tangent: object) -> bool:

@@ -153,8 +153,12 @@ def _product(run: Evaluation, eqn: Eqn, x: jax.Array, weight: LowRank, side: int
     run.record(eqn, weight, Kind.CONTRACTED, **facts)
     if form == "weight-side":
         y = forms.weight_side(run, x, weight, h, bind, term)
-    else:
+    elif columns is not None or (split := run.splits.get(eqn)) is None:
         y = forms.with_term(run, bind(x, weight.base), x, weight, h, term)
+    else:
+        y = bind(x, weight.base)
+        low = forms.low_rank(run, y, x, weight, h, term)
+        run.late.setdefault(split, []).extend(compat.bind(split, [low]))
     return scaled(y, Scaled.RESULT)
 
 

@@ -19,6 +19,7 @@ from jaxlora.tracing.rules.loops import signature
 from jaxlora.tracing.rules.meshes import constrained
 from jaxlora.tracing.types import Eqn, Value, Values
 from jaxlora.tracing.values import deferred
+from jaxlora.tracing.values.chain import CHECKPOINT_NAME
 from jaxlora.tracing.values.lowrank import LowRank
 from jaxlora.tracing.values.weight import Weight, base_of
 
@@ -40,13 +41,18 @@ def call(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
 
 @rule(*compat.REMAT, passes=True)
 def remat(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
-    """Rematerialize the evaluation of the inner program, with the same policy."""
+    """Rematerialize the evaluation of the inner program, with the same policy.
+
+    Where the program has none, the rank-sized products are kept: to make them again would read
+    their inputs again, which are larger by in-size over rank.
+    """
     params = eqn.params
+    policy = params["policy"] or jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
 
     def inner(*values):
         return run.inner(eqn, params["jaxpr"], *values)
 
-    again = jax.checkpoint(inner, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    again = jax.checkpoint(inner, prevent_cse=params["prevent_cse"], policy=policy)
     return again(*values)
 
 

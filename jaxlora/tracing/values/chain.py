@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from jaxlora.tracing.values import placement
@@ -132,26 +133,6 @@ def scaled_along(
     return placement.like((pieces.astype(dtype) * factor.astype(dtype)).astype(x.dtype), x)
 
 
-@jax.custom_jvp
-def _rows(factor: jax.Array) -> jax.Array:
-    """Return a factor with its rank axis first.
-
-    So its gradient is a product of shape (rank, in), which the CPU computes faster than (in, rank).
-    The barrier stands in the gradient alone: without it the compiler would compute (in, rank), and
-    transpose.
-    """
-    return jnp.moveaxis(factor, -1, 0)
-
-
-def _tangent_rows(tangent: jax.Array) -> jax.Array:
-    return lax.optimization_barrier(jnp.moveaxis(tangent, -1, 0))
-
-
-@_rows.defjvp
-def _rows_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return _rows(*primals), _tangent_rows(*tangents)
-
-
 @jax.custom_vjp
 def send_back(y: jax.Array, h: jax.Array) -> jax.Array:
     """Identity on y whose VJP sends h itself as h's cotangent.
@@ -185,9 +166,66 @@ class How:
     is_named: bool
     tangent: int | None = None
 
-    def rows(self, position: int, factor: jax.Array) -> jax.Array:
-        """Return the factor of a position with its rank axis first."""
-        return (_tangent_rows if self.tangent == position else _rows)(factor)
+    def product(
+        self, position: int, x: jax.Array, factor: jax.Array, names: Sequence[Sequence[Name]]
+    ) -> jax.Array:
+        """Return the product of x and the factor of a position, see `_with_factor`."""
+        product = _along_factor if self.tangent == position else _with_factor
+        return product(x, factor, tuple(map(tuple, names)), self)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _with_factor(
+    x: jax.Array, factor: jax.Array, names: tuple[tuple[Name, ...], ...], how: How
+) -> jax.Array:
+    """Return the product of x and a factor, in the dimensions that x has.
+
+    Only its derivative along the factor is flattened to matrices: CPU needs that, and TPU folds a
+    reshape of activations into the operations around it as long as none stands in their way.
+
+    Args:
+        x: array with one axis for each of the first names.
+        factor: array with one axis for each of the second names, the rank last.
+        names: of the axes of x, the factor and the product.
+        how: how it is computed.
+    """
+    return _contract_in_place(x, names[0], factor, *names[1:], how.precision, how.dtype)
+
+
+def _along_factor(
+    x: jax.Array, tangent: jax.Array, names: tuple[tuple[Name, ...], ...], how: How
+) -> jax.Array:
+    """Return the product of x and a tangent of a factor.
+
+    What it gives back to the tangent is a product of shape (rank, in), which the CPU computes
+    faster than (in, rank). Without the barrier the compiler would compute (in, rank), and transpose.
+    """
+    x_names, factor_names, out_names = names
+    rank_first = (factor_names[-1], *factor_names[:-1])
+
+    def product(contracted, x, tangent):
+        rows = lax.optimization_barrier(jnp.moveaxis(tangent, -1, 0))
+        return contracted(x, x_names, rows, rank_first, out_names, how.precision, how.dtype)
+
+    flat, in_place = (functools.partial(product, by) for by in (contract, _contract_in_place))
+    return lax.platform_dependent(x, tangent, cpu=flat, default=in_place)
+
+
+@functools.partial(_with_factor.defjvp, symbolic_zeros=True)
+def _with_factor_jvp(
+    names: tuple[tuple[Name, ...], ...],
+    how: How,
+    primals: tuple[jax.Array, jax.Array],
+    tangents: tuple[jax.Array | SymbolicZero, jax.Array | SymbolicZero],
+) -> tuple[jax.Array, jax.Array]:
+    (x, factor), (dx, dfactor) = primals, tangents
+    product = _with_factor(x, factor, names, how)
+    parts = []
+    if not isinstance(dx, SymbolicZero):
+        parts.append(_with_factor(dx, factor, names, how))
+    if not isinstance(dfactor, SymbolicZero):
+        parts.append(_along_factor(x, dfactor, names, how))
+    return product, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(product)
 
 
 def scaled(factor: jax.Array, scale: float, dtype: DTypeLike) -> jax.Array:
@@ -208,8 +246,6 @@ def narrow(
 ) -> Sequence[jax.Array]:
     """Return the rank-sized products of x and each of some scaled factors, made as one product.
 
-    The scaling, if any, and the copy with the rank first are one operation.
-
     Args:
         x: the input, which is read once.
         firsts: factors whose axes have the same names and sizes, except for the last, the rank.
@@ -217,14 +253,12 @@ def narrow(
         scales: of each factor.
         how: how it is computed.
     """
-    x_names, first_names, h_names = names
-    rank_first = (first_names[-1], *first_names[:-1])
     pairs = zip(firsts, scales, strict=True)
-    rows = [scaled(how.rows(0, first), scale, how.factor_dtype) for first, scale in pairs]
-    whole = jnp.concatenate(rows) if len(rows) > 1 else rows[0]
-    h = contract(x, x_names, whole, rank_first, h_names, how.precision, how.dtype)
+    factors = [scaled(first, scale, how.factor_dtype) for first, scale in pairs]
+    whole = jnp.concatenate(factors, -1) if len(factors) > 1 else factors[0]
+    h = how.product(0, x, whole, names)
     h = checkpoint_name(h, CHECKPOINT_NAME) if how.is_named and how.tangent != 0 else h
-    return lax.split(h, [len(row) for row in rows], h_names.index(first_names[-1]))
+    return lax.split(h, [first.shape[-1] for first in firsts], names[2].index(names[1][-1]))
 
 
 @functools.partial(jax.jit, static_argnames=("names", "scales", "how"), inline=True)
@@ -250,12 +284,8 @@ def chain(
         scales: of first and second.
         how: how it is computed.
     """
-    _, _, h_names, second_names, out_names = names
     h = x
     if first is not None:
         (h,) = narrow(x, [first], names=names[:3], scales=scales[:1], how=how)
-    rows = scaled(how.rows(1, second), scales[1], how.factor_dtype)
-    rank_first = (second_names[-1], *second_names[:-1])
-    return contract(
-        h.astype(rows.dtype), h_names, rows, rank_first, out_names, how.precision, how.dtype
-    )
+    factor = scaled(second, scales[1], how.factor_dtype)
+    return how.product(1, h.astype(factor.dtype), factor, names[2:])

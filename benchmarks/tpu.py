@@ -1,0 +1,283 @@
+"""Compile training steps for a TPU that is not there, and tell what its compiler counts.
+
+libtpu compiles for a TPU without one. Of a compiled step it tells the operations, the bytes that
+are read and written, the bytes of temporaries, and the seconds that the two could take at best.
+These are counts of a compiler and no measurements: they do not depend on how busy a machine is.
+A step that is scanned counts one of its layers.
+
+The model has the shapes of Llama 3 8B (Grattafiori et al. 2024, arXiv:2407.21783, table 3) in
+bfloat16, with adapters on all of its products. The variants:
+
+- floor: forward and backward to the activations, base frozen, no adapters; one vector that is
+  added to the input is trained, so that the backward passes through every layer.
+- full: every parameter is trained.
+- lora, dora, int8, nf4: `jaxlora.lora`, alone, with magnitudes, over a quantized base.
+- qwix, qwix int8, qwix nf4: the model as qwix adapts it.
+"""
+
+import argparse
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peers
+import report
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxlora
+
+PRODUCTS = ("q", "k", "v", "o", "gate", "up", "down")
+KINDS = ("int8", "nf4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A step that is compiled.
+
+    Attributes:
+        variants: what is compiled beside the floor.
+        chip: generation of the TPU.
+        layers: number of layers.
+        batch: rows of the batch.
+        tokens: tokens of a row.
+        rank: rank of the adapters.
+        targets: the products that have one.
+        scan: whether the layers are scanned.
+        remat: whether each layer is computed again in the backward pass.
+        trains: whether it is a training step, or else a forward pass.
+    """
+
+    variants: tuple[str, ...] = ("lora",)
+    chip: str = "v5p"
+    layers: int = 4
+    batch: int = 2
+    tokens: int = 2048
+    rank: int = 16
+    targets: tuple[str, ...] = PRODUCTS
+    scan: bool = True
+    remat: bool = True
+    trains: bool = True
+
+
+CASES = {
+    "scanned": Case(("full", "lora", "qwix")),
+    "unrolled": Case(scan=False, layers=2),
+    "without remat": Case(remat=False),
+    "rank 64": Case(rank=64),
+    "queries and values": Case(targets=("q", "v")),
+    "512 tokens": Case(batch=1, tokens=512),
+    "v5e": Case(("lora", "qwix"), chip="v5e"),
+    "v6e": Case(("lora", "qwix"), chip="v6e"),
+    "magnitudes": Case(("lora", "dora")),
+    "quantized": Case(("lora", "int8", "qwix int8", "nf4", "qwix nf4")),
+    "decoding": Case(batch=8, tokens=1, trains=False),
+}
+
+
+class Block(nn.Module):
+    """One layer: grouped attention and a gated hidden layer, each added to its input."""
+
+    width: int = 4096
+    hidden: int = 14336
+    heads: int = 32
+    groups: int = 8
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the output, ``(batch, time, width)`` as x."""
+
+        def dense(name, size):
+            return nn.Dense(size, use_bias=False, name=name, **like)
+
+        def split(y, heads):
+            return y.reshape(*y.shape[:-1], heads, self.width // self.heads)
+
+        like = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+        h = nn.RMSNorm(name="attention_norm", **like)(x)
+        sizes = {"q": self.heads, "k": self.groups, "v": self.groups}
+        per_head = self.width // self.heads
+        q, k, v = (split(dense(name, n * per_head)(h), n) for name, n in sizes.items())
+        h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
+        x = x + dense("o", self.width)(h)
+        h = nn.RMSNorm(name="norm", **like)(x)
+        h = nn.silu(dense("gate", self.hidden)(h)) * dense("up", self.hidden)(h)
+        return x + dense("down", self.width)(h)
+
+
+class Model(nn.Module):
+    """Layers, scanned or unrolled."""
+
+    case: Case
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the output, ``(batch, time, width)`` as x."""
+        case = self.case
+        block = nn.remat(Block, prevent_cse=not case.scan) if case.remat else Block
+        if not case.scan:
+            for i in range(case.layers):
+                x = block(name=f"block_{i}")(x)
+            return x
+        scan = nn.scan(
+            lambda block, x, _: (block(x), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=case.layers,
+        )
+        return scan(block(name="blocks"), x, None)[0]
+
+
+def variants(case: Case, names: list[str]) -> dict[str, Callable[[], peers.Variant]]:
+    """Return makers of the loss ``(trained, frozen, x, y)`` and the shapes of what it trains."""
+    model = Model(case)
+    x = jax.ShapeDtypeStruct((case.batch, case.tokens, Block.width), jnp.bfloat16)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    config = jaxlora.LoRAConfig(rank=case.rank, alpha=16, targets=case.targets)
+
+    def floor(vector, params, x, y):
+        return error(model.apply(params, x + vector), y)
+
+    def full(params, _, x, y):
+        return error(model.apply(params, x), y)
+
+    def lora(params=params, **options):
+        how = dataclasses.replace(config, **options)
+        adapted = jax.eval_shape(
+            lambda params: jaxlora.init(jax.random.key(1), model.apply, params, x, config=how),
+            params,
+        )
+        base, adapters = jaxlora.split(adapted)
+        apply = jaxlora.lora(model.apply, strict=True)
+
+        def loss(adapters, base, x, y):
+            return error(apply(jaxlora.bind(base, adapters), x), y)
+
+        return loss, adapters, base
+
+    def over(kind):
+        how = jaxlora.QuantizationConfig(kind, targets=case.targets)
+        return lora(jaxlora.quantize(model.apply, params, x, config=how))
+
+    make: dict[str, Callable[[], peers.Variant]] = {
+        "floor": lambda: (floor, jax.ShapeDtypeStruct((Block.width,), x.dtype), params),
+        "full": lambda: (full, params, ()),
+        "lora": lora,
+        "dora": lambda: lora(magnitude=True),
+        "qwix": lambda: by_qwix(model, case, x),
+        **{kind: lambda kind=kind: over(kind) for kind in KINDS},
+        **{f"qwix {kind}": lambda kind=kind: by_qwix(model, case, x, kind) for kind in KINDS},
+    }
+    return {name: make[name] for name in names}
+
+
+def by_qwix(model: nn.Module, case: Case, x: Any, kind: str | None = None) -> peers.Variant:
+    """Return the variant of the model as qwix adapts it."""
+    import flax.traverse_util as paths
+    import qwix
+
+    options: dict[str, Any] = {"weight_qtype": kind, "tile_size": 64} if kind else {}
+    rule = qwix.LoraRule(
+        module_path=f".*({'|'.join(case.targets)})", rank=case.rank, alpha=16.0, **options
+    )
+    adapted = qwix.apply_lora_to_model(model, qwix.LoraProvider([rule]))
+    leaves = paths.flatten_dict(jax.eval_shape(adapted.init, jax.random.key(0), x))
+    factors = {keys: leaf for keys, leaf in leaves.items() if "lora" in keys[-1]}
+    if len(factors) != 2 * len(case.targets):
+        raise RuntimeError(f"qwix adapts {len(factors) // 2} weights, not {len(case.targets)}")
+    frozen = {keys: leaf for keys, leaf in leaves.items() if keys not in factors}
+
+    def loss(factors, frozen, x, y):
+        return error(adapted.apply(paths.unflatten_dict({**frozen, **factors}), x), y)
+
+    return loss, factors, frozen
+
+
+def error(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the mean square error."""
+    return jnp.mean((x.astype(jnp.float32) - y.astype(jnp.float32)) ** 2)
+
+
+def compiled(case: Case, variant: peers.Variant) -> Any:
+    """Return a step or a forward pass, compiled for one chip."""
+    loss, trained, frozen = variant
+    tx = optax.adamw(1e-4)
+
+    def step(trained, state, frozen, x, y):
+        value, grads = jax.value_and_grad(loss)(trained, frozen, x, y)
+        updates, state = tx.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state, value
+
+    def forward(trained, state, frozen, x, y):
+        return loss(trained, frozen, x, y)
+
+    x = jax.ShapeDtypeStruct((case.batch, case.tokens, Block.width), jnp.bfloat16)
+    state = jax.eval_shape(tx.init, trained) if case.trains else ()
+    topology = topologies.get_topology_desc(f"{case.chip}:1x1x1", "tpu")
+    mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        (trained, state, frozen, x, x),
+    )
+    donated = (0, 1) if case.trains else ()
+    return jax.jit(step if case.trains else forward, donate_argnums=donated).lower(*arguments)
+
+
+def figures(program: Any) -> dict[str, float]:
+    """Return what the compiler tells of a program."""
+    cost, memory, text = program.cost_analysis(), program.memory_analysis(), program.as_text()
+    return {
+        "best_ms": cost["optimal_seconds"] * 1e3,
+        "gflops": cost["flops"] / 1e9,
+        "gb": cost["bytes accessed"] / 1e9,
+        "temp_gb": memory.temp_size_in_bytes / 1e9,
+        "argument_gb": memory.argument_size_in_bytes / 1e9,
+        "fusions": text.count(" fusion("),
+        "copies": text.count(" copy("),
+    }
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return the figures of each variant of each case, and their ratios to its floor."""
+    rows: dict[str, dict[str, float]] = {}
+    for name in options.cases:
+        case = CASES[name]
+        floor: dict[str, float] = {}
+        for variant, make in variants(case, ["floor", *case.variants]).items():
+            start = time.perf_counter()
+            row = figures(compiled(case, make()).compile())
+            floor = floor or row
+            ratios = {f"{key}_over_floor": row[key] / floor[key] for key in list(row)[:4]}
+            rows[f"{name}: {variant}"] = {**ratios, **row}
+            seconds = time.perf_counter() - start
+            shown = ", ".join(f"{key} {value:.3f}" for key, value in ratios.items())
+            print(f"{name}: {variant}: {shown} ({seconds:.0f} s)", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help="default all"
+    )
+    parser.add_argument("--out", type=Path, help="write JSON here")
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # what compiles, not what it is compiled for
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    report.finish(options, measure(options))
+
+
+if __name__ == "__main__":
+    main()
