@@ -12,11 +12,14 @@ from jaxlora.messages import checks, table
 from jaxlora.tracing.interpreter import Evaluator
 from jaxlora.tracing.jaxprs import cost
 from jaxlora.tracing.jaxprs.cost import Cost
+from jaxlora.tracing.options import Options
 from jaxlora.tracing.program import trace, with_trained
 from jaxlora.tracing.recorder import Kind, Recorder, Use
 from jaxlora.types import Function, PyTree
 from jaxlora.weights import tree_checks
 from jaxlora.weights.nodes import LoRAWeight
+
+PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,25 +68,30 @@ class Report:
 
 
 def _told(use: Use) -> str:
-    form = f", {use.form} in training" if use.form == "weight-side" else ""
+    is_made = use.form == "weight-side"
+    form = f", {use.form} in training: {use.why}" if is_made else ""
     sharing = f", input shared by {use.sharing}" if use.sharing > 1 else ""
     return f"{use.operation} ({use.kind}{form}{sharing})"
 
 
-def explain(fn: Function, params: PyTree, /, *args: Any, **kwargs: Any) -> Report:
+def explain(
+    fn: Function, params: PyTree, /, *args: Any, platform: str | None = None, **kwargs: Any
+) -> Report:
     """Tell for each adapted weight where the program takes it low-rank, and where not and why.
 
     Args:
         fn: any function; its first argument is ``params``.
         params: its parameters with adapted weights; arrays or shapes.
         *args: its other arguments.
+        platform: what it is compiled for, ``"cpu"``, ``"gpu"`` or ``"tpu"``, for the forms of the
+            products; default JAX's own.
         **kwargs: its keyword arguments.
 
     Returns:
         The uses of every adapted weight, and what it costs beyond the plain program.
 
     Raises:
-        ValueError: no leaf of params is adapted.
+        ValueError: no leaf of params is adapted, or there is no such platform.
         TypeError: fn is no function, or params no tree of arrays.
 
     >>> import jax, jax.numpy as jnp, jaxlora
@@ -103,8 +111,10 @@ def explain(fn: Function, params: PyTree, /, *args: Any, **kwargs: Any) -> Repor
     adapted = [path for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)]
     if not adapted:
         raise ValueError("params has no adapted weight: make some with jaxlora.init")
+    platform = jax.default_backend() if platform is None else platform
+    checks.check_choice(platform, "platform", PLATFORMS)
     recorder = Recorder()
-    evaluator = Evaluator(recorder=recorder)
+    evaluator = Evaluator(Options(platform=platform), recorder)
     program = trace(fn, *with_trained(((params, *args), kwargs)))
 
     def run(*inputs):

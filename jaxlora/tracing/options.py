@@ -15,10 +15,12 @@ class Options:
         form: form of the products, see `jaxlora.tracing.products.forms`.
         observes: products tell of their inputs and have no low-rank term, see
             `jaxlora.tracing.transform.observe`.
+        platform: the platform that is compiled for, None where that is not known yet.
         is_linear: the program is a derivative, to be transposed, and so nothing in it is named.
     """
 
     strict: bool = False
     form: Form = "auto"
     observes: bool = False
+    platform: str | None = None
     is_linear: bool = False

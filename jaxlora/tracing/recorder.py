@@ -30,6 +30,7 @@ class Use:
         out: axes left in the result.
         reason: why the weight was materialized.
         form: the form of a product where it is differentiated, see `jaxlora.lora`.
+        why: why it has that form.
         sharing: the number of products of one input that share the product with their first
             factors, this among them.
     """
@@ -43,6 +44,7 @@ class Use:
     out: frozenset = frozenset()
     reason: str = ""
     form: str = ""
+    why: str = ""
     sharing: int = 1
 
 
@@ -54,6 +56,7 @@ class Facts(TypedDict, total=False):
     out: frozenset
     reason: str
     form: str
+    why: str
     sharing: int
 
 
@@ -110,6 +113,7 @@ class Recorder:
                 *(_axes_of(path, labels) for labels in (stack, in_, out)),
                 reason=facts.get("reason", ""),
                 form=facts.get("form", ""),
+                why=facts.get("why", ""),
                 sharing=facts.get("sharing", 1),
             )
             self._uses.setdefault((eqn, use), use)

@@ -14,13 +14,22 @@ By either count the second is cheaper where N·(d + k) > 2·d·k. Where several 
 that ``x a`` of all and the gradient of x through it are made at once, the weight in effect is made
 for the forward pass alone: that moves 2·d·k elements in the place of 2·N·k, and is cheaper where
 N > d. It is not used where it would not be exact: where the sum would be rounded to a dtype
-narrower than float32, or x has dropout. Nor is it on a mesh of several devices, which would have
-to gather the weight in effect for each pass. Without differentiation there is no backward pass to
-save on, and the form is factored.
+narrower than float32, or x has dropout; nor on accelerators, which round the operands of a product
+of float32, to bfloat16 or TF32, unless its precision is HIGHEST. That is decided for the platform
+that is compiled for. Nor is it used on a mesh of several devices, which would have to gather the
+weight in effect for each pass. Without differentiation there is no backward pass to save on, and
+the form is factored.
 
-A third form, ``[x | x a] [W; b]``, is not here: its forward pass copies x and W, 2·N·d + 2·d·k
-elements in the place of the 2·N·k that adding the term to y moves, so where weight-side is exact it
-always moves more than that, and its backward pass has to be split again for W to have no gradient.
+What else was tried for TPU, by its compiler's counts for v5p (4 layers of the shapes of Llama 3 8B,
+scanned and rematerialized, 4,096 tokens, rank 16; estimated cycles and bytes over the frozen
+model's, adapters on the gated layers alone; factored is 1.06 and 1.19):
+
+- ``[x | x a] [W; b]``: 1.09 and 1.23. The compiler fuses the concatenation into the product, but
+  not with the slice of a scanned stack, which it then copies. With a base that is stored with room
+  for ``b`` it is 1.09 and 1.18: 16 more rows are one more pass of the matrix unit.
+- ``[g | g b^T] [W | a]^T`` in the backward pass: 1.09 and 1.22.
+- the term as rank sums of outer products in the epilogue of the product: 1.15 and 1.14.
+- the sum in float32, rounded once: more of both.
 """
 
 import math
@@ -28,6 +37,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxlora.tracing.interpreter import Evaluation
@@ -41,8 +51,8 @@ from jaxlora.tracing.values.weight import Role
 from jaxlora.weights.adapters import merge_dtype
 
 
-def choose(run: Evaluation, weight: LowRank, term: Term, *, is_shared: bool) -> Form:
-    """Return the form of the product of an input with a weight.
+def choose(run: Evaluation, weight: LowRank, term: Term, *, is_shared: bool) -> tuple[Form, str]:
+    """Return the form of the product of an input with a weight, and why it is that.
 
     Args:
         run: tells the user's choice, and whether the program is to be transposed.
@@ -51,25 +61,37 @@ def choose(run: Evaluation, weight: LowRank, term: Term, *, is_shared: bool) -> 
         is_shared: whether other products share that of the input and the first factor.
     """
     labels = [label for label, _ in axes.pieces(weight.dims)]
-    is_deferred = isinstance(weight.base, Deferred)
-    if run.options.is_linear or weight.has_dropout or is_deferred or axes.REPEATED in labels:
-        return "factored"
+    if weight.has_dropout:
+        return "factored", "its input has dropout"
+    if isinstance(weight.base, Deferred):
+        return "factored", "its base is quantized"
+    if run.options.is_linear or axes.REPEATED in labels:
+        return "factored", "the weight is no operand that could be made"
     if run.options.form != "auto":
-        return run.options.form
+        return run.options.form, "it was asked for"
     in_, out = (
         math.prod(size for label, size in axes.pieces(weight.dims) if label == role)
         for role in (Role.IN, Role.OUT)
     )
     if term.order == ("b", "a"):
         in_, out = out, in_
-    is_exact = weight.base.dtype == merge_dtype(weight.base.dtype)
-    is_known = isinstance(term.tokens, int)  # no symbol of a size that `jax.export` leaves open
     mesh = jax.typeof(weight.base).sharding.mesh
-    is_spread = not mesh.empty and mesh.size > 1
-    if not is_exact or not is_known or is_spread:
-        return "factored"
-    is_cheaper = _moves_less(term.tokens, in_, out, is_shared=is_shared)
-    return "weight-side" if is_cheaper else "factored"
+    if weight.base.dtype != merge_dtype(weight.base.dtype):
+        return "factored", f"the sum would be rounded to {weight.base.dtype}"
+    if not isinstance(term.tokens, int):  # a symbol of a size that `jax.export` leaves open
+        return "factored", "the number of tokens is open"
+    if not mesh.empty and mesh.size > 1:
+        return "factored", "the weight is on several devices"
+    if not _moves_less(term.tokens, in_, out, is_shared=is_shared):
+        return "factored", f"it moves less with {term.tokens:,} tokens"
+    if run.options.platform not in (None, "cpu") and not _is_exact(term):
+        return "factored", f"{run.options.platform} rounds the operands of a product"
+    return "weight-side", f"it moves less with {term.tokens:,} tokens"
+
+
+def _is_exact(term: Term) -> bool:
+    """Tell whether no platform rounds the operands of a product before it."""
+    return term.precision in (lax.Precision.HIGHEST, (lax.Precision.HIGHEST,) * 2)
 
 
 def _moves_less(tokens: int, in_: int, out: int, *, is_shared: bool) -> bool:
@@ -106,17 +128,27 @@ def weight_side(
     def made(x, base, a, b, h):
         with run.scope(weight):
             dense = with_arrays(base, a, b).dense(merge_dtype(base.dtype))
-            effective = jax.lax.optimization_barrier(dense)
+            effective = lax.optimization_barrier(dense)
         return bind(x, effective)
 
     def factored(x, base, a, b, h):
         return with_term(run, bind(x, base), x, with_arrays(base, a, b), h, term)
 
+    def factored_of_tangent(dx, base, a, b, h):
+        return with_term(run, bind(dx, base), dx, with_arrays(base, a, b), h, term, moving="x")
+
+    def made_on_cpu(otherwise):
+        if run.options.form == "weight-side" or _is_exact(term):
+            return made
+        return lambda *arrays: lax.platform_dependent(*arrays, cpu=made, default=otherwise)
+
+    of_tangent = jax.checkpoint(made_on_cpu(factored_of_tangent))
+
     def tangent(y, primals, tangents):
         x, base, a, b, h = primals
         dx, dbase, da, db, dh = tangents
         if _moves(dx):
-            yield bind(dx, base) if is_shared else jax.checkpoint(made)(dx, base, a, b, h)
+            yield bind(dx, base) if is_shared else of_tangent(dx, base, a, b, h)
         if _moves(dbase):
             yield bind(x, dbase)
         moved = {"a": (da, with_arrays(base, da, b)), "b": (db, with_arrays(base, a, db))}
@@ -134,7 +166,7 @@ def weight_side(
         parts = list(tangent(y, primals, tangents)) or [jnp.zeros_like(y)]
         return y, sum(parts[1:], parts[0])
 
-    differentiated = jax.custom_jvp(made)
+    differentiated = jax.custom_jvp(made_on_cpu(factored))
     product = jax.custom_jvp(factored)
     for function in (differentiated, product):
         function.defjvp(jvp, symbolic_zeros=True)
@@ -142,20 +174,42 @@ def weight_side(
 
 
 def with_term(
-    run: Evaluation, y: jax.Array, x: jax.Array, weight: LowRank, h: jax.Array | None, term: Term
+    run: Evaluation,
+    y: jax.Array,
+    x: jax.Array,
+    weight: LowRank,
+    h: jax.Array | None,
+    term: Term,
+    moving: str = "",
 ) -> jax.Array:
-    """Return the product with the base plus the low-rank term."""
-    low = low_rank(run, y, x, weight, h, term)
+    """Return the product with the base plus the low-rank term, see `low_rank`."""
+    low = low_rank(run, y, x, weight, h, term, moving)
     with run.scope(weight):
-        return jax.lax.add(y, low)
+        return lax.add(y, low)
 
 
 def low_rank(
-    run: Evaluation, y: jax.Array, x: jax.Array, weight: LowRank, h: jax.Array | None, term: Term
+    run: Evaluation,
+    y: jax.Array,
+    x: jax.Array,
+    weight: LowRank,
+    h: jax.Array | None,
+    term: Term,
+    moving: str = "",
 ) -> jax.Array:
-    """Return the low-rank term as an array like y, the product with the base."""
+    """Return the low-rank term as an array like y, the product with the base.
+
+    Args:
+        run: the evaluation of the program.
+        y: the product with the base.
+        x: the input.
+        weight: the weight.
+        h: the product of the input and the first factor, where it is known.
+        term: the low-rank term.
+        moving: what of it is a tangent, see `Term.__call__`.
+    """
     with run.scope(weight):
-        return _like(term(run, x, weight, h), y)
+        return _like(term(run, x, weight, h, moving), y)
 
 
 def _moves(tangent: object) -> bool:

@@ -183,7 +183,7 @@ class Term:
             x: the input.
             weight: the weight.
             h: the product of the input and the first factor, where it is known.
-            moving: ``"a"`` or ``"b"`` where that is a tangent.
+            moving: ``"a"``, ``"b"`` or ``"x"`` where that is a tangent.
         """
         first, second = (getattr(weight, factor) for factor in self.order)
         product = chain(
@@ -192,7 +192,7 @@ class Term:
             second,
             names=self.names,
             scales=self._scales(weight),
-            how=self._how(run, weight, x, self.order.index(moving) if moving else None),
+            how=self._how(run, weight, x, moving),
         )
         return placement.repeated(product, self.out_kept, self.out_sizes)
 
@@ -207,12 +207,12 @@ class Term:
         """
         return (weight.scale, 1.0) if self.order == ("b", "a") else (1.0, weight.scale)
 
-    def _how(
-        self, run: Evaluation, weight: LowRank, x: jax.Array, tangent: int | None = None
-    ) -> How:
+    def _how(self, run: Evaluation, weight: LowRank, x: jax.Array, moving: str = "") -> How:
+        tangent = self.order.index(moving) if moving in self.order else None
+        is_named = not run.options.is_linear and moving in ("", self.order[1])
         is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
         factor_dtype = x.dtype if is_complex else weight.base.dtype
-        return How(self.precision, self.dtype, factor_dtype, not run.options.is_linear, tangent)
+        return How(self.precision, self.dtype, factor_dtype, is_named, tangent)
 
 
 def _names(sides: Sides, weight: LowRank, x: jax.Array) -> tuple[Names, Names, list[list[int]]]:

@@ -156,8 +156,7 @@ class How:
         factor_dtype: what the factors are cast to.
         is_named: the rank-sized product has a name, `CHECKPOINT_NAME`, for policies of
             `jax.checkpoint`.
-        tangent: position of the factor that is a tangent, if one is; of the first, the rank-sized
-            product is one too.
+        tangent: position of the factor that is a tangent, if one is.
     """
 
     precision: lax.PrecisionLike
@@ -198,7 +197,8 @@ def _along_factor(
     """Return the product of x and a tangent of a factor.
 
     What it gives back to the tangent is a product of shape (rank, in), which the CPU computes
-    faster than (in, rank). Without the barrier the compiler would compute (in, rank), and transpose.
+    faster than (in, rank). Without the barrier the compiler would compute (in, rank) and transpose
+    it.
     """
     x_names, factor_names, out_names = names
     rank_first = (factor_names[-1], *factor_names[:-1])
@@ -257,7 +257,7 @@ def narrow(
     factors = [scaled(first, scale, how.factor_dtype) for first, scale in pairs]
     whole = jnp.concatenate(factors, -1) if len(factors) > 1 else factors[0]
     h = how.product(0, x, whole, names)
-    h = checkpoint_name(h, CHECKPOINT_NAME) if how.is_named and how.tangent != 0 else h
+    h = checkpoint_name(h, CHECKPOINT_NAME) if how.is_named else h
     return lax.split(h, [first.shape[-1] for first in firsts], names[2].index(names[1][-1]))
 
 
