@@ -205,6 +205,7 @@ def test_policy_keeps_the_rank_sized_products(params, inside):
     kept = made(jax.checkpoint_policies.save_only_these_names("lora"))
     remade = made(jax.checkpoint_policies.nothing_saveable)
     assert (kept, remade) == (4, 6)  # for each weight one forward, one back, one more forward
+    assert made(None) == (4 if inside else 6)  # one inside without a policy keeps them
 
 
 def test_error_of_the_users_function_keeps_its_traceback(params):

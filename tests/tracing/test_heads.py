@@ -1,0 +1,120 @@
+"""Where a product is split into heads, its low-rank term is added after the split."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases.base import normal
+from numpy.testing import assert_allclose
+
+import jaxlora
+from jaxlora.tracing.jaxprs import compat, sums
+
+pytestmark = pytest.mark.once
+
+X = normal(0, 2, 5, 8)
+PARAMS = {"q": normal(1, 8, 12), "k": normal(2, 8, 12), "bias": normal(3, 12)}
+
+
+def heads(y):
+    return y.reshape(2, 5, 3, 4)
+
+
+def plain(params, x):
+    return jnp.sin(heads(x @ params["q"]))
+
+
+def biased(params, x):
+    return jnp.sin(heads(x @ params["q"] + jnp.broadcast_to(params["bias"], (2, 5, 12))))
+
+
+def twice(params, x):
+    return jnp.sin(heads(x @ params["q"]).reshape(2, 5, 3, 2, 2))
+
+
+def summed(params, x):
+    return jnp.sin(heads(x @ params["q"] + x @ params["k"]))
+
+
+def weight_first(params, x):
+    return jnp.sin(heads(jnp.einsum("df,btd->btf", params["q"], x)))
+
+
+def read_twice(params, x):
+    y = x @ params["q"]
+    return jnp.sin(heads(y)) + heads(y)
+
+
+def added_to_itself(params, x):
+    y = x @ params["q"]
+    return jnp.sin(heads(y + y))
+
+
+def leaves(params, x):
+    y = x @ params["q"]
+    return y, jnp.sin(heads(y))
+
+
+def flattened(params, x):
+    return jnp.sin((x @ params["q"]).reshape(10, 12))
+
+
+def between(params, x):
+    return jnp.sin(heads(2 * (x @ params["q"])))
+
+
+LATE = {plain: 1, biased: 1, twice: 1, summed: 2, weight_first: 1}
+AT_ONCE = (read_twice, added_to_itself, leaves, flattened, between)
+TRANSFORMS = {
+    "as it is": lambda fn: fn,
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "vmap": lambda fn: lambda params, x: jax.vmap(fn, (None, 0))(params, jnp.stack([x, 2 * x])),
+    "scan": lambda fn: (
+        lambda params, x: jax.lax.scan(lambda _, x: (0.0, fn(params, x)), 0.0, x[None])[1]
+    ),
+}
+
+
+def adapted(fn, rank=2):
+    config = jaxlora.LoRAConfig(rank=rank, alpha=4, targets=("q", "k") if fn is summed else ("q",))
+    params = jaxlora.init(jax.random.key(0), fn, PARAMS, X, config=config)
+    base, adapters = jaxlora.split(params)
+    return base, jax.tree.map(lambda factor: factor + 0.3, adapters)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("fn", [*LATE, *AT_ONCE])
+def test_results_and_gradients_are_those_of_merged_weights(fn, transform):
+    base, adapters = adapted(fn)
+    apply = TRANSFORMS[transform](fn)
+
+    def loss(run, adapters):
+        outs = run(jaxlora.bind(base, adapters), X)
+        return sum(jnp.sum(jnp.cos(out)) for out in jax.tree.leaves(outs))
+
+    low_rank = functools.partial(loss, jaxlora.lora(apply, form="factored"))
+    merged = functools.partial(loss, lambda params, x: apply(jaxlora.merge(params), x))
+    for got, wanted in zip(
+        jax.tree.leaves(jax.value_and_grad(low_rank)(adapters)),
+        jax.tree.leaves(jax.value_and_grad(merged)(adapters)),
+        strict=True,
+    ):
+        assert_allclose(got, wanted, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("fn", [*LATE, *AT_ONCE])
+def test_split_of_a_product_with_one_reader_is_found(fn):
+    program = compat.opened(jax.make_jaxpr(fn)(PARAMS, X))
+    assert len(sums.splits(program)) == LATE.get(fn, 0)
+
+
+@pytest.mark.parametrize("fn", LATE)
+def test_term_is_added_in_heads(fn):
+    base, adapters = adapted(fn)
+    run = jaxlora.lora(fn, form="factored")
+    program = jax.make_jaxpr(lambda adapters: run(jaxlora.bind(base, adapters), X))(adapters)
+    added = [eqn for eqn in program.eqns if eqn.primitive.name == "add"]
+    in_heads = [eqn for eqn in added if compat.shape(eqn.outvars[0]) == (2, 5, 3, 4)]
+    assert len(in_heads) == LATE[fn]
