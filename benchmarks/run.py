@@ -4,8 +4,9 @@
     python benchmarks/run.py train_step peers_torch
 
 An environment is a folder in ``benchmarks/.environments`` with this project and the peers that can
-live beside it (``jax``: qwix) or a peer alone (``torch``: PEFT), made once from PyPI. Results are
-written to ``benchmarks/results`` as ``<benchmark>_<device>_<version>.json``; `plot.py` draws them.
+live beside it (``jax``: qwix; ``tpu``: with the compiler for TPU too) or a peer alone (``torch``:
+PEFT), made once from PyPI. Results are written to ``benchmarks/results`` as
+``<benchmark>_<device>_<version>.json``; `plot.py` draws them.
 """
 
 import argparse
@@ -19,10 +20,12 @@ HERE = Path(__file__).parent
 
 PACKAGES = {
     "jax": ["-e", f"{HERE.parent}", "qwix==0.1.8", "matplotlib>=3.9"],
+    "tpu": ["-e", f"{HERE.parent}[tpu]", "qwix==0.1.8"],
     "torch": ["torch==2.13.0", "peft==0.21.2"],
 }
 TELL = {  # prints the device and the version that the results are named by
     "jax": "import jax; print(jax.devices()[0].platform, 'jax' + jax.__version__)",
+    "tpu": "import jax; print('tpu', 'jax' + jax.__version__)",
     "torch": "import torch; print('cuda' if torch.cuda.is_available() else 'cpu', "
     "'torch' + torch.__version__.partition('+')[0])",
 }
@@ -73,10 +76,11 @@ BENCHMARKS = {
     "merge": Benchmark("jax", "merge.py", "merging, against copying the same bytes"),
     "decompose": Benchmark("jax", "decompose.py", "the fast decomposition of PiSSA, and the exact"),
     "llama": Benchmark("jax", "llama.py", "bytes of a step of a Llama of 7 billion weights"),
+    "compiled_for": Benchmark("tpu", "tpu.py", "steps compiled for a TPU that is not there"),
     "scaling": Benchmark("jax", "scaling.py", "a step against tokens, rank, sites and devices"),
     "compile": Benchmark("jax", "compile.py", "tracing and compiling, against the plain function"),
 }
-UNTIMED = ("decompose.py", "llama.py")  # which have no rounds
+UNTIMED = ("decompose.py", "llama.py", "tpu.py")  # which have no rounds
 
 
 def environment(name: str) -> Path:

@@ -131,7 +131,7 @@ def stored(folder: pathlib.Path) -> dict[str, float]:
     base, adapters = trained(0)
     tree = jaxlora.bind(base, adapters)
     summary: jaxlora.reports.Summary = jaxlora.summary(tree)
-    report: jaxlora.reports.Report = jaxlora.explain(model, tree, X)
+    report: jaxlora.reports.Report = jaxlora.explain(model, tree, X, platform="tpu")
     kinds = {use.kind for uses in report.uses.values() for use in uses}
     jaxlora.save_adapters(folder / "adapters", adapters)
     jaxlora.save_merged(folder / "merged", tree)

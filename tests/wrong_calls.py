@@ -90,7 +90,11 @@ DRAWN = ({"key": KEY, "shape": (8, 2), "dtype": jnp.float32}, {})
 CALLS = {
     "init": (jaxlora.init, {"key": KEY, "fn": model, "params": PARAMS, "x": X}, {"config": CONFIG}),
     "find_sites": (jaxlora.find_sites, {"fn": model, "params": PARAMS, "x": X}, {}),
-    "explain": (jaxlora.explain, {"fn": model, "params": ADAPTED, "x": X}, {}),
+    "explain": (
+        jaxlora.explain,
+        {"fn": model, "params": ADAPTED, "x": X},
+        {"platform": "cpu"},
+    ),
     "lora": (jaxlora.lora, {"fn": model}, {"strict": False, "form": "auto"}),
     "quantize": (jaxlora.quantize, {"fn": model, "params": PARAMS, "x": X}, {"config": CODES}),
     "dequantize": (jaxlora.dequantize, {"params": PARAMS}, {}),

@@ -87,7 +87,7 @@ def bars(figures: dict[str, float], label: str) -> str:
     """Return horizontal bars as HTML that follows the colors of the page."""
     top = max(figures.values())
     lines = [
-        f'<div class="bar{" ours" if name in OURS else ""}">'
+        f'<div class="bar{" ours" if name.rpartition(": ")[2] in OURS else ""}">'
         f'<span class="name">{html.escape(name)}</span>'
         f'<span class="track"><span class="fill" style="width:{value / top:.1%}"></span></span>'
         f'<span class="figure">{value:.2f}</span></div>'

@@ -36,8 +36,8 @@ def lora(fn: F, *, strict: bool = False, form: Form = "auto") -> F:
             array; ``"weight-side"``, the weight in effect made for it in each pass, which is
             cheaper for many tokens; or ``"auto"``, the cheaper one by its shapes, the second only
             on one device and where no bits are lost: for weights of float32 and wider, without
-            dropout. To train many adapters at once under `jax.vmap` force ``"factored"``: the
-            base is then multiplied once for all.
+            dropout, on a CPU or in products of precision HIGHEST. To train many adapters at once
+            under `jax.vmap` force ``"factored"``: the base is then multiplied once for all.
 
     Returns:
         A function of the same signature. Without a `LoRAWeight`, a `TrainedLeaf` or a

@@ -122,25 +122,62 @@ def test_forms_agree_with_autodiff_of_the_plain_formula(form):
         assert jnp.linalg.norm(got - right) <= 1e-5 * jnp.linalg.norm(right)
 
 
-def test_the_form_is_the_cheaper_one_that_is_exact():
+def use_of(tokens, dtype=jnp.float32, platform="cpu", precision=None):
+    """Return how explain tells of a product of an 8 x 8 weight with this many tokens."""
+
     def fn(params, x):
-        return x @ params["w"]
+        return jnp.matmul(x, params["w"], precision=precision)
 
-    def form_of(tokens, dtype=jnp.float32, **options):
-        params = {"w": jnp.zeros((8, 8), dtype)}
-        params = jaxlora.init(
-            jax.random.key(0),
-            fn,
-            params,
-            jnp.zeros((tokens, 8), dtype),
-            config=jaxlora.LoRAConfig(rank=2),
-        )
-        (use,) = jaxlora.explain(fn, params, jnp.zeros((tokens, 8), dtype)).uses["w"]
-        return use.form
+    params, x = {"w": jnp.zeros((8, 8), dtype)}, jnp.zeros((tokens, 8), dtype)
+    config = jaxlora.LoRAConfig(rank=2)
+    params = jaxlora.init(jax.random.key(0), fn, params, x, config=config)
+    (use,) = jaxlora.explain(fn, params, x, platform=platform).uses["w"]
+    return use.form, use.why
 
-    assert form_of(tokens=8) == "factored"  # N (d + k) = 2 d k
-    assert form_of(tokens=9) == "weight-side"
-    assert form_of(tokens=9, dtype=jnp.bfloat16) == "factored"
+
+def test_the_form_is_the_cheaper_one_that_is_exact():
+    assert use_of(tokens=8) == ("factored", "it moves less with 8 tokens")  # N (d + k) = 2 d k
+    assert use_of(tokens=9) == ("weight-side", "it moves less with 9 tokens")
+    in_bfloat16 = use_of(tokens=9, dtype=jnp.bfloat16)
+    assert in_bfloat16 == ("factored", "the sum would be rounded to bfloat16")
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_the_form_is_that_of_the_platform(platform):
+    rounded = ("factored", f"{platform} rounds the operands of a product")
+    assert use_of(9, platform=platform) == rounded
+    assert use_of(9, platform=platform, precision="highest")[0] == "weight-side"
+    with pytest.raises(ValueError, match=r"platform must be one of .*: got 'metal'"):
+        use_of(9, platform="metal")
+
+
+def test_program_is_lowered_in_the_form_of_its_platform():
+    """No TPU and no compiler for one is needed to lower for it."""
+
+    def lowered(form, platform):
+        fn, args = step_of(form)
+        return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+    def weights_made(text):  # the sums in the place of a base
+        return len(re.findall(rf"stablehlo.add .*tensor<{WIDTH}x(?:{WIDTH}|{HIDDEN})xf32>", text))
+
+    made = weights_made(lowered("weight-side", "cpu"))
+    assert made > 0
+    assert weights_made(lowered("auto", "cpu")) > 0
+    assert weights_made(lowered("auto", "tpu")) == 0
+    assert weights_made(lowered("weight-side", "tpu")) == made
+
+
+def test_activations_are_flattened_on_cpu_alone():
+    def flattened(platform):
+        fn, args = step_of("factored")
+        text = jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+        tokens, batch, time = TOKENS[0] * TOKENS[1], *TOKENS
+        flat = rf"reshape .*tensor<{batch}x{time}x\d+xf32>\) -> tensor<{tokens}x\d+xf32>"
+        return len(re.findall(flat, text))
+
+    assert flattened("cpu") > 0
+    assert flattened("tpu") == 0
 
 
 def test_unknown_form_is_refused():

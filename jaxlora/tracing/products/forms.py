@@ -32,6 +32,8 @@ model's, adapters on the gated layers alone; factored is 1.06 and 1.19):
 - the sum in float32, rounded once: more of both.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -41,7 +43,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxlora.tracing.interpreter import Evaluation
-from jaxlora.tracing.options import Form
+from jaxlora.tracing.options import Form, Options
 from jaxlora.tracing.products.term import Term
 from jaxlora.tracing.types import Base
 from jaxlora.tracing.values import axes, placement
@@ -125,24 +127,22 @@ def weight_side(
     def with_arrays(base, a, b):
         return weight.replace(base=base, a=a, b=b)
 
-    def made(x, base, a, b, h):
+    def made(x, base, a, b, h, moving=""):
+        everywhere = run.options.form == "weight-side" or _is_exact(term)
+        nameless = _nameless(with_arrays(base, a, b))
         with run.scope(weight):
-            dense = with_arrays(base, a, b).dense(merge_dtype(base.dtype))
-            effective = lax.optimization_barrier(dense)
-        return bind(x, effective)
+            effective = _in_effect(nameless, everywhere=everywhere)
+        y = bind(x, effective)
+        if everywhere:
+            return y
+        with run.scope(weight):
+            how = {"term": dataclasses.replace(term, gain=None), "options": run.options}
+            return _with_term_elsewhere(y, x, nameless, h, **how, moving=moving)
 
     def factored(x, base, a, b, h):
         return with_term(run, bind(x, base), x, with_arrays(base, a, b), h, term)
 
-    def factored_of_tangent(dx, base, a, b, h):
-        return with_term(run, bind(dx, base), dx, with_arrays(base, a, b), h, term, moving="x")
-
-    def made_on_cpu(otherwise):
-        if run.options.form == "weight-side" or _is_exact(term):
-            return made
-        return lambda *arrays: lax.platform_dependent(*arrays, cpu=made, default=otherwise)
-
-    of_tangent = jax.checkpoint(made_on_cpu(factored_of_tangent))
+    of_tangent = jax.checkpoint(functools.partial(made, moving="x"))
 
     def tangent(y, primals, tangents):
         x, base, a, b, h = primals
@@ -156,60 +156,74 @@ def weight_side(
             del moved[term.order[0]]
         with run.scope(weight):
             if is_shared and _moves(dh):
-                yield _like(term(run, x, with_arrays(base, a, b), dh), y)
+                yield _like(term(run.options, x, with_arrays(base, a, b), dh), y)
             for name, (factor, changed) in moved.items():
                 if _moves(factor):
-                    yield _like(term(run, x, changed, h, moving=name), y)
+                    yield _like(term(run.options, x, changed, h, moving=name), y)
 
     def jvp(primals, tangents):
         y = differentiated(*primals)
         parts = list(tangent(y, primals, tangents)) or [jnp.zeros_like(y)]
         return y, sum(parts[1:], parts[0])
 
-    differentiated = jax.custom_jvp(made_on_cpu(factored))
+    differentiated = jax.custom_jvp(lambda *arrays: made(*arrays))
     product = jax.custom_jvp(factored)
     for function in (differentiated, product):
         function.defjvp(jvp, symbolic_zeros=True)
     return product(x, weight.base, weight.a, weight.b, h)
 
 
-def with_term(
-    run: Evaluation,
+def _nameless(weight: LowRank) -> LowRank:
+    """Return a weight without what tells it from others of its shapes, which are traced as one."""
+    return weight.replace(origin=dataclasses.replace(weight.origin, paths=()), picked_at=("", ""))
+
+
+@functools.partial(jax.jit, static_argnames="everywhere", inline=True)
+def _in_effect(weight: LowRank, *, everywhere: bool) -> jax.Array:
+    """Return the weight in effect, or on other platforms than CPU, if not everywhere, the base."""
+
+    def dense(weight):
+        return lax.optimization_barrier(weight.dense(merge_dtype(weight.base.dtype)))
+
+    if everywhere:
+        return dense(weight)
+    return lax.platform_dependent(weight, cpu=dense, default=lambda weight: weight.base)
+
+
+@functools.partial(jax.jit, static_argnames=("term", "options", "moving"), inline=True)
+def _with_term_elsewhere(
     y: jax.Array,
     x: jax.Array,
     weight: LowRank,
     h: jax.Array | None,
+    *,
     term: Term,
-    moving: str = "",
+    options: Options,
+    moving: str,
 ) -> jax.Array:
-    """Return the product with the base plus the low-rank term, see `low_rank`."""
-    low = low_rank(run, y, x, weight, h, term, moving)
+    """Return the product with what `_in_effect` returned: with the term where that was the base."""
+
+    def add(y, x, weight, h):
+        return lax.add(y, _like(term(options, x, weight, h, moving), y))
+
+    return lax.platform_dependent(y, x, weight, h, cpu=lambda y, *_: y, default=add)
+
+
+def with_term(
+    run: Evaluation, y: jax.Array, x: jax.Array, weight: LowRank, h: jax.Array | None, term: Term
+) -> jax.Array:
+    """Return the product with the base plus the low-rank term."""
+    low = low_rank(run, y, x, weight, h, term)
     with run.scope(weight):
         return lax.add(y, low)
 
 
 def low_rank(
-    run: Evaluation,
-    y: jax.Array,
-    x: jax.Array,
-    weight: LowRank,
-    h: jax.Array | None,
-    term: Term,
-    moving: str = "",
+    run: Evaluation, y: jax.Array, x: jax.Array, weight: LowRank, h: jax.Array | None, term: Term
 ) -> jax.Array:
-    """Return the low-rank term as an array like y, the product with the base.
-
-    Args:
-        run: the evaluation of the program.
-        y: the product with the base.
-        x: the input.
-        weight: the weight.
-        h: the product of the input and the first factor, where it is known.
-        term: the low-rank term.
-        moving: what of it is a tangent, see `Term.__call__`.
-    """
+    """Return the low-rank term as an array like y, the product with the base."""
     with run.scope(weight):
-        return _like(term(run, x, weight, h, moving), y)
+        return _like(term(run.options, x, weight, h), y)
 
 
 def _moves(tangent: object) -> bool:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.options import Options
 from jaxlora.tracing.types import Eqn
 from jaxlora.tracing.values import axes, placement
 from jaxlora.tracing.values.chain import How, Name, chain, narrow, scaled_along
@@ -157,7 +157,7 @@ class Term:
         return self.gain is not None and self.gain.scaled is Scaled.INPUT
 
     def narrow(
-        self, run: Evaluation, x: jax.Array, weights: Sequence[LowRank]
+        self, options: Options, x: jax.Array, weights: Sequence[LowRank]
     ) -> Sequence[jax.Array]:
         """Return the products of the input with the first factor of each weight, made as one."""
         return narrow(
@@ -165,12 +165,12 @@ class Term:
             [getattr(weight, self.order[0]) for weight in weights],
             names=self.names[:3],
             scales=tuple(self._scales(weight)[0] for weight in weights),
-            how=self._how(run, weights[0], x),
+            how=self._how(options, weights[0], x),
         )
 
     def __call__(
         self,
-        run: Evaluation,
+        options: Options,
         x: jax.Array,
         weight: LowRank,
         h: jax.Array | None = None,
@@ -179,7 +179,7 @@ class Term:
         """Return the term.
 
         Args:
-            run: the evaluation of the program.
+            options: how the program is evaluated.
             x: the input.
             weight: the weight.
             h: the product of the input and the first factor, where it is known.
@@ -192,7 +192,7 @@ class Term:
             second,
             names=self.names,
             scales=self._scales(weight),
-            how=self._how(run, weight, x, moving),
+            how=self._how(options, weight, x, moving),
         )
         return placement.repeated(product, self.out_kept, self.out_sizes)
 
@@ -207,9 +207,9 @@ class Term:
         """
         return (weight.scale, 1.0) if self.order == ("b", "a") else (1.0, weight.scale)
 
-    def _how(self, run: Evaluation, weight: LowRank, x: jax.Array, moving: str = "") -> How:
+    def _how(self, options: Options, weight: LowRank, x: jax.Array, moving: str = "") -> How:
         tangent = self.order.index(moving) if moving in self.order else None
-        is_named = not run.options.is_linear and moving in ("", self.order[1])
+        is_named = not options.is_linear and moving in ("", self.order[1])
         is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
         factor_dtype = x.dtype if is_complex else weight.base.dtype
         return How(self.precision, self.dtype, factor_dtype, is_named, tangent)

@@ -93,7 +93,7 @@ def _narrowed(
     if len(group) == 1:
         return None, 1
     with run.scope(*group.values()):
-        products = term.narrow(run, x, [*group.values()])
+        products = term.narrow(run.options, x, [*group.values()])
     for other, h in zip(group, products, strict=True):
         run.narrowed[other] = (h, len(group))
     return run.narrowed.pop(eqn)
@@ -171,7 +171,7 @@ def _observed(
     wide = merge_dtype(x.dtype)
     weight = weight.replace(base=weight.base.astype(wide))
     term = dataclasses.replace(term, dtype=wide, precision=lax.Precision.HIGHEST)
-    return send_back(y, *term.narrow(run, x.astype(wide), [weight]))
+    return send_back(y, *term.narrow(run.options, x.astype(wide), [weight]))
 
 
 def _ragged_flops(eqn: Eqn) -> int:
