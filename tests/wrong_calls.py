@@ -226,6 +226,7 @@ FITTING = {
     **{name: {"None", "an int"} for name in ("Svd.rank", "svd_rank")},
     "rule": {"None"},
     "sites": {"None"},
+    "platform": {"None"},
     "factors": ADAPTED_TREES,
     "FromWeight.factors": FUNCTIONS,
     "changes_base": {"a bool"},

@@ -187,9 +187,7 @@ class Evaluation:
             for i, eqn in enumerate(self.plan.eqns):
                 values = [read(atom) for atom in eqn.invars]
                 with compat.scope(eqn):
-                    outs = self._step(eqn, values)
-                    for late in self.late.pop(eqn, ()):
-                        outs = [jax.lax.add(*outs, late)]
+                    outs = self._with_late(eqn, self._step(eqn, values))
                     env.update(zip(eqn.outvars, outs, strict=True))
                 for var in last.get(i, ()):
                     env.pop(var, None)
@@ -197,6 +195,14 @@ class Evaluation:
         finally:  # functions that rules hand to JAX may outlive the run, and hold this
             env.clear()
             self.last = None
+
+    def _with_late(self, eqn: Eqn, outs: Values) -> Values:
+        """Return the outputs of an equation plus what products before it left to be added."""
+        for late in self.late.pop(eqn, ()):
+            (y,) = outs
+            assert isinstance(y, jax.Array)  # the reshape of a product
+            outs = [jax.lax.add(y, late)]
+        return outs
 
     def _step(self, eqn: Eqn, values: list[Value]) -> Values:
         weights = [value for value in values if isinstance(value, Weight)]

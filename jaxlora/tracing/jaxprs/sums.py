@@ -22,16 +22,20 @@ def splits(program: Jaxpr) -> dict[Eqn, Eqn]:
     if all(eqn.primitive.name != "reshape" for eqn in program.eqns):
         return {}
     reads = Counter(atom for atom in _read(program) if isinstance(atom, Var))
-    found: dict[Var, Eqn] = {}  # by variable the reshape that splits it
+    found: dict[Atom, Eqn] = {}  # by variable the reshape that splits it
+
+    def read_once(atoms):
+        return [atom for atom in atoms if isinstance(atom, Var) and reads[atom] == 1]
+
     by_product: dict[Eqn, Eqn] = {}
     for eqn in reversed(program.eqns):
         split = found.get(eqn.outvars[0]) if len(eqn.outvars) == 1 else None
         if eqn.primitive.name == "reshape" and _splits_last(eqn):
-            found |= {var: eqn for var in eqn.invars if reads.get(var) == 1}
+            found |= dict.fromkeys(read_once(eqn.invars), eqn)
         elif eqn.primitive.name == "add" and split is not None:
             shape = compat.shape(eqn.outvars[0])
-            whole = (var for var in eqn.invars if compat.shape(var) == shape)
-            found |= {var: split for var in whole if reads.get(var) == 1}
+            whole = [atom for atom in eqn.invars if compat.shape(atom) == shape]
+            found |= dict.fromkeys(read_once(whole), split)
         elif eqn.primitive.name == "dot_general" and split is not None:
             by_product[eqn] = split
     return by_product

@@ -149,8 +149,9 @@ def _product(run: Evaluation, eqn: Eqn, x: jax.Array, weight: LowRank, side: int
     h, sharing = _narrowed(run, eqn, side, term, weight, x)
     form, why = forms.choose(run, weight, term, is_shared=h is not None)
     in_, out, stack = _axes_used(eqn, side, weight)
-    facts: Facts = {"in_": in_, "out": out, "stack": stack, "form": form, "why": why}
-    run.record(eqn, weight, Kind.CONTRACTED, sharing=sharing, **facts)
+    used: Facts = {"in_": in_, "out": out, "stack": stack}
+    facts: Facts = {**used, "form": form, "why": why, "sharing": sharing}
+    run.record(eqn, weight, Kind.CONTRACTED, **facts)
     if form == "weight-side":
         y = forms.weight_side(run, x, weight, h, bind, term)
     elif columns is not None or (split := run.splits.get(eqn)) is None:
