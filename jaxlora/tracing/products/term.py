@@ -209,8 +209,9 @@ class Term:
 
     def _how(self, options: Options, weight: LowRank, x: jax.Array, moving: str = "") -> How:
         tangent = self.order.index(moving) if moving in self.order else None
-        is_named = not options.is_linear and moving in ("", self.order[1])
         is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
+        is_kept = not options.is_linear and moving in ("", self.order[1])
+        is_named = is_kept and not is_complex  # JAX 0.10 cannot keep complex arrays by name
         factor_dtype = x.dtype if is_complex else weight.base.dtype
         return How(self.precision, self.dtype, factor_dtype, is_named, tangent)
 
