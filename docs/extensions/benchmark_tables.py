@@ -12,6 +12,7 @@ device in ``benchmarks/results``::
 
 import html
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -78,6 +79,8 @@ def shown(column: str, value: Any) -> str:
     """Return a figure as a reader wants it."""
     if isinstance(value, int):
         return f"{value:,}"
+    if math.isnan(value):
+        return "-"
     if column.startswith("held_out"):
         return f"{value:.1%}"
     return f"{value:,.0f}" if column.endswith(("_ms", "_mb")) else f"{value:.2f}"
