@@ -278,7 +278,7 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # what compiles, not what it is compiled for
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    report.finish(options, measure(options))
+    report.finish(options, measure(options), "compiled for TPU")
 
 
 if __name__ == "__main__":
