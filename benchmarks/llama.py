@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import models
 import optax
 import report
 
@@ -102,12 +103,8 @@ def bytes_of_step(model: Any, params: Any, tokens: Any) -> dict[str, float]:
         )
         return jnp.mean(found)
 
-    def step(adapters, state, base, tokens):
-        value, grads = jax.value_and_grad(loss)(adapters, base, tokens)
-        updates, state = tx.update(grads, state, adapters)
-        return optax.apply_updates(adapters, updates), state, value
-
     state = jax.eval_shape(tx.init, adapters)
+    step = models.training_step(loss, tx)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(adapters, state, base, tokens).compile()
     memory: Any = compiled.memory_analysis()
     return {

@@ -1,10 +1,12 @@
 """The model that is measured: a transformer in Flax Linen as users write it, with 3-D inputs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 
 class Block(nn.Module):
@@ -73,3 +75,21 @@ TARGETS = ("q", "k", "v", "o", "up", "down")
 def loss(x: Any, target: jax.Array) -> jax.Array:
     """Return the mean squared error in float32."""
     return jnp.mean((x.astype(jnp.float32) - target.astype(jnp.float32)) ** 2)
+
+
+def training_step(
+    loss: Callable[..., Any], tx: optax.GradientTransformation
+) -> Callable[..., tuple[Any, Any, jax.Array]]:
+    """Return a step, ``(trained, state, frozen, *batch)`` to ``(trained, state, value)``.
+
+    Args:
+        loss: of ``(trained, frozen, *batch)``.
+        tx: the optimizer.
+    """
+
+    def step(trained, state, frozen, *batch):
+        value, grads = jax.value_and_grad(loss)(trained, frozen, *batch)
+        updates, state = tx.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state, value
+
+    return step

@@ -1,10 +1,11 @@
 """Other ways to train the same factors of the same model, for side-by-side measurement."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import models
 
@@ -58,22 +59,44 @@ def has_qwix() -> bool:
 
 def qwix(model: nn.Module, params: Any, x: jax.Array, rank: int, alpha: float) -> Variant:
     """Return the loss of the model as qwix adapts it; its factors are drawn, b as well."""
-    import flax.traverse_util
-    import qwix
-
-    path = f".*({'|'.join(models.TARGETS)})"
-    provider = qwix.LoraProvider([qwix.LoraRule(module_path=path, rank=rank, alpha=alpha)])
-    adapted = qwix.apply_lora_to_model(model, provider)
-    leaves = flax.traverse_util.flatten_dict(adapted.init(jax.random.key(5), x))
-    factors = {keys: leaf for keys, leaf in leaves.items() if "lora" in keys[-1]}
+    loss, factors, _ = qwix_shapes(model, x, models.TARGETS, rank, alpha)
     keys = iter(jax.random.split(jax.random.key(6), len(factors)))
     factors = jax.tree.map(lambda f: 0.01 * jax.random.normal(next(keys), f.shape), factors)
     frozen = flax.traverse_util.flatten_dict(params)
-    if len(factors) != 2 * sum(keys[-1] == "kernel" for keys in frozen):
-        raise RuntimeError(f"qwix adapts {len(factors) // 2} weights, not all")
+    check_all_adapted(factors, sum(keys[-1] == "kernel" for keys in frozen))
+    return loss, factors, frozen
+
+
+def qwix_shapes(
+    model: nn.Module, x: Any, targets: Sequence[str], rank: int, alpha: float, **options: Any
+) -> Variant:
+    """Return the same without arrays: the shapes of the factors, and of what is left of a model.
+
+    Args:
+        model: the model.
+        x: its input, or the shape of it.
+        targets: names of the modules that are adapted.
+        rank: rank of the factors.
+        alpha: numerator of the scaling.
+        **options: of `qwix.LoraRule`.
+    """
+    import qwix
+
+    rule = qwix.LoraRule(module_path=f".*({'|'.join(targets)})", rank=rank, alpha=alpha, **options)
+    adapted = qwix.apply_lora_to_model(model, qwix.LoraProvider([rule]))
+    shapes = jax.eval_shape(adapted.init, jax.random.key(5), x)
+    leaves = flax.traverse_util.flatten_dict(shapes)
+    factors = {keys: leaf for keys, leaf in leaves.items() if "lora" in keys[-1]}
+    frozen = {keys: leaf for keys, leaf in leaves.items() if keys not in factors}
 
     def loss(factors, frozen, x, y):
         variables = flax.traverse_util.unflatten_dict({**frozen, **factors})
         return models.loss(adapted.apply(variables, x), y)
 
     return loss, factors, frozen
+
+
+def check_all_adapted(factors: Any, count: int) -> None:
+    """Raise if qwix left out some of this many weights, which it does in silence."""
+    if len(factors) != 2 * count:
+        raise RuntimeError(f"qwix adapts {len(factors) // 2} weights, not {count}")

@@ -27,6 +27,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import optax
 import peers
@@ -145,10 +146,10 @@ def variants(case: Case, names: list[str]) -> dict[str, Callable[[], peers.Varia
     config = jaxlora.LoRAConfig(rank=case.rank, alpha=16, targets=case.targets)
 
     def floor(vector, params, x, y):
-        return error(model.apply(params, x + vector), y)
+        return models.loss(model.apply(params, x + vector), y)
 
     def full(params, _, x, y):
-        return error(model.apply(params, x), y)
+        return models.loss(model.apply(params, x), y)
 
     def lora(params=params, **options):
         how = dataclasses.replace(config, **options)
@@ -160,7 +161,7 @@ def variants(case: Case, names: list[str]) -> dict[str, Callable[[], peers.Varia
         apply = jaxlora.lora(model.apply, strict=True)
 
         def loss(adapters, base, x, y):
-            return error(apply(jaxlora.bind(base, adapters), x), y)
+            return models.loss(apply(jaxlora.bind(base, adapters), x), y)
 
         return loss, adapters, base
 
@@ -182,40 +183,16 @@ def variants(case: Case, names: list[str]) -> dict[str, Callable[[], peers.Varia
 
 def by_qwix(model: nn.Module, case: Case, x: Any, kind: str | None = None) -> peers.Variant:
     """Return the variant of the model as qwix adapts it."""
-    import flax.traverse_util as paths
-    import qwix
-
-    options: dict[str, Any] = {"weight_qtype": kind, "tile_size": 64} if kind else {}
-    rule = qwix.LoraRule(
-        module_path=f".*({'|'.join(case.targets)})", rank=case.rank, alpha=16.0, **options
-    )
-    adapted = qwix.apply_lora_to_model(model, qwix.LoraProvider([rule]))
-    leaves = paths.flatten_dict(jax.eval_shape(adapted.init, jax.random.key(0), x))
-    factors = {keys: leaf for keys, leaf in leaves.items() if "lora" in keys[-1]}
-    if len(factors) != 2 * len(case.targets):
-        raise RuntimeError(f"qwix adapts {len(factors) // 2} weights, not {len(case.targets)}")
-    frozen = {keys: leaf for keys, leaf in leaves.items() if keys not in factors}
-
-    def loss(factors, frozen, x, y):
-        return error(adapted.apply(paths.unflatten_dict({**frozen, **factors}), x), y)
-
-    return loss, factors, frozen
-
-
-def error(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Return the mean square error."""
-    return jnp.mean((x.astype(jnp.float32) - y.astype(jnp.float32)) ** 2)
+    options = {"weight_qtype": kind, "tile_size": 64} if kind else {}
+    variant = peers.qwix_shapes(model, x, case.targets, case.rank, 16.0, **options)
+    peers.check_all_adapted(variant[1], len(case.targets))
+    return variant
 
 
 def compiled(case: Case, variant: peers.Variant) -> Any:
     """Return a step or a forward pass, compiled for one chip."""
     loss, trained, frozen = variant
     tx = optax.adamw(1e-4)
-
-    def step(trained, state, frozen, x, y):
-        value, grads = jax.value_and_grad(loss)(trained, frozen, x, y)
-        updates, state = tx.update(grads, state, trained)
-        return optax.apply_updates(trained, updates), state, value
 
     def forward(trained, state, frozen, x, y):
         return loss(trained, frozen, x, y)
@@ -230,7 +207,9 @@ def compiled(case: Case, variant: peers.Variant) -> Any:
         (trained, state, frozen, x, x),
     )
     donated = (0, 1) if case.trains else ()
-    return jax.jit(step if case.trains else forward, donate_argnums=donated).lower(*arguments)
+    program = models.training_step(loss, tx) if case.trains else forward
+    jitted = jax.jit(program, donate_argnums=donated)
+    return jitted.lower(*arguments).compile()
 
 
 def figures(program: Any) -> dict[str, float]:
@@ -256,7 +235,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         floor: dict[str, float] = {}
         for variant, make in variants(case, ["floor", *case.variants]).items():
             start = time.perf_counter()
-            row = figures(compiled(case, make()).compile())
+            row = figures(compiled(case, make()))
             floor = floor or row
             ratios = {f"{key}_over_floor": row[key] / floor[key] for key in list(row)[:4]}
             rows[f"{name}: {variant}"] = {**ratios, **row}

@@ -129,15 +129,10 @@ class Step:
 
     def __init__(self, loss: Callable[..., Any], trained: Any, frozen: Any, x: Any, y: Any):
         tx = optax.adamw(1e-6)
-
-        def step(trained, state, frozen, x, y):
-            value, grads = jax.value_and_grad(loss)(trained, frozen, x, y)
-            updates, state = tx.update(grads, state, trained)
-            return optax.apply_updates(trained, updates), state, value
-
         self.state = (trained, tx.init(trained))
         self.rest = (frozen, x, y)
         start = time.perf_counter()
+        step = models.training_step(loss, tx)
         traced = jax.jit(step, donate_argnums=(0, 1)).trace(*self.state, *self.rest)
         lowered = traced.lower()
         self.trace_s = time.perf_counter() - start

@@ -151,13 +151,13 @@ def test_the_form_is_that_of_the_platform(platform):
         use_of(9, platform="metal")
 
 
+def lowered(form, platform):
+    """Return a step as text for a platform; no device and no compiler for it is needed."""
+    fn, args = step_of(form)
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
 def test_program_is_lowered_in_the_form_of_its_platform():
-    """No TPU and no compiler for one is needed to lower for it."""
-
-    def lowered(form, platform):
-        fn, args = step_of(form)
-        return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
-
     def weights_made(text):  # the sums in the place of a base
         return len(re.findall(rf"stablehlo.add .*tensor<{WIDTH}x(?:{WIDTH}|{HIDDEN})xf32>", text))
 
@@ -170,11 +170,9 @@ def test_program_is_lowered_in_the_form_of_its_platform():
 
 def test_activations_are_flattened_on_cpu_alone():
     def flattened(platform):
-        fn, args = step_of("factored")
-        text = jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
         tokens, batch, time = TOKENS[0] * TOKENS[1], *TOKENS
         flat = rf"reshape .*tensor<{batch}x{time}x\d+xf32>\) -> tensor<{tokens}x\d+xf32>"
-        return len(re.findall(flat, text))
+        return len(re.findall(flat, lowered("factored", platform)))
 
     assert flattened("cpu") > 0
     assert flattened("tpu") == 0

@@ -38,9 +38,7 @@ import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.options import Form, Options
@@ -49,6 +47,7 @@ from jaxlora.tracing.types import Base
 from jaxlora.tracing.values import axes, placement
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import LowRank
+from jaxlora.tracing.values.tangents import moves, summed
 from jaxlora.tracing.values.weight import Role
 from jaxlora.weights.adapters import merge_dtype
 
@@ -127,7 +126,7 @@ def weight_side(
     def with_arrays(base, a, b):
         return weight.replace(base=base, a=a, b=b)
 
-    def made(x, base, a, b, h, moving=""):
+    def made(moving, x, base, a, b, h):
         everywhere = run.options.form == "weight-side" or _is_exact(term)
         nameless = _nameless(with_arrays(base, a, b))
         with run.scope(weight):
@@ -142,31 +141,30 @@ def weight_side(
     def factored(x, base, a, b, h):
         return with_term(run, bind(x, base), x, with_arrays(base, a, b), h, term)
 
-    of_tangent = jax.checkpoint(functools.partial(made, moving="x"))
+    of_tangent = jax.checkpoint(functools.partial(made, "x"))
 
     def tangent(y, primals, tangents):
         x, base, a, b, h = primals
         dx, dbase, da, db, dh = tangents
-        if _moves(dx):
+        if moves(dx):
             yield bind(dx, base) if is_shared else of_tangent(dx, base, a, b, h)
-        if _moves(dbase):
+        if moves(dbase):
             yield bind(x, dbase)
         moved = {"a": (da, with_arrays(base, da, b)), "b": (db, with_arrays(base, a, db))}
         if is_shared:
             del moved[term.order[0]]
         with run.scope(weight):
-            if is_shared and _moves(dh):
+            if is_shared and moves(dh):
                 yield _like(term(run.options, x, with_arrays(base, a, b), dh), y)
             for name, (factor, changed) in moved.items():
-                if _moves(factor):
+                if moves(factor):
                     yield _like(term(run.options, x, changed, h, moving=name), y)
 
     def jvp(primals, tangents):
         y = differentiated(*primals)
-        parts = list(tangent(y, primals, tangents)) or [jnp.zeros_like(y)]
-        return y, sum(parts[1:], parts[0])
+        return y, summed([*tangent(y, primals, tangents)], y)
 
-    differentiated = jax.custom_jvp(lambda *arrays: made(*arrays))
+    differentiated = jax.custom_jvp(functools.partial(made, ""))
     product = jax.custom_jvp(factored)
     for function in (differentiated, product):
         function.defjvp(jvp, symbolic_zeros=True)
@@ -224,10 +222,6 @@ def low_rank(
     """Return the low-rank term as an array like y, the product with the base."""
     with run.scope(weight):
         return _like(term(run.options, x, weight, h), y)
-
-
-def _moves(tangent: object) -> bool:
-    return not isinstance(tangent, SymbolicZero)
 
 
 def _like(product: jax.Array, y: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from jaxlora.tracing.values import placement
+from jaxlora.tracing.values.tangents import moves, summed
 from jaxlora.weights.adapters import merge_dtype
 
 Name = Hashable
@@ -225,11 +226,11 @@ def _with_factor_jvp(
     (x, factor), (dx, dfactor) = primals, tangents
     product = _with_factor(x, factor, names, how)
     parts = []
-    if not isinstance(dx, SymbolicZero):
+    if moves(dx):
         parts.append(_with_factor(dx, factor, names, how))
-    if not isinstance(dfactor, SymbolicZero):
+    if moves(dfactor):
         parts.append(_along_factor(x, dfactor, names, how))
-    return product, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(product)
+    return product, summed(parts, product)
 
 
 def scaled(factor: jax.Array, scale: float, dtype: DTypeLike) -> jax.Array:

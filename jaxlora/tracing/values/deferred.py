@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.jaxprs.compat import Eqn
 from jaxlora.tracing.values.slicing import Change
+from jaxlora.tracing.values.tangents import moves
 from jaxlora.types import PyTree
 from jaxlora.weights.quantized import QuantizedWeight, dequantized
 
@@ -182,7 +182,7 @@ def product(
     def jvp(primals, tangents):
         values, treedef = jax.tree.flatten(primals[:3])
         dots = enumerate(jax.tree.leaves(tangents[:3]))
-        moving = {i: dot for i, dot in dots if not isinstance(dot, SymbolicZero)}
+        moving = {i: dot for i, dot in dots if moves(dot)}
 
         @jax.checkpoint
         def moved(moving):
