@@ -6,9 +6,14 @@ arXiv:2305.14314, section 3)::
 
     W = scale[block] * meaning(q)
 
+The meaning is selected bit by bit: a lookup in a table is slow on TPU. Two codes of four bits are
+packed in one byte: those at one place in the two halves of a block, so that a block is unpacked
+without moving elements between its rows; where a block has an odd number of elements, those of two
+neighbouring blocks.
+
 Quantized doubly, the logarithms of the scales less their mean along the axis are codes of eight
 bits themselves, so that no scale, however small beside others, is off by more than a share of it.
-The codes and scales are those of qwix, which is imported where they are made or read.
+The codes and scales are those of qwix, which is imported where they are made.
 """
 
 import dataclasses
@@ -17,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
@@ -27,6 +33,14 @@ from jaxlora.weights.opaque import Opaque
 Kind = Literal["int8", "int4", "nf4"]
 _meta = MappingProxyType({"static": True})
 _SCALES_PER_BLOCK = 256
+
+# Quantiles of the normal distribution, scaled to [-1, 1] (Dettmers et al. 2023, appendix E).
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 
 class Code(NamedTuple):
@@ -53,8 +67,8 @@ class QuantizedWeight(Opaque):
     along which its blocks lie.
 
     Attributes:
-        codes: int8, or uint8 with two codes of four bits in each, neighbours along the axis: the
-            first in its lower bits.
+        codes: int8, or uint8 with two codes of four bits in each, half a block apart along the
+            axis: the first in its lower bits.
         scale: of each block, float32; quantized doubly, int8 codes of ``log(scale) - offset``.
         step: the scale of those codes, or None.
         offset: the mean of those logarithms along the axis, or None.
@@ -144,20 +158,62 @@ def dequantized(weight: QuantizedWeight) -> jax.Array:
 
 
 def _dequantized(weight: QuantizedWeight) -> jax.Array:
-    codes, scale = weight.codes, weight.scale
+    codes, scale, axis = weight.codes, weight.scale, weight.axis
     if weight.step is not None:
-        scale = jnp.exp(_times(scale, weight.step, jnp.int8) + weight.offset)
+        scale = jnp.exp(_times(scale, weight.step, axis) + weight.offset)
     if weight.is_packed:
-        codes = jnp.stack([codes & 15, codes >> 4], weight.axis + 1).reshape(weight.shape)
+        codes = _unpacked(codes, axis, _distance(weight.shape[axis], scale.shape[axis]))
+    if weight.code.kind == "nf4":
+        return _times(_quantiles(codes), scale, axis)
     if weight.code.kind == "int4":
         codes = (codes ^ 8).astype(jnp.int8) - 8  # the sign is the upper of four bits
-    return _times(codes, scale, "nf4" if weight.code.kind == "nf4" else jnp.int8)
+    return _times(codes, scale, axis)
 
 
-def _times(codes: jax.Array, scale: jax.Array, kind: object) -> jax.Array:
-    """Return the meaning of codes times the scale of their block."""
-    qwix = _qwix()
-    return qwix.dequantize(qwix.QArray(codes, scale, qtype=kind))
+def _times(meaning: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
+    """Return the meaning of codes times the scale of their block, float32."""
+    shape, blocks = meaning.shape, scale.shape[axis]
+    in_blocks = meaning.reshape(*shape[:axis], blocks, shape[axis] // blocks, *shape[axis + 1 :])
+    return (in_blocks.astype(scale.dtype) * jnp.expand_dims(scale, axis + 1)).reshape(shape)
+
+
+def _quantiles(codes: jax.Array) -> jax.Array:
+    """Return the quantiles that codes of four bits stand for, float32.
+
+    They are selected by one bit after another. The first chooses among constants, by bits of
+    theirs, so that there is no array of a constant, which a loop over layers would keep.
+    """
+    even, odd = np.reshape(np.float32(_NF4), (8, 2)).view(np.uint32).T
+    if_set = -(codes & 1).astype(jnp.uint32)
+    left = [if_set & (a ^ b) ^ a for a, b in zip(even, odd, strict=True)]
+    for bit in (1, 2, 3):
+        is_set = (codes >> bit & 1).astype(bool)
+        pairs = zip(left[::2], left[1::2], strict=True)
+        left = [lax.select(is_set, odd, even) for even, odd in pairs]
+    return lax.bitcast_convert_type(left[0], jnp.float32)
+
+
+def _distance(size: int, blocks: int) -> int:
+    """Return how far apart the two codes of a byte are."""
+    block = size // blocks
+    return block if block % 2 else block // 2
+
+
+def _packed(codes: jax.Array, axis: int, distance: int) -> jax.Array:
+    """Return bytes of two codes each, along an axis with an even number of them."""
+    before, after = codes.shape[:axis], codes.shape[axis + 1 :]
+    pairs = codes.reshape(*before, -1, 2, distance, *after)
+    first, second = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+    return (first | second << 4).reshape(*before, -1, *after)
+
+
+def _unpacked(codes: jax.Array, axis: int, distance: int) -> jax.Array:
+    """Return the opposite of `_packed`."""
+    before, size, after = codes.shape[:axis], codes.shape[axis], codes.shape[axis + 1 :]
+    pairs = codes.reshape(*before, size // distance, 1, distance, *after)
+    each = [2 if i == axis + 1 else 1 for i in range(pairs.ndim)]
+    shift = 4 * lax.broadcasted_iota(codes.dtype, each, axis + 1)
+    return (pairs >> shift & 15).reshape(*before, 2 * size, *after)
 
 
 def quantized(weight: jax.Array, code: Code, axis: int) -> QuantizedWeight:
@@ -175,8 +231,7 @@ def quantized(weight: jax.Array, code: Code, axis: int) -> QuantizedWeight:
     codes = array.qvalue if code.kind == "int8" else array.qvalue.astype(jnp.uint8) & 15
     is_packed = code.kind != "int8" and block > 2 and codes.shape[axis] % 2 == 0
     if is_packed:
-        first, second = (lax.slice_in_dim(codes, i, None, 2, axis) for i in (0, 1))
-        codes = first | second << 4
+        codes = _packed(codes, axis, _distance(codes.shape[axis], array.scale.shape[axis]))
     scale, step, offset, count = array.scale, None, None, array.scale.shape[axis]
     if code.double and 4 * count > count + 8:  # bytes of scales, and of codes for them
         shape = [*weight.shape[:axis], count, block, *weight.shape[axis + 1 :]]

@@ -6,6 +6,7 @@ import typing
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 from cases import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,6 +38,18 @@ def test_each_element_is_the_nearest_of_its_block(kind, block):
         assert_allclose(np.abs((got / most)[..., None] - grid).min(-1), 0, atol=1e-6)
         nearest = np.abs((blocks / most)[..., None] - grid).min(-1)
         assert_allclose(np.abs(blocks - got) / most, nearest, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize(("size", "block"), [(64, 16), (30, 5), (30, 15), (45, 15), (7, 7)])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_packed_codes_are_unpacked_as_qwix_made_them(kind, size, block, axis):
+    weight = jnp.moveaxis(normal(0, size, 3, 4), 0, axis)
+    got = values(quantized_weight(weight, Code(kind, block, False), axis))
+    others = [i for i in range(3) if i != axis]
+    how = {"channelwise_axes": others, "tiled_axes": {axis: block}}
+    kind = kind if kind == "nf4" else jnp.dtype(kind)
+    assert_array_equal(got, qwix.dequantize(qwix.quantize(weight, kind, **how)))
 
 
 def test_logarithms_of_scales_are_quantized_to_a_part_in_254_of_theirs():
