@@ -159,7 +159,7 @@ class Evaluation:
         narrowed: by product, that of its input and the first factor, and how many products share
             it, where it was made for several at the first of them.
         splits: by product the reshape after which its term is added, see `sums.splits`.
-        late: by reshape what is added to its result, as products before it left it.
+        late: by reshape what products before it left to be done to its result.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Evaluation:
         self.last: jax.Array | None = None
         self.narrowed: dict[Eqn, tuple[jax.Array, int]] = {}
         self.splits = sums.splits(program)
-        self.late: dict[Eqn, list[jax.Array]] = {}
+        self.late: dict[Eqn, list[Callable[[jax.Array], jax.Array]]] = {}
 
     def outputs(self) -> list[Value]:
         """Run every equation, and return the outputs; what was computed on the way is let go."""
@@ -197,11 +197,11 @@ class Evaluation:
             self.last = None
 
     def _with_late(self, eqn: Eqn, outs: Values) -> Values:
-        """Return the outputs of an equation plus what products before it left to be added."""
-        for late in self.late.pop(eqn, ()):
+        """Return the outputs of an equation after what products before it left to be done."""
+        for change in self.late.pop(eqn, ()):
             (y,) = outs
             assert isinstance(y, jax.Array)  # the reshape of a product
-            outs = [jax.lax.add(y, late)]
+            outs = [change(y)]
         return outs
 
     def _step(self, eqn: Eqn, values: list[Value]) -> Values:

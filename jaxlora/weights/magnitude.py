@@ -24,10 +24,11 @@ from jaxlora.weights.roles import Roles
 
 
 def norms(base: Leaf, term: Adapter) -> jax.Array:
-    """Return the norm of each column of ``base + scaling * a b``, which is not formed.
+    """Return the norm of each column of ``base + scaling * a b``, which is not kept.
 
     A column of it has the squared norm ``|w|² + 2 s (w^T a) b + s² b^T (a^T a) b``, with products
-    of the size of the rank alone.
+    of the size of the rank alone. That reads the base twice. On TPU the sum is squared as it is
+    made: there the compiler makes one operation of the product, the sum and the norm.
 
     Args:
         base: the weight.
@@ -59,15 +60,24 @@ def _norms(weight: LoRAWeight) -> jax.Array:
         how: Any = {"precision": jax.lax.Precision.HIGHEST, "out_sharding": placed}
         return jnp.einsum(x, [*x_names], y, [*y_names], [*out], **how)
 
-    crossed = product(a, names["a"], base, range(ndim), names["b"])
-    gram = product(a, names["a"], a, (*names["a"][:-1], other), (*roles.stack, rank, other))
-    of_b = product(
-        gram, (*roles.stack, other, rank), b, names["b"], (*roles.stack, other, *roles.out)
-    )
-    summed = (2 * weight.scaling * crossed + weight.scaling**2 * of_b) * b
-    squared = jnp.square(base).sum(roles.in_)
-    squared = squared.transpose([sorted(columns).index(axis) for axis in columns])
-    return jnp.sqrt(jnp.maximum(squared + summed.sum(len(roles.stack)), 0))
+    def squared(weight):
+        sums = jnp.square(weight).sum(roles.in_)
+        return sums.transpose([sorted(columns).index(axis) for axis in columns])
+
+    def by_factors(base, a, b):
+        crossed = product(a, names["a"], base, range(ndim), names["b"])
+        gram = product(a, names["a"], a, (*names["a"][:-1], other), (*roles.stack, rank, other))
+        of_b = product(
+            gram, (*roles.stack, other, rank), b, names["b"], (*roles.stack, other, *roles.out)
+        )
+        summed = (2 * weight.scaling * crossed + weight.scaling**2 * of_b) * b
+        return jnp.maximum(squared(base) + summed.sum(len(roles.stack)), 0)
+
+    def fused(base, a, b):
+        delta = product(a, names["a"], b, names["b"], range(ndim))
+        return squared(base + weight.scaling * delta)
+
+    return jnp.sqrt(jax.lax.platform_dependent(base, a, b, tpu=fused, default=by_factors))
 
 
 def _entry(weight: LoRAWeight, roles: Roles) -> LoRAWeight:

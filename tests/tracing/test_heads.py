@@ -77,17 +77,19 @@ TRANSFORMS = {
 }
 
 
-def adapted(fn, rank=2):
-    config = jaxlora.LoRAConfig(rank=rank, alpha=4, targets=("q", "k") if fn is summed else ("q",))
+def adapted(fn, rank=2, magnitude=False):
+    targets = ("q", "k") if fn is summed else ("q",)
+    config = jaxlora.LoRAConfig(rank=rank, alpha=4, targets=targets, magnitude=magnitude)
     params = jaxlora.init(jax.random.key(0), fn, PARAMS, X, config=config)
     base, adapters = jaxlora.split(params)
     return base, jax.tree.map(lambda factor: factor + 0.3, adapters)
 
 
+@pytest.mark.parametrize("magnitude", [False, True])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("fn", [*LATE, *AT_ONCE])
-def test_results_and_gradients_are_those_of_merged_weights(fn, transform):
-    base, adapters = adapted(fn)
+def test_results_and_gradients_are_those_of_merged_weights(fn, transform, magnitude):
+    base, adapters = adapted(fn, magnitude=magnitude)
     apply = TRANSFORMS[transform](fn)
 
     def loss(run, adapters):
@@ -110,9 +112,14 @@ def test_split_of_a_product_with_one_reader_is_found(fn):
     assert len(sums.splits(program)) == LATE.get(fn, 0)
 
 
-@pytest.mark.parametrize("fn", LATE)
-def test_term_is_added_in_heads(fn):
-    base, adapters = adapted(fn)
+DIRECT = (plain, twice, weight_first)  # a gain scales the term and the product, and nothing else
+
+
+@pytest.mark.parametrize(
+    ("fn", "magnitude"), [*((fn, False) for fn in LATE), *((fn, True) for fn in DIRECT)]
+)
+def test_term_is_added_in_heads(fn, magnitude):
+    base, adapters = adapted(fn, magnitude=magnitude)
     run = jaxlora.lora(fn, form="factored")
     program = jax.make_jaxpr(lambda adapters: run(jaxlora.bind(base, adapters), X))(adapters)
     added = [eqn for eqn in program.eqns if eqn.primitive.name == "add"]

@@ -19,8 +19,9 @@ from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.options import Options
 from jaxlora.tracing.types import Eqn
 from jaxlora.tracing.values import axes, placement
-from jaxlora.tracing.values.chain import How, Name, chain, narrow, scaled_along
+from jaxlora.tracing.values.chain import How, Name, chain, narrow
 from jaxlora.tracing.values.lowrank import RANK, LowRank
+from jaxlora.tracing.values.scaling import scaled_along
 
 Names = list[list[Name]]  # of the pieces of each dimension
 T = TypeVar("T")
@@ -78,6 +79,15 @@ class Gain:
     def scale(self, x: jax.Array, gain: jax.Array) -> jax.Array:
         """Return the input or the result of the product times a gain."""
         return scaled_along(x, self.dims, self.sizes, gain, self.names)
+
+    @property
+    def is_of_last(self) -> bool:
+        """Whether it scales the last dimension of the result, all of it and no other."""
+        return self.scaled is Scaled.RESULT and {*self.names} == {*self.dims[-1]}
+
+    def of_last(self, gain: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """Return a gain of the last dimension in a shape that this is split into."""
+        return gain.transpose([self.names.index(name) for name in self.dims[-1]]).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.jaxprs.compat import Params, Var
 from jaxlora.tracing.jaxprs.sharing import Reader
-from jaxlora.tracing.products import forms
+from jaxlora.tracing.products import forms, heads
 from jaxlora.tracing.products.term import Scaled, Sides, Term
 from jaxlora.tracing.recorder import Facts, Kind
 from jaxlora.tracing.registry import rule
@@ -153,13 +153,13 @@ def _product(run: Evaluation, eqn: Eqn, x: jax.Array, weight: LowRank, side: int
     facts: Facts = {**used, "form": form, "why": why, "sharing": sharing}
     run.record(eqn, weight, Kind.CONTRACTED, **facts)
     if form == "weight-side":
-        y = forms.weight_side(run, x, weight, h, bind, term)
-    elif columns is not None or (split := run.splits.get(eqn)) is None:
-        y = forms.with_term(run, bind(x, weight.base), x, weight, h, term)
-    else:
-        y = bind(x, weight.base)
-        low = forms.low_rank(run, y, x, weight, h, term)
-        run.late.setdefault(split, []).extend(compat.bind(split, [low]))
+        return scaled(forms.weight_side(run, x, weight, h, bind, term), Scaled.RESULT)
+    y = bind(x, weight.base)
+    low = forms.low_rank(run, y, x, weight, h, term)
+    if heads.leave(run, eqn, y, low, weight, gain, columns):
+        return y
+    with run.scope(weight):
+        y = lax.add(y, low)
     return scaled(y, Scaled.RESULT)
 
 

@@ -19,8 +19,9 @@ from jaxlora.tracing.recorder import Kind
 from jaxlora.tracing.registry import rule
 from jaxlora.tracing.types import Eqn, Operand, Values
 from jaxlora.tracing.values import axes
-from jaxlora.tracing.values.chain import Name, contract, scaled_along
+from jaxlora.tracing.values.chain import Name, contract
 from jaxlora.tracing.values.lowrank import RANK, LowRank
+from jaxlora.tracing.values.scaling import scaled_along
 from jaxlora.tracing.values.weight import Role, Weight
 
 _OWN = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")

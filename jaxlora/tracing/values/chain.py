@@ -113,30 +113,6 @@ def _contract_in_place(
     return jnp.transpose(product, [names.index(n) for n in out_names])
 
 
-def scaled_along(
-    x: jax.Array,
-    names: Sequence[Sequence[Name]],
-    sizes: Sequence[Sequence[int]],
-    vector: jax.Array,
-    vector_names: Sequence[Name],
-) -> jax.Array:
-    """Return an array times another of some of its axes, in float32 or wider and rounded once.
-
-    Args:
-        x: an array.
-        names: names of what each dimension of it is made of.
-        sizes: their sizes.
-        vector: array with one axis for each of vector_names.
-        vector_names: names of its axes, all among those of x.
-    """
-    flat = [name for dim in names for name in dim]
-    order = sorted(range(len(vector_names)), key=lambda i: flat.index(vector_names[i]))
-    rest = [i for i, name in enumerate(flat) if name not in vector_names]
-    pieces, dtype = placement.reshape(x, sizes), merge_dtype(x.dtype)
-    factor = placement.beside(jnp.expand_dims(vector.transpose(order), rest), pieces)
-    return placement.like((pieces.astype(dtype) * factor.astype(dtype)).astype(x.dtype), x)
-
-
 @jax.custom_vjp
 def send_back(y: jax.Array, h: jax.Array) -> jax.Array:
     """Identity on y whose VJP sends h itself as h's cotangent.

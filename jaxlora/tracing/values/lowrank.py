@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlora.tracing.values import axes, deferred, placement
-from jaxlora.tracing.values.chain import contract, scaled, scaled_along
+from jaxlora.tracing.values.chain import contract, scaled
+from jaxlora.tracing.values.scaling import scaled_along
 from jaxlora.tracing.values.weight import Operation, Role, Weight
 from jaxlora.weights.adapters import scaling
 
