@@ -80,6 +80,7 @@ CASES = {
     "v5e": Case(("lora", "qwix"), chip="v5e"),
     "v6e": Case(("lora", "qwix"), chip="v6e"),
     "magnitudes": Case(("lora", "dora")),
+    "magnitudes without remat": Case(("lora", "dora"), remat=False),
     "quantized": Case(("lora", "int8", "qwix int8", "nf4", "qwix nf4")),
     "decoding": Case(batch=8, tokens=1, trains=False),
 }

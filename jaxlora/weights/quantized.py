@@ -183,7 +183,7 @@ def _quantiles(codes: jax.Array) -> jax.Array:
     They are selected by one bit after another. The first chooses among constants, by bits of
     theirs, so that there is no array of a constant, which a loop over layers would keep.
     """
-    even, odd = np.reshape(np.float32(_NF4), (8, 2)).view(np.uint32).T
+    even, odd = np.array(_NF4, np.float32).reshape(8, 2).view(np.uint32).T
     if_set = -(codes & 1).astype(jnp.uint32)
     left = [if_set & (a ^ b) ^ a for a, b in zip(even, odd, strict=True)]
     for bit in (1, 2, 3):

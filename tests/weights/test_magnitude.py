@@ -114,7 +114,7 @@ def test_no_wide_array_is_kept_for_the_gradient_of_a_magnitude():
     params = jaxlora.init(jax.random.key(0), model, params, x, config=config)
     base, adapters = jaxlora.split(params)
     step = jax.grad(lambda adapters, x: jaxlora.lora(model)(jaxlora.bind(base, adapters), x))
-    stacked = [
+    stacked: list[Any] = [
         var.aval
         for eqn in jax.make_jaxpr(step)(adapters, x).eqns
         if eqn.primitive.name == "scan"
