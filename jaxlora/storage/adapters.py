@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.messages import checks
-from jaxlora.storage import checkpoints, description, directories, locations, processes
+from jaxlora.storage import checkpoints, description, directories, locations, processes, replacing
 from jaxlora.storage.locations import PathLike, Place
 from jaxlora.storage.processes import together
 from jaxlora.trees.binding import bind, changed_hint, split
@@ -157,7 +157,7 @@ def _load(place: Place, target: Place, leaves: Leaves) -> Adapters:
         try:
             return checkpoints.read(place, _arrays(adapters))
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-            if number := checkpoints.os_number(error):
+            if number := replacing.os_number(error):
                 text = f"cannot read the adapters at {target}: {os.strerror(number)}"
                 raise OSError(number, text) from error
             raise ValueError(f"the adapters at {target} are damaged: {error}") from error

@@ -7,8 +7,6 @@ import contextlib
 import fnmatch
 import json
 import os
-import re
-import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import KeyPath
 
-from jaxlora.storage import directories, locations, processes
+from jaxlora.storage import locations, replacing
 from jaxlora.storage.locations import PathLike, Place
 from jaxlora.storage.processes import together
 from jaxlora.types import Json, Leaf, Leaves, PyTree
@@ -39,10 +37,10 @@ def write(
     """Write a checkpoint beside its destination, check it, and put it in its place."""
     target = together(call, lambda: locations.resolve(path))
 
-    def said(action: Callable[[], T]) -> T:
-        return _with_path(target, action)
-
     def save(place: Place) -> None:
+        def said(action: Callable[[], object]) -> None:
+            replacing.with_path(target, action)
+
         together(call, lambda: said(lambda: _save(place, tree, about)))
         together(call, lambda: said(lambda: _check_about(place, about)), first_alone=True)
         said(lambda: check(place))
@@ -50,47 +48,9 @@ def write(
     if not locations.is_local(target):
         together(call, lambda: _check_is_free(target), first_alone=True)
         return save(target)
-    token = processes.gathered(call, secrets.token_hex(16))[0]
-    workspace = directories.Workspace(target, token)
-
-    def replaceable(place):
-        _check_replaceable(place, target, about["format"])
-
-    def enter():
-        directories.settled(target, replaceable)
-        return workspace.enter()
-
-    lock = together(call, lambda: said(enter), first_alone=True)
-    try:
-        save(workspace.new)
-        together(call, lambda: said(lambda: workspace.swap(replaceable)), first_alone=True)
-    except BaseException:
-        if jax.process_index() == 0:
-            workspace.leave(lock)
-        raise
-    together(call, lambda: workspace.leave(lock), first_alone=True)
-
-
-def _with_path(target: Place, action: Callable[[], T]) -> T:
-    """Return what an action returns; an error of it names the path, and keeps its number."""
-    try:
-        return action()
-    except Exception as error:
-        if isinstance(error, FileExistsError) and error.errno is None:
-            raise  # of this library, it names the path
-        number = os_number(error)
-        text = f"cannot save to {target}: {os.strerror(number) if number else error}; what was "
-        text += "saved there before is as it was"
-        if number is not None:
-            raise OSError(number, text) from error
-        kinds = (kind for kind in (OSError, RuntimeError) if isinstance(error, kind))
-        raise next(kinds, ValueError)(text) from error
-
-
-def os_number(error: Exception) -> int | None:
-    """Return the number of the operating system for an error, where TensorStore tells it too."""
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return getattr(error, "errno", None) or (int(found[1]) if found else None)
+    replacing.replace(
+        call, target, save, lambda place: _check_replaceable(place, target, about["format"])
+    )
 
 
 def _check_about(place: Place, about: Json) -> None:
