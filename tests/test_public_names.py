@@ -126,6 +126,7 @@ def test_script_of_a_user_gets_the_values(tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32
         summed, started = typed_script.summed(), typed_script.started()
         stored, module = typed_script.stored(tmp_path), typed_script.module()
+        travelled = typed_script.travelled(tmp_path)
     assert summed == {"difference": approx(0), "energy": approx(1), "sets": 8}
     assert (started["ranks"], started["rebased"]) == (4, 4)
     assert 0 < started["loftq"] < started["quantized"] < 0.1
@@ -138,6 +139,7 @@ def test_script_of_a_user_gets_the_values(tmp_path):
     assert stored["extra"] > 0
     assert (stored["back"], stored["error"]) == (approx(0), approx(0))
     assert module == {"module": approx(0)}
+    assert travelled == {"places": 1, "loaded": 0}
 
 
 def test_script_of_a_user_calls_every_function():

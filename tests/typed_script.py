@@ -15,7 +15,7 @@ import optax
 
 import jaxlora
 from jaxlora import algebra, calibration, initializers, optim
-from jaxlora.formats import peft
+from jaxlora.formats import Names, Place, peft
 
 X = jax.random.normal(jax.random.key(9), (5, 8))
 Params = dict[str, jax.Array]
@@ -83,6 +83,29 @@ def summed() -> dict[str, float]:
         "difference": float(jnp.abs(change - algebra.delta(jaxlora.bind(base, wide), "up")).max()),
         "energy": min(found.energy.values()),
         "sets": float(len(sums)),
+    }
+
+
+def no_place(name: str) -> str | None:
+    """Return the place of a name: this pair has none."""
+
+
+def no_names(path: str) -> list[str]:
+    """Return the names of a path."""
+    return []
+
+
+def travelled(folder: pathlib.Path) -> dict[str, float]:
+    """Write a folder for PEFT, and read it."""
+    base, adapters = trained(0)
+    names = Names(("model.{name}_proj", "{name}"), (no_place, no_names))
+    places: dict[str, Place] = names.table({"up": (8, 6)})
+    peft.save(folder / "peft", adapters, names=names, base_model_name_or_path="name")
+    sites: jaxlora.targets.Sites = jaxlora.find_sites(model, base, X)
+    loaded = peft.load(folder / "peft", sites=sites, names=names)
+    return {
+        "places": float(len(places)),
+        "loaded": float(jnp.abs(loaded["up"].a - adapters["up"].a).max()),
     }
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 import jaxlora
 import jaxlora.nnx
 from jaxlora import algebra, initializers
-from jaxlora.formats import peft
+from jaxlora.formats import Names, peft
 
 X, KEY = normal(0, 5, 8), jax.random.key(0)
 PARAMS = {"up": normal(1, 8, 6), "down": normal(2, 6, 8)}
@@ -85,6 +85,10 @@ PISSA = jaxlora.LoRAConfig(rank=2, initializer="pissa")
 INITIAL = jaxlora.split(jaxlora.init(KEY, model, PARAMS, X, config=PISSA))[1]
 MODULE = linear()
 MADE = jaxlora.nnx.adapt(KEY, MODULE, X, config=CONFIG)
+FILE = (
+    {"folder": "folder"},
+    {"sites": jaxlora.find_sites(model, PARAMS, X), "names": Names(("{p}", "{p}"))},
+)
 MATRICES = {"up": jnp.eye(8)[None]}
 DRAWN = ({"key": KEY, "shape": (8, 2), "dtype": jnp.float32}, {})
 CALLS = {
@@ -164,6 +168,12 @@ CALLS = {
         {"sets": [ADAPTERS], "weights": [1.0], "combination_type": "dare_ties_svd"},
         {"svd_rank": 1, "density": 0.5, "majority_sign_method": "total", "key": KEY},
     ),
+    "peft.load": (peft.load, *FILE),
+    "peft.save": (
+        peft.save,
+        FILE[0] | {"adapters": ADAPTERS},
+        FILE[1] | {"base_model_name_or_path": None},
+    ),
     "extract": (
         algebra.extract,
         {"base": BASE, "finetuned": jax.tree.map(lambda w: w + 1, BASE), "rank": 1},
@@ -226,6 +236,10 @@ FITTING = {
     **{name: {"None", "an int"} for name in ("Svd.rank", "svd_rank")},
     "rule": {"None"},
     "sites": {"None"},
+    "peft.load.sites": set(),
+    "names": set(),
+    "folder": {"a string"},
+    "base_model_name_or_path": {"None", "a string"},
     "platform": {"None"},
     "factors": ADAPTED_TREES,
     "FromWeight.factors": FUNCTIONS,

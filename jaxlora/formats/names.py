@@ -1,0 +1,259 @@
+"""Which name of a file stands for which place in a tree of parameters.
+
+Files name the modules of a PyTorch model, ``model.layers.3.self_attn.q_proj``. Trees name leaves,
+``params/layer_3/attn/query/kernel``, or have one leaf for all layers, or one for several modules.
+A `Names` is a list of pairs that is read in both directions: for the leaves of a tree, whose
+shapes are known, it lists every name and its place, so that no name is ever taken apart.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, get_args
+
+from jaxlora.messages import checks
+from jaxlora.weights import blocks, paths
+from jaxlora.weights.blocks import Part
+
+Layout = Literal["linear", "embedding", "conv", "transposed"]
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+_VALUE = r"\d+|[A-Za-z_]\w*?"
+_PAIR = '("name in the file", "path in the tree") or with a layout behind them'
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A leaf of a tree, or a part of one.
+
+    Attributes:
+        path: path of the leaf.
+        part: the part of it, None for all of it.
+        layout: how the module's weight lies in the file.
+        order: which of the pairs it is of.
+    """
+
+    path: str
+    part: Part | None
+    layout: Layout
+    order: int = 0
+
+    def __str__(self) -> str:
+        return blocks.name(self.path, self.part)
+
+
+class Names:
+    """Pairs of templates: a name in a file, and the place in a tree that it stands for.
+
+    A name is that of a module, ``"encoder.{i}.query"``, and stands for its ``weight``; or of any
+    other tensor, ``"encoder.{i}.query.bias"``. A place is the path of a leaf, with an index or
+    slices behind it for a part of one: ``"params/layers/mlp/kernel[{i}]"`` for the layers of a
+    scanned model, ``"params/qkv/kernel[:, 0:64]"`` for a module that is a part of a leaf.
+
+    A placeholder in braces is a number or a name. It stands in both templates; behind a path it
+    runs over the entries of an axis.
+
+    PEFT tells several parameters of one module, as those of experts, by their order alone: their
+    pairs stand in the order in which the module has them.
+
+    Args:
+        *pairs: ``(name, place)``, or ``(name, place, layout)``. The layout tells how the weight of
+            the module lies in the file: ``"linear"`` (out, in), which is the default;
+            ``"embedding"`` (rows, columns); ``"conv"`` (out, in, window); ``"transposed"``
+            (in, out), as of the ``Conv1D`` of GPT-2. Where no template can tell the names, a pair
+            may be two functions: of a name, that returns its place or None, and of a path, that
+            returns the names of the modules that the leaf holds, perhaps none.
+
+    Raises:
+        TypeError: a pair is none.
+        ValueError: a placeholder stands in one of two templates alone, or a layout is unknown.
+
+    >>> from jaxlora.formats import Names
+    >>> names = Names(("h.{i}.{p}_proj", "layers/{p}/kernel[{i}]"), ("head", "head/kernel"))
+    >>> table = names.table({"layers/up/kernel": (2, 4, 8), "head/kernel": (4, 9)})
+    >>> for name, place in table.items():
+    ...     print(name, "=", place)
+    h.0.up_proj = layers/up/kernel[0:1, :, :]
+    h.1.up_proj = layers/up/kernel[1:2, :, :]
+    head = head/kernel
+    """
+
+    def __init__(self, *pairs: Sequence[str | Callable[..., object]]):
+        self._pairs = [_pair(pair) for pair in pairs]
+        self._shown = pairs
+
+    def __repr__(self) -> str:
+        return f"Names{self._shown!r}"
+
+    def table(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
+        """Return every name that a tree has, and its place.
+
+        Args:
+            shapes: the shape of each leaf by path.
+
+        Returns:
+            Places by name, in the order of the leaves and their entries; a leaf that fits no
+            template has no name.
+
+        Raises:
+            ValueError: one name stands for two places, or one place has two names; a part does
+                not fit the shape of its leaf.
+        """
+        found: dict[str, Place] = {}
+        for path, shape in shapes.items():
+            own: dict[str, Place] = {}
+            for name, place in self._of_leaf(path, tuple(shape)):
+                if (known := own.get(name, found.get(name))) not in (None, place):
+                    raise ValueError(f"the name {name!r} stands for two places: {known}, {place}")
+                own[name] = place
+            for one, other in _overlapping({name: place.part for name, place in own.items()}):
+                raise ValueError(
+                    f"a place must have one name: {str(own[other])!r} is {one!r} and {other!r}"
+                )
+            found |= own
+        return found
+
+    def _of_leaf(self, path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Place]]:
+        for order, pair in enumerate(self._pairs):
+            for name, text in pair.names(path, shape):
+                try:
+                    yield name, Place(path, blocks.resolve(text, shape), pair.layout, order)
+                except ValueError as error:
+                    raise ValueError(f"the place of {name!r} in {path!r}: {error}") from error
+
+
+def missing(name: str, table: Mapping[str, Place]) -> str:
+    """Return what is wrong with a name that is not in a table, and which are like it."""
+    near = paths.nearest(name.replace(".", "/"), {key.replace(".", "/"): key for key in table})
+    return f"no name of the tree is {name!r}; {near.replace('/', '.')}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Templates:
+    """Two templates.
+
+    Attributes:
+        file: template of the name.
+        path: regular expression of the path, a group for each placeholder.
+        axes: what stands behind the path for each axis, perhaps nothing.
+        layout: how the module's weight lies in the file.
+    """
+
+    file: str
+    path: re.Pattern[str]
+    axes: tuple[str, ...]
+    layout: Layout
+
+    @classmethod
+    def from_texts(cls, file: str, tree: str, layout: Layout) -> "_Templates":
+        """Return the templates of a name and a place."""
+        path, text = blocks.parse(tree)
+        given, wanted = ({*_PLACEHOLDER.findall(side)} for side in (tree, file))
+        if given != wanted:
+            lone = ", ".join(f"{{{name}}}" for name in sorted(given ^ wanted))
+            raise ValueError(
+                f"a placeholder must stand in both templates: {lone} is in one of {(file, tree)}"
+            )
+        axes = tuple(piece.strip() for piece in text.split(",")) if text is not None else ()
+        return cls(file, re.compile(_expression(path)), axes, layout)
+
+    def names(self, path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, str | None]]:
+        """Return the names of a leaf, and the slices of each, None for all of the leaf."""
+        if (found := self.path.fullmatch(path)) is None:
+            return
+        values: dict[str, str] = found.groupdict()
+        free = {
+            name: axis
+            for axis, piece in enumerate(self.axes[: len(shape)])
+            for name in _PLACEHOLDER.findall(piece)
+            if name not in values
+        }
+        for entry in itertools.product(*(range(shape[axis]) for axis in free.values())):
+            entries = zip(free, map(str, entry), strict=True)
+            known = collections.defaultdict(lambda: "0", values | dict(entries))
+            pieces = [_sliced(_filled(piece, known)) for piece in self.axes]
+            yield _filled(self.file, known), ", ".join(pieces) if pieces else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Functions:
+    """Two functions that stand for templates: of a name to its place, of a path to its names."""
+
+    place: Callable[..., object]
+    of_path: Callable[..., object]
+    layout: Layout
+
+    def names(self, path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, str | None]]:
+        """Return the names of a leaf, and the slices of each, None for all of the leaf."""
+        del shape
+        found = self.of_path(path)
+        for name in found if isinstance(found, Iterable) else ():
+            place = self.place(name)
+            if not isinstance(place, str) or (place != path and blocks.parse(place)[0] != path):
+                raise ValueError(
+                    f"the functions of a pair must agree: of the path {path!r} they return the "
+                    f"name {name!r}, and of that the place {checks.shown(place)}"
+                )
+            text = None if place == path else blocks.parse(place)[1]
+            pieces = None if text is None else [_sliced(piece.strip()) for piece in text.split(",")]
+            yield str(name), None if pieces is None else ", ".join(pieces)
+
+
+def _pair(pair: object) -> _Templates | _Functions:
+    """Return a pair as it was given, or raise for what is none."""
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) not in (2, 3):
+        raise TypeError(f"names must be pairs, {_PAIR}: got {checks.shown(pair)}")
+    first, second, *rest = pair
+    layout = rest[0] if rest else "linear"
+    checks.check_choice(layout, "layout", get_args(Layout))
+    if isinstance(first, str) and isinstance(second, str):
+        return _Templates.from_texts(first, second, layout)
+    if callable(first) and callable(second):
+        return _Functions(first, second, layout)
+    shown = tuple(map(checks.shown, pair))
+    raise TypeError(f"a pair of names must be two templates or two functions: got {shown}")
+
+
+def _expression(path: str) -> str:
+    """Return the regular expression of a template for paths."""
+    seen: set[str] = set()
+    pieces = _PLACEHOLDER.split(path)  # text and placeholders by turns
+    for i in range(1, len(pieces), 2):
+        name = pieces[i]
+        pieces[i] = f"(?P={name})" if name in seen else f"(?P<{name}>{_VALUE})"
+        seen.add(name)
+    return "".join(re.escape(p) if i % 2 == 0 else p for i, p in enumerate(pieces))
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    return _PLACEHOLDER.sub(lambda found: values[found[1]], template)
+
+
+def _sliced(piece: str) -> str:
+    """Return an index as the slice of one entry, anything else as it is."""
+    return f"{piece}:{int(piece) + 1}" if re.fullmatch(r"\d+", piece) else piece
+
+
+def _overlapping(parts: Mapping[str, Part | None], axis: int = 0) -> Iterator[tuple[str, str]]:
+    """Return the names of parts of one leaf that have an element in common, two by two.
+
+    They are compared along one axis after the other, so that of many entries few pairs are.
+    """
+    if any(part is None or axis == len(part) for part in parts.values()):
+        pairs = itertools.combinations(parts, 2)
+        yield from ((a, b) for a, b in pairs if blocks.overlap(parts[a], parts[b]))
+        return
+    bounds = {name: part[axis] or (0, math.inf) for name, part in parts.items() if part}
+    near: list[str] = []
+    end: float = 0
+    for name in sorted(bounds, key=lambda name: bounds[name][0]):
+        if bounds[name][0] >= end:  # none of those before reaches it
+            if len(near) > 1:
+                yield from _overlapping({n: parts[n] for n in near}, axis + 1)
+            near = []
+        near.append(name)
+        end = max(end, bounds[name][1])
+    if len(near) > 1:
+        yield from _overlapping({n: parts[n] for n in near}, axis + 1)

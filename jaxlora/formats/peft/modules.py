@@ -1,0 +1,150 @@
+"""Adapters of a tree as the factors of the modules that a PEFT folder names."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from jaxlora.formats import pieces
+from jaxlora.formats.names import Names, Place
+from jaxlora.formats.pieces import Box
+from jaxlora.messages import checks
+from jaxlora.weights import blocks
+from jaxlora.weights.adapters import Adapter, scaling
+from jaxlora.weights.roles import Roles
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A module of a file, and the adapters that it has a part of.
+
+    Attributes:
+        name: its name.
+        place: the leaf or part that it is.
+        terms: adapters of that part, by name, NumPy's arrays.
+    """
+
+    name: str
+    place: Place
+    terms: Mapping[str, Adapter]
+
+    @property
+    def first(self) -> Adapter:
+        """One of its adapters, which has what all have."""
+        return next(iter(self.terms.values()))
+
+    @property
+    def roles(self) -> Roles:
+        """Roles of the leaf's axes."""
+        return self.first.roles
+
+    @property
+    def box(self) -> Box:
+        """The bounds of its part along every axis of the leaf."""
+        return pieces.box(self.place.part, self.first.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of its part."""
+        return tuple(stop - start for start, stop in self.box)
+
+    @property
+    def entries(self) -> int:
+        """Number of weights in its part: 1, or more where a parameter holds all experts."""
+        return math.prod(self.roles.sizes(self.shape)[0])
+
+    @property
+    def rank(self) -> int:
+        """The sum of the ranks of its adapters."""
+        return sum(term.rank for term in self.terms.values())
+
+    @property
+    def alpha(self) -> float:
+        """The alpha with which its factors are scaled as those of its adapters are."""
+        scales = {scaling(term.alpha, term.rank) for term in self.terms.values()}
+        return self.first.alpha * self.rank / self.first.rank if len(scales) == 1 else self.rank
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return ``a``, ``(*stack, *in, rank)``, and ``b``, ``(*stack, rank, *out)``.
+
+        Those of several adapters stand side by side, with zeros outside of their blocks, so that
+        the product is the sum of theirs. Where these are scaled differently, ``b`` takes it.
+        """
+        scale, count = scaling(self.alpha, self.rank), len(self.roles.stack)
+        in_ = (*self.roles.stack, *self.roles.in_, None)
+        out = (*self.roles.stack, None, *self.roles.out)
+        a, b = [], []
+        for term in self.terms.values():
+            a.append(self._within(np.asarray(term.a), term, in_))
+            b.append(self._within(_scaled(term, scale), term, out))
+        return np.concatenate(a, -1), np.concatenate(b, count)
+
+    def magnitude(self) -> np.ndarray | None:
+        """Return the magnitude ``(*stack, *out)`` of its part."""
+        if self.first.magnitude is None:
+            return None
+        axes = (*self.roles.stack, *self.roles.out)
+        return self._within(np.asarray(self.first.magnitude), self.first, axes)
+
+    def _within(self, array: np.ndarray, term: Adapter, axes: tuple[int | None, ...]) -> np.ndarray:
+        """Return what an array of an adapter is in this part, with zeros where it has nothing."""
+        own, cut, around = pieces.box(term.block, term.shape), [], []
+        for axis in axes:
+            if axis is None:
+                cut.append(slice(None))
+                around.append((0, 0))
+                continue
+            (start, stop), (low, high) = self.box[axis], own[axis]
+            first, last = max(start, low), min(stop, high)
+            cut.append(slice(first - low, last - low))
+            around.append((first - start, stop - last))
+        return np.pad(array[tuple(cut)], around)
+
+
+def _scaled(term: Adapter, scale: float) -> np.ndarray:
+    """Return ``b`` of an adapter for another scaling of the product."""
+    b, own = np.asarray(term.b), scaling(term.alpha, term.rank)
+    return b if own == scale else (b.astype(np.float32) * (own / scale)).astype(b.dtype)
+
+
+def modules(adapters: Mapping[str, Adapter], names: Names) -> Iterator[Module]:
+    """Return the modules that adapters are for, in the order of their leaves.
+
+    Raises:
+        ValueError: a part of an adapter has no name.
+    """
+    leaves: dict[str, dict[str, Adapter]] = {}
+    for name, adapter in adapters.items():
+        path = name if adapter.block is None else blocks.parse(name)[0]
+        leaves.setdefault(path, {})[name] = adapter
+    for path, terms in leaves.items():
+        shape = next(iter(terms.values())).shape
+        covered = dict.fromkeys(terms, 0)
+        for module, place in names.table({path: shape}).items():
+            own = {
+                name: term
+                for name, term in terms.items()
+                if place.part is None
+                or term.block is None
+                or blocks.overlap(place.part, term.block)
+            }
+            if not own:
+                continue
+            found = Module(module, place, own)
+            for name, term in own.items():
+                covered[name] += _shared(found.box, pieces.box(term.block, shape))
+            yield found
+        for name, term in terms.items():
+            if covered[name] != math.prod(blocks.shape(term.block, shape)):
+                has = "no name" if not covered[name] else "parts that have no name"
+                raise ValueError(
+                    f"the adapter {name!r} of a weight of shape {shape} has {has} in the file; "
+                    f"give names one for {path!r}: got {checks.shown(names)}"
+                )
+
+
+def _shared(one: Box, other: Box) -> int:
+    """Return how many elements two blocks have in common."""
+    pairs = zip(one, other, strict=True)
+    return math.prod(max(min(a[1], b[1]) - max(a[0], b[0]), 0) for a, b in pairs)

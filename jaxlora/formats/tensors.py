@@ -1,0 +1,101 @@
+"""Files of tensors in the format of safetensors, which is checked before anything is read."""
+
+import collections
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.messages import checks
+
+# of these safetensors makes no arrays of NumPy
+_EIGHT_BITS = MappingProxyType({"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2})
+
+
+class TensorFile:
+    """The tensors of a file that is open, each read when it is asked for.
+
+    Attributes:
+        path: the file.
+        shapes: shape of each tensor by name.
+        metadata: the text that stands in its header.
+    """
+
+    def __init__(self, path: Path, opened: Any):
+        self.path, self._opened = path, opened
+        self.shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        self.metadata: Mapping[str, str] = opened.metadata() or {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        kind = self._opened.get_slice(name).get_dtype()
+        if kind not in _EIGHT_BITS:
+            return self._opened.get_tensor(name)
+        start, stop = _header(self.path)[name]["data_offsets"]
+        with open(self.path, "rb") as file:
+            behind = 8 + int.from_bytes(file.read(8), "little")
+            file.seek(behind + start)
+            data = file.read(stop - start)
+        return np.frombuffer(data, _EIGHT_BITS[kind]).reshape(self.shapes[name])
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
+    """Open a file of tensors.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ImportError: safetensors is not installed.
+        ValueError: it is no whole file of tensors, or has two of one name.
+    """
+    path = Path(path)
+    library = _safetensors()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    try:
+        opened = library.safe_open(path, "np")
+    except library.SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is no whole file of safetensors: {error}") from error
+    with opened as reader:
+        _header(path)
+        yield TensorFile(path, reader)
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write tensors to a file."""
+    _safetensors()
+    from safetensors.numpy import save_file
+
+    ready = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(ready, path, metadata=dict(metadata))
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Return what a header says, or raise where two tensors have one name."""
+
+    def once(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        for name, count in counts.most_common(1):
+            if count > 1:
+                raise ValueError(f"{str(path)!r} has {count} entries named {checks.shown(name)}")
+        return dict(pairs)
+
+    with open(path, "rb") as file:
+        text = file.read(int.from_bytes(file.read(8), "little"))
+    return json.loads(text, object_pairs_hook=once)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError("files of tensors need safetensors: install jaxlora[formats]") from error
+    return safetensors
