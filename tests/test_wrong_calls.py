@@ -34,7 +34,7 @@ from wrong_calls import (
 
 import jaxlora
 import jaxlora.nnx
-from jaxlora.formats import peft
+from jaxlora.formats import peft, safetensors
 
 pytestmark = pytest.mark.once
 
@@ -80,6 +80,7 @@ def test_every_function_has_a_row():
     inner = (jaxlora.algebra, jaxlora.initializers, jaxlora.optim)
     modules = dict.fromkeys((jaxlora, *inner), "")
     modules |= {jaxlora.calibration: "calibration.", jaxlora.nnx: "nnx.", peft: "peft."}
+    modules |= {safetensors: "safetensors."}
     found = set()
     for module, prefix in modules.items():
         public = {name for name in module.__all__ if inspect.isfunction(getattr(module, name))}

@@ -15,7 +15,7 @@ import optax
 
 import jaxlora
 from jaxlora import algebra, calibration, initializers, optim
-from jaxlora.formats import Names, Place, peft
+from jaxlora.formats import Names, Place, peft, safetensors
 
 X = jax.random.normal(jax.random.key(9), (5, 8))
 Params = dict[str, jax.Array]
@@ -103,7 +103,12 @@ def travelled(folder: pathlib.Path) -> dict[str, float]:
     peft.save(folder / "peft", adapters, names=names, base_model_name_or_path="name")
     sites: jaxlora.targets.Sites = jaxlora.find_sites(model, base, X)
     loaded = peft.load(folder / "peft", sites=sites, names=names)
+    both = Names(("{name}", "{name}"))
+    tree = jaxlora.bind(base, adapters)
+    safetensors.save(folder / "weights", tree, both, sites=sites, max_shard_bytes=10**6)
+    merged = safetensors.load(folder / "weights", both, base, sites=sites, ignore=("head",))
     return {
+        "merged": float(jnp.abs(merged["up"] - jaxlora.merge(tree)["up"]).max()),
         "places": float(len(places)),
         "loaded": float(jnp.abs(loaded["up"].a - adapters["up"].a).max()),
     }

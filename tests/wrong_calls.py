@@ -11,7 +11,7 @@ from flax import nnx
 import jaxlora
 import jaxlora.nnx
 from jaxlora import algebra, initializers
-from jaxlora.formats import Names, peft
+from jaxlora.formats import Names, peft, safetensors
 
 X, KEY = normal(0, 5, 8), jax.random.key(0)
 PARAMS = {"up": normal(1, 8, 6), "down": normal(2, 6, 8)}
@@ -174,6 +174,16 @@ CALLS = {
         FILE[0] | {"adapters": ADAPTERS},
         FILE[1] | {"base_model_name_or_path": None},
     ),
+    "safetensors.load": (
+        safetensors.load,
+        {"folder": "folder", "names": FILE[1]["names"], "like": PARAMS},
+        {"sites": FILE[1]["sites"], "ignore": ("up",)},
+    ),
+    "safetensors.save": (
+        safetensors.save,
+        {"folder": "folder", "params": PARAMS, "names": FILE[1]["names"]},
+        {"sites": FILE[1]["sites"], "max_shard_bytes": 1000},
+    ),
     "extract": (
         algebra.extract,
         {"base": BASE, "finetuned": jax.tree.map(lambda w: w + 1, BASE), "rank": 1},
@@ -236,7 +246,11 @@ FITTING = {
     **{name: {"None", "an int"} for name in ("Svd.rank", "svd_rank")},
     "rule": {"None"},
     "sites": {"None"},
-    "peft.load.sites": set(),
+    **{f"{call}.sites": set() for call in ("peft.load", "safetensors.load", "safetensors.save")},
+    "like": TREES,
+    "safetensors.save.params": TREES | {"adapted params", "an adapted weight"},
+    "ignore": {"an empty list", "an array of strings"},
+    "max_shard_bytes": {"an int"},
     "names": set(),
     "folder": {"a string"},
     "base_model_name_or_path": {"None", "a string"},

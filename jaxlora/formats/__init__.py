@@ -1,6 +1,6 @@
 """What other libraries call things: their names and layouts, read and written here alone."""
 
-from jaxlora.formats import peft
+from jaxlora.formats import peft, safetensors
 from jaxlora.formats.names import Names, Place
 
-__all__ = ["Names", "Place", "peft"]
+__all__ = ["Names", "Place", "peft", "safetensors"]

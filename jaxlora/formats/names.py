@@ -124,7 +124,7 @@ class Names:
                     raise ValueError(f"the place of {name!r} in {path!r}: {error}") from error
 
 
-def missing(name: str, table: Mapping[str, Place]) -> str:
+def missing(name: str, table: Iterable[str]) -> str:
     """Return what is wrong with a name that is not in a table, and which are like it."""
     near = paths.nearest(name.replace(".", "/"), {key.replace(".", "/"): key for key in table})
     return f"no name of the tree is {name!r}; {near.replace('/', '.')}"

@@ -7,6 +7,8 @@ from typing import TypeVar, cast
 import jax
 import numpy as np
 
+from jaxlora.types import Leaf
+
 _LONGEST = 1000  # bytes that are sent to other processes
 _KINDS = (FileExistsError, FileNotFoundError, ImportError, OSError, TimeoutError, TypeError)
 _TOLD = MappingProxyType({kind.__name__: kind for kind in (*_KINDS, ValueError)})
@@ -53,6 +55,15 @@ def gathered(call: str, text: str) -> list[str]:
             f"again ({_first_line(error)})"
         ) from error
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def whole(array: Leaf) -> np.ndarray:
+    """Return all of an array, which may be on several devices and processes."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
 
 
 def _raise_of_another(call: str, error: Exception | None) -> None:

@@ -55,6 +55,24 @@ def replace(
     together(call, lambda: workspace.leave(lock), first_alone=True)
 
 
+def check_free(place: Path, target: Path, is_own: Callable[[str], bool]) -> None:
+    """Raise if a folder holds files that are not of an earlier save.
+
+    Args:
+        place: where the folder is.
+        target: where the user has it.
+        is_own: tells from its name whether a file is of a save.
+    """
+    if not os.path.lexists(place):
+        return
+    is_folder = place.is_dir()
+    names = [file.name for file in place.iterdir()] if is_folder else ["something else"]
+    if others := sorted(name for name in names if not is_folder or not is_own(name)):
+        raise FileExistsError(
+            f"{target} holds {', '.join(others[:5])}, which would be lost: choose another path"
+        )
+
+
 def with_path(target: Place, action: Callable[[], T]) -> T:
     """Return what an action returns; an error of it names the path, and keeps its number."""
     try:

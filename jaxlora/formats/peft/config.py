@@ -101,14 +101,18 @@ class Config:
 
     def means(self, module: str) -> bool:
         """Tell whether a module is one of its targets."""
-        if named(module, self.get("exclude_modules", ())) or self.is_saved(module):
+        saved = self.get("modules_to_save", ())
+        is_within = any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved)
+        if is_within or named(module, self.get("exclude_modules", ())):
             return False
         return named(module, self.get("target_modules", ())) and self._is_in_layers(module)
 
     def is_saved(self, module: str) -> bool:
-        """Tell whether a module is, or is within, one of those that are saved whole."""
-        saved = self.get("modules_to_save", ())
-        return any(f".{name}." in f".{module}." for name in saved)
+        """Tell whether a module is, or is within, one whose name ends as one that is saved."""
+        saved = tuple(self.get("modules_to_save", ()))
+        parts = module.split(".")
+        owners = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        return any(owner.endswith(saved) for owner in owners)
 
     def _is_in_layers(self, module: str) -> bool:
         """Tell whether a module is in one of the layers that are adapted, as PEFT finds them."""

@@ -11,6 +11,8 @@ from jaxlora.formats.peft import experts
 from jaxlora.formats.peft.folder import Folder, Module
 from jaxlora.formats.peft.keys import Key
 from jaxlora.formats.pieces import Piece
+from jaxlora.targets.sites import Sites
+from jaxlora.tracing.recorder import Kind
 from jaxlora.weights.roles import Roles
 
 
@@ -39,6 +41,7 @@ def _piece(folder: Folder, name: str, own: Mapping[str, Key], is_parameter: bool
             f"the leaf {place.path!r}, for which {folder.where} has {own['A'].name!r}, cannot be "
             f"adapted: {why}"
         )
+    check_untied(folder.sites, place, folder.where)
     box, shape = folder.box(place)
     roles = experts.of_experts(roles, shape) if is_parameter else roles
     make = experts.factors if is_parameter else _of_module
@@ -84,3 +87,15 @@ def _of_module(
     )
     a, b = layouts.factors(first, second, roles, shape, place.layout)
     return a.reshape(*stack, *in_, rank), b.reshape(*stack, rank, *out)
+
+
+def check_untied(sites: Sites, place: Place, where: str) -> None:
+    """Raise if PEFT does not do the same to an embedding that is multiplied too, as a tied head."""
+    if place.layout != "embedding" or place.path not in sites:
+        return
+    kinds = {use.kind for use in sites[place.path].uses}
+    if {Kind.LOOKED_UP, Kind.CONTRACTED} <= kinds:
+        raise ValueError(
+            f"the leaf {place.path!r} is looked up and multiplied, and PEFT adapts an embedding "
+            f"where it is looked up alone, for {where}: a leaf for each of the two is needed"
+        )

@@ -13,14 +13,15 @@ from jaxlora.formats.names import Names
 from jaxlora.formats.peft import config as configs
 from jaxlora.formats.peft import experts, kept
 from jaxlora.formats.peft.config import CONFIG_FILE
+from jaxlora.formats.peft.factors import check_untied
 from jaxlora.formats.peft.keys import PREFIX
 from jaxlora.formats.peft.modules import Module, modules
 from jaxlora.formats.peft.reading import TENSORS_FILE
 from jaxlora.messages import checks
-from jaxlora.storage import locations, replacing
+from jaxlora.storage import locations, processes, replacing
 from jaxlora.storage.processes import together
 from jaxlora.targets.sites import Sites
-from jaxlora.types import Json, Leaf
+from jaxlora.types import Json
 from jaxlora.weights import tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, Replacement
 
@@ -46,8 +47,9 @@ def save(
             processes are gathered. Every process calls it.
         names: which modules of the file are which leaves of the tree.
         base_model_name_or_path: what PEFT loads the base from, for its config.
-        sites: where adapters can go, from `jaxlora.find_sites`; needed if a weight of two or more
-            axes is replaced as a whole, for only the program tells how it lies.
+        sites: where adapters can go, from `jaxlora.find_sites`. It is needed if a weight of two or
+            more axes is replaced as a whole, for only the program tells how it lies; with it an
+            adapted embedding that is also a head is refused, which PEFT would adapt at one of them.
 
     Raises:
         FileExistsError: the folder holds something else.
@@ -72,7 +74,7 @@ def save(
     target = locations.resolve(folder)
     if not locations.is_local(target):
         raise ValueError(f"folder must be a local path: got {str(target)!r}")
-    adapters = {path: jax.tree.map(_gathered, term) for path, term in adapters.items()}
+    adapters = {path: jax.tree.map(processes.whole, term) for path, term in adapters.items()}
     about, found = _contents(adapters, names, sites)
     about["base_model_name_or_path"] = base_model_name_or_path
 
@@ -87,27 +89,12 @@ def save(
 
         together("peft.save", written, first_alone=True)
 
-    replacing.replace("peft.save", target, save_there, lambda place: _check_free(place, target))
-
-
-def _gathered(array: Leaf) -> np.ndarray:
-    """Return all of an array that may be on several devices and processes."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
-
-
-def _check_free(place: Path, target: Path) -> None:
-    """Raise if a folder holds anything but an earlier save."""
-    if not os.path.lexists(place):
-        return
-    others = [x.name for x in place.iterdir()] if place.is_dir() else [place.name]
-    if kept := sorted({*others} - {CONFIG_FILE, TENSORS_FILE}):
-        raise FileExistsError(
-            f"{target} holds {', '.join(kept[:5])}, which would be lost: choose another path"
-        )
+    replacing.replace(
+        "peft.save",
+        target,
+        save_there,
+        lambda place: replacing.check_free(place, target, {CONFIG_FILE, TENSORS_FILE}.__contains__),
+    )
 
 
 def _contents(
@@ -119,6 +106,9 @@ def _contents(
     if not own:
         raise ValueError("adapters must have factors, without which PEFT has no config: got none")
     found, values = [*modules(own, names)], [*kept.kept(others, names, sites)]
+    if sites is not None:
+        for module in found:
+            check_untied(sites, module.place, "its folder")
     adapted = {module.name for module in found}
     about = {**_config(found), **kept.config(values, adapted), "peft_version": _VERSION}
     result: dict[str, np.ndarray] = {}

@@ -1,0 +1,109 @@
+"""Read a checkpoint of Hugging Face into a tree."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.formats.names import Names, missing
+from jaxlora.formats.safetensors import entries, shards
+from jaxlora.formats.safetensors.entries import Entry
+from jaxlora.formats.safetensors.shards import Checkpoint
+from jaxlora.messages import checks
+from jaxlora.storage import directories
+from jaxlora.storage.locations import PathLike
+from jaxlora.targets.sites import Sites
+from jaxlora.types import Leaf, PyTree
+from jaxlora.weights import paths, tree_checks
+
+
+def load(
+    path: PathLike, names: Names, like: PyTree, *, sites: Sites, ignore: Sequence[str] = ()
+) -> PyTree:
+    """Return a tree with the weights of a checkpoint.
+
+    One tensor is read at a time. Every tensor is used, and every element of the tree is read;
+    anything else is an error.
+
+    Args:
+        path: a file of safetensors, an index ``model.safetensors.index.json``, or a folder with
+            one of them.
+        names: which tensors are which leaves. A name that does not end in ``.weight`` or ``.bias``
+            is that of a module, whose weight it is.
+        like: the tree, of arrays or `jax.ShapeDtypeStruct`, whose dtypes and shardings the leaves
+            get.
+        sites: where adapters can go in it, from `jaxlora.find_sites`, which tells how each weight
+            lies.
+        ignore: names of tensors that are not wanted, as regular expressions for whole names.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ImportError: safetensors is not installed.
+        TypeError: an argument is of the wrong kind.
+        ValueError: a file is damaged; a tensor has no place, or another shape than that needs; a
+            part of a leaf has no tensor.
+    """
+    entries.check(names, sites)
+    leaves, treedef = paths.flatten(like)
+    tree_checks.check_leaves(leaves, like, "load(path, names, like)", "like")
+    unwanted = _expressions(ignore)
+    table = entries.entries(leaves, names, sites)
+    with shards.opened(directories.standing(entries.local(path))) as found:
+        sources = _sources(found, table, unwanted)
+        for leaf_path, leaf in leaves.items():
+            own = {name: e for name, e in sources.items() if e.place.path == leaf_path}
+            entries.check_whole(leaf_path, leaf, own, f"have a tensor in {found.where}")
+        made = {
+            leaf_path: _read(leaf_path, leaf, found, sources) for leaf_path, leaf in leaves.items()
+        }
+    return treedef.unflatten(made.values())
+
+
+def _expressions(ignore: Sequence[str]) -> list[re.Pattern[str]]:
+    """Return regular expressions, or raise for what is none."""
+    needed = "ignore must be regular expressions for names, as ('.*inv_freq',)"
+    if isinstance(ignore, str) or not checks.is_listing(ignore):
+        raise TypeError(f"{needed}: got {checks.shown(ignore)}")
+    for expression in ignore:
+        if not isinstance(expression, str):
+            raise TypeError(f"{needed}: got {checks.shown(expression)} among them")
+    try:
+        return [re.compile(expression) for expression in ignore]
+    except re.error as error:
+        raise ValueError(f"{needed}: {error}: got {[*ignore]}") from error
+
+
+def _sources(
+    found: Checkpoint, table: Mapping[str, Entry], unwanted: Sequence[re.Pattern[str]]
+) -> dict[str, Entry]:
+    """Return what each tensor is of the tree, or raise for one that has no place."""
+    sources = {}
+    for name, got in found.shapes.items():
+        if any(expression.fullmatch(name) for expression in unwanted):
+            continue
+        key = name if name in table else name.removesuffix(".weight")
+        if (entry := table.get(key)) is None:
+            raise ValueError(
+                f"the tensor {name!r} of {found.where} has no place, and ignore does not name it: "
+                f"{missing(key, table)}"
+            )
+        if got != entry.tensor_shape:
+            raise ValueError(
+                f"the tensor {name!r} of {found.where} must have the shape {entry.tensor_shape} "
+                f"for {str(entry.place)!r} in the layout {entry.place.layout!r}: got {got}"
+            )
+        sources[name] = entry
+    return sources
+
+
+def _read(path: str, leaf: Leaf, found: Checkpoint, sources: Mapping[str, Entry]) -> jax.Array:
+    """Return a leaf, put where it is to be."""
+    value = np.empty(leaf.shape, leaf.dtype)
+    for name, entry in sources.items():
+        if entry.place.path == path:
+            value[entry.index] = entry.from_tensor(found[name])
+    if (sharding := getattr(leaf, "sharding", None)) is None:
+        return jnp.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

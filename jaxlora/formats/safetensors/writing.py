@@ -1,0 +1,141 @@
+"""Write a tree as a checkpoint of Hugging Face."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.formats.names import Names
+from jaxlora.formats.safetensors import entries, shards
+from jaxlora.formats.safetensors.entries import Entry
+from jaxlora.messages import checks
+from jaxlora.storage import processes, replacing
+from jaxlora.storage.locations import PathLike
+from jaxlora.storage.processes import together
+from jaxlora.targets.sites import Sites
+from jaxlora.trees.merging import merge
+from jaxlora.types import Leaf, Leaves, PyTree
+from jaxlora.weights import paths, quantized, tree_checks
+from jaxlora.weights.nodes import LoRAWeight
+from jaxlora.weights.quantized import QuantizedWeight
+
+_SWALLOWED = 0.01  # the share of changed entries below which merging has lost the product
+
+
+def save(
+    path: PathLike, params: PyTree, names: Names, *, sites: Sites, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write the weights of a tree as a checkpoint of Hugging Face.
+
+    Adapted weights are merged, one at a time, in float32 and rounded once, as `jaxlora.merge` does;
+    quantized weights are dequantized. The folder is there whole, or what was there before is as it
+    was.
+
+    Args:
+        path: a folder that is not there, is empty, or holds nothing but an earlier save.
+        params: a tree of weights, plain or adapted; arrays that are spread over devices or
+            processes are gathered. Every process calls it.
+        names: which tensors are which leaves, see `load`; every leaf has a name.
+        sites: where adapters can go in the tree, from `jaxlora.find_sites`.
+        max_shard_bytes: bytes of one file; where there are more, there are several and an index.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+        ImportError: safetensors is not installed.
+        TypeError: an argument is of the wrong kind, or params is traced by JAX.
+        ValueError: a part of a leaf has no name, or a merged weight is not finite.
+        OSError: it cannot be written.
+
+    Warns:
+        UserWarning: merging an adapter that is not zero changed next to nothing of its weight,
+            because the dtype of that is too coarse for the product.
+    """
+    entries.check(names, sites)
+    most = checks.check_count(max_shard_bytes, "max_shard_bytes")
+    leaves, _ = paths.flatten(params)
+    plain = {leaf_path: paths.plain(leaf) for leaf_path, leaf in leaves.items()}
+    tree_checks.check_leaves(plain, params, "save(path, params, names)")
+    tree_checks.check_untraced("safetensors.save", params)
+    found = _targets(plain, names, sites)
+    sizes = {
+        name: math.prod(entry.tensor_shape) * jnp.dtype(plain[entry.place.path].dtype).itemsize
+        for name, entry in found.items()
+    }
+    target = entries.local(path)
+    weights = _Weights(leaves)
+
+    def write(folder: Path) -> None:
+        def make(name: str) -> np.ndarray:
+            return found[name].to_tensor(weights[found[name].place.path])
+
+        def first() -> None:
+            folder.mkdir()
+            shards.write(folder, sizes, make, most)
+
+        weights.gather()
+        together("safetensors.save", lambda: replacing.with_path(target, first), first_alone=True)
+
+    replacing.replace(
+        "safetensors.save",
+        target,
+        write,
+        lambda place: replacing.check_free(place, target, shards.is_of_checkpoint),
+    )
+
+
+class _Weights:
+    """The weights of a tree by path, each merged when it is asked for."""
+
+    def __init__(self, leaves: Leaves):
+        self._leaves = leaves
+        self._last: tuple[str, np.ndarray] | None = None
+
+    def gather(self) -> None:
+        """Merge and gather all of them, where several processes have to do that together."""
+        if jax.process_count() > 1:
+            self._leaves = {path: _whole(path, leaf) for path, leaf in self._leaves.items()}
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        if self._last is None or self._last[0] != path:
+            self._last = (path, _whole(path, self._leaves[path]))
+        return self._last[1]
+
+
+def _whole(path: str, leaf: Leaf) -> np.ndarray:
+    """Return all of a leaf, merged."""
+    if not paths.is_node(leaf):
+        return processes.whole(leaf)
+    if isinstance(leaf, QuantizedWeight):
+        return processes.whole(jax.jit(quantized.values)(leaf))
+    merged = processes.whole(merge({path: leaf})[path])
+    if isinstance(leaf, LoRAWeight):
+        _warn_of_rounding(path, leaf, merged)
+    return merged
+
+
+def _warn_of_rounding(path: str, leaf: LoRAWeight, merged: np.ndarray) -> None:
+    """Warn if rounding has undone what an adapter changes."""
+    base = processes.whole(jax.jit(quantized.values)(leaf.base))
+    is_meant = processes.whole(leaf.delta()) != 0
+    moved = np.count_nonzero((merged != base) & is_meant)
+    if moved < _SWALLOWED * (meant := np.count_nonzero(is_meant)):
+        checks.warn(
+            f"merging changed {moved / meant:.2%} of the elements of {path!r} that its adapter is "
+            f"for: {leaf.dtype} is too coarse for the product; save it in float32",
+            UserWarning,
+        )
+
+
+def _targets(leaves: Leaves, names: Names, sites: Sites) -> dict[str, Entry]:
+    """Return what each tensor is, by its name in the file."""
+    found: dict[str, Entry] = {}
+    table = entries.entries(leaves, names, sites)
+    for path, leaf in leaves.items():
+        own = {name: entry for name, entry in table.items() if entry.place.path == path}
+        entries.check_whole(path, leaf, own, "have a name")
+        for name, entry in own.items():
+            is_tensor = entry.count > 1 or name.rpartition(".")[2] in ("weight", "bias")
+            found[name if is_tensor else f"{name}.weight"] = entry
+    return found
