@@ -16,6 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
 from devices import launch, meshes
+from jaxlora.formats import Names, peft, safetensors
 
 SPEC = P("data", "model")
 CONFIG = jaxlora.LoRAConfig(rank=3, alpha=6)
@@ -136,6 +137,20 @@ def test_merged_weights_are_saved(params, folder):
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(folder / "merged", merged)
     assert_array_equal(whole(restored["dense"]), whole(merged["dense"]))
+
+
+def test_files_of_other_libraries_are_whole(params, base, folder):
+    names, sites = Names(("dense", "dense")), jaxlora.find_sites(model, base, X)
+    _, adapters = jaxlora.split(params)
+    for _ in range(2):  # the second takes the place of the first
+        peft.save(folder / "peft", adapters, names=names)
+        safetensors.save(folder / "weights", params, names, sites=sites)
+    loaded = peft.load(folder / "peft", sites=sites, names=names)
+    assert_array_equal(loaded["dense"].a, whole(adapters["dense"].a))
+    assert_array_equal(loaded["dense"].b, whole(adapters["dense"].b))
+    merged = safetensors.load(folder / "weights", names, base, sites=sites)
+    assert meshes.is_placed(merged["dense"], *SPEC)
+    assert_array_equal(whole(merged["dense"]), whole(jaxlora.merge(params)["dense"]))
 
 
 def test_another_base_is_refused_by_all(params, folder):
