@@ -19,7 +19,7 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 
 PACKAGES = {
-    "jax": ["-e", f"{HERE.parent}", "qwix==0.1.8", "matplotlib>=3.9"],
+    "jax": ["-e", f"{HERE.parent}[formats]", "qwix==0.1.8", "matplotlib>=3.9"],
     "tpu": ["-e", f"{HERE.parent}[tpu]", "qwix==0.1.8"],
     "torch": ["torch==2.13.0", "peft==0.21.2"],
 }
@@ -74,6 +74,7 @@ BENCHMARKS = {
         "bytes of a compiled training step",
     ),
     "merge": Benchmark("jax", "merge.py", "merging, against copying the same bytes"),
+    "formats": Benchmark("jax", "formats.py", "files of PEFT and Hugging Face, read and written"),
     "decompose": Benchmark("jax", "decompose.py", "the fast decomposition of PiSSA, and the exact"),
     "llama": Benchmark("jax", "llama.py", "bytes of a step of a Llama of 7 billion weights"),
     "compiled_for": Benchmark("tpu", "tpu.py", "steps compiled for a TPU that is not there"),

@@ -1,14 +1,18 @@
 """A BERT encoder in Flax Linen, and how to fill it with weights in Hugging Face's names.
 
-Devlin et al. 2018, arXiv:1810.04805. Nothing here knows of adapters.
+Devlin et al. 2018, arXiv:1810.04805. No module here knows of adapters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-import numpy as np
+
+import jaxlora
+from jaxlora.formats import Names, safetensors
 
 
 class Layer(nn.Module):
@@ -78,39 +82,46 @@ class Classifier(nn.Module):
         return nn.Dense(1, kernel_init=nn.initializers.zeros, name="head")(vectors)[..., 0]
 
 
-_NAMES = {
-    "word": "embeddings.word_embeddings",
-    "position": "embeddings.position_embeddings",
-    "segment": "embeddings.token_type_embeddings",
-    "norm": "embeddings.LayerNorm",
+_EMBEDDINGS = {"word": "word", "position": "position", "token_type": "segment"}
+_DENSE = {
+    "attention.self.query": "query",
+    "attention.self.key": "key",
+    "attention.self.value": "value",
+    "attention.output.dense": "attention_out",
+    "intermediate.dense": "up",
+    "output.dense": "down",
 }
-_LAYER_NAMES = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "attention_out": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "norm": "output.LayerNorm",
+_NORMS = {
+    "embeddings.LayerNorm": "norm",
+    "encoder.layer.{i}.attention.output.LayerNorm": "layer_{i}/attention_norm",
+    "encoder.layer.{i}.output.LayerNorm": "layer_{i}/norm",
 }
 
 
-def encoder_params(weights: Mapping[str, np.ndarray], layers: int = 6) -> dict[str, Any]:
-    """Return the parameters of a `SentenceEncoder` from tensors in Hugging Face's names."""
+def _pairs() -> Iterator[tuple[str, ...]]:
+    for theirs, ours in _EMBEDDINGS.items():
+        yield f"embeddings.{theirs}_embeddings", f"params/{ours}/embedding", "embedding"
+    for theirs, ours in _DENSE.items():
+        yield f"encoder.layer.{{i}}.{theirs}", f"params/layer_{{i}}/{ours}/kernel"
+        yield f"encoder.layer.{{i}}.{theirs}.bias", f"params/layer_{{i}}/{ours}/bias"
+    for theirs, ours in _NORMS.items():
+        yield theirs, f"params/{ours}/scale"
+        yield f"{theirs}.bias", f"params/{ours}/bias"
 
-    def module(name):
-        weight = weights[f"{name}.weight"]
-        if "embeddings." in name and "LayerNorm" not in name:
-            return {"embedding": weight}
-        bias = weights[f"{name}.bias"]
-        if "LayerNorm" in name:
-            return {"scale": weight, "bias": bias}
-        return {"kernel": weight.T, "bias": bias}  # torch has (out, in)
 
-    params = {ours: module(theirs) for ours, theirs in _NAMES.items()}
-    for i in range(layers):
-        params[f"layer_{i}"] = {
-            ours: module(f"encoder.layer.{i}.{theirs}") for ours, theirs in _LAYER_NAMES.items()
-        }
-    return params
+NAMES = Names(*_pairs())  # of the tensors of Hugging Face, and their places in `SentenceEncoder`
+_UNWANTED = (r"pooler\..*", r"embeddings\.position_ids")
+
+
+def shapes_and_sites() -> tuple[Any, jaxlora.targets.Sites]:
+    """Return the shapes of a `SentenceEncoder`'s parameters, and where adapters can go."""
+    model, tokens = SentenceEncoder(), jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    mask = jax.ShapeDtypeStruct(tokens.shape, bool)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, mask)
+    return shapes, jaxlora.find_sites(model.apply, shapes, tokens, mask)
+
+
+def encoder_params(path: Path) -> Any:
+    """Return the parameters of a `SentenceEncoder` from a checkpoint of Hugging Face."""
+    shapes, sites = shapes_and_sites()
+    return safetensors.load(path, NAMES, shapes, sites=sites, ignore=_UNWANTED)["params"]

@@ -24,7 +24,6 @@ import reviews
 import runs
 from reviews import Sentences, accuracy, run_sorted
 from runs import History, State, Trainable
-from safetensors.numpy import load_file
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
@@ -132,7 +131,7 @@ def train(
 def load_pretrained() -> tuple[Any, Path]:
     """Return the model's parameters with the pretrained encoder, and the tokenizer's path."""
     weights, tokenizer = fetch.minilm()
-    encoder = jax.tree.map(jnp.asarray, bert.encoder_params(load_file(weights)))
+    encoder = bert.encoder_params(weights)
     head = {"kernel": jnp.zeros((384, 1)), "bias": jnp.zeros(1)}
     return {"params": {"encoder": encoder, "head": head}}, tokenizer
 

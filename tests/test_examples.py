@@ -24,7 +24,6 @@ import reviews
 import run as benchmark_run
 import runs
 import sentiment
-from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 import jaxlora
@@ -175,7 +174,7 @@ def test_encoder_gives_the_published_similarities():
     )
     tokens = jnp.array([e.ids for e in encode], jnp.int32)
     mask = jnp.array([e.attention_mask for e in encode], bool)
-    params = {"params": bert.encoder_params(load_file(weights))}
+    params = {"params": bert.encoder_params(weights)}
     vectors = np.asarray(bert.SentenceEncoder().apply(params, tokens, mask))
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     similarities = (vectors @ vectors.T)[np.triu_indices(3, 1)]
@@ -275,7 +274,7 @@ def test_sentiment_interrupted_leaves_its_last_checkpoint(tmp_path):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the last checkpoint is in" in out
-    base = {"params": {"encoder": bert.encoder_params(load_file(fetch.minilm()[0]))}}
+    base = {"params": {"encoder": bert.encoder_params(fetch.minilm()[0])}}
     adapters = jaxlora.load_adapters(tmp_path / "adapters", base=base)
     assert len(adapters) == 12
     assert all(np.asarray(adapter.b).any() for adapter in adapters.values())

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -137,11 +137,19 @@ class Config:
         return alpha * math.sqrt(rank) if self.get("use_rslora") else alpha
 
 
-def named(module: str, names: str | Sequence[str]) -> bool:
+def named(module: str, names: str | Iterable[str]) -> bool:
     """Tell whether one of some names, or one regular expression, means a module."""
     if isinstance(names, str):
         return bool(re.fullmatch(names, module))
-    return any(f".{module}".endswith(f".{name}") for name in names)
+    return not {*suffixes(module)}.isdisjoint(names)
+
+
+def suffixes(module: str) -> Iterator[str]:
+    """Return a module's name, and what is left of it without its first parts."""
+    yield module
+    while "." in module:
+        module = module.partition(".")[2]
+        yield module
 
 
 def _of_pattern(module: str, pattern: Mapping[str, Any] | None, default: Any) -> Any:

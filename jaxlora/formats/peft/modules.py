@@ -78,7 +78,7 @@ class Module:
         for term in self.terms.values():
             a.append(self._within(np.asarray(term.a), term, in_))
             b.append(self._within(_scaled(term, scale), term, out))
-        return np.concatenate(a, -1), np.concatenate(b, count)
+        return (a[0], b[0]) if len(a) == 1 else (np.concatenate(a, -1), np.concatenate(b, count))
 
     def magnitude(self) -> np.ndarray | None:
         """Return the magnitude ``(*stack, *out)`` of its part."""
@@ -99,7 +99,8 @@ class Module:
             first, last = max(start, low), min(stop, high)
             cut.append(slice(first - low, last - low))
             around.append((first - start, stop - last))
-        return np.pad(array[tuple(cut)], around)
+        part = array[tuple(cut)]
+        return np.pad(part, around) if any(map(any, around)) else part
 
 
 def _scaled(term: Adapter, scale: float) -> np.ndarray:

@@ -99,10 +99,13 @@ def _check_targets(folder: Folder, adapted: Iterable[str]) -> None:
             f"{where} has factors of modules that its config does not name: {_listed(strange)}"
         )
     targets = config.get("target_modules", ())
-    for target in [targets] if isinstance(targets, str) else targets:
-        means = target if isinstance(targets, str) else [target]
-        if not any(configs.named(module, means) for module in modules):
-            raise ValueError(f"{where} has no factors for the target {target!r} of its config")
+    has = {suffix for module in modules for suffix in configs.suffixes(module)}
+    if isinstance(targets, str):
+        unmet = [] if any(configs.named(module, targets) for module in modules) else [targets]
+    else:
+        unmet = [target for target in targets if target not in has]
+    for target in unmet:
+        raise ValueError(f"{where} has no factors for the target {target!r} of its config")
     wanted = {
         name
         for name, place in folder.table.items()

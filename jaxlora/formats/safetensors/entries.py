@@ -1,10 +1,12 @@
 """The tensors of a checkpoint as parts of leaves."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxlora.formats import layouts, pieces
@@ -18,72 +20,98 @@ from jaxlora.weights.roles import Roles
 
 
 @dataclasses.dataclass(frozen=True)
+class Form:
+    """How a part of a leaf lies in a tensor.
+
+    Attributes:
+        shape: shape of the part.
+        vector: shape of the tensor where the leaf is no weight.
+        roles: roles of the leaf's axes, None where it is none.
+        layout: how a weight lies.
+    """
+
+    shape: tuple[int, ...]
+    vector: tuple[int, ...]
+    roles: Roles | None
+    layout: layouts.Layout
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        is_vector = self.roles is None
+        return self.vector if is_vector else self._of_weight
+
+    @property
+    def _of_weight(self) -> tuple[int, ...]:
+        return layouts.weight_shape(self.roles, self.shape, self.layout)
+
+    def part(self, tensor: Leaf) -> Leaf:
+        """Return the part of the leaf."""
+        return layouts.weight(tensor, self.roles, self.shape, self.layout)
+
+    def tensor(self, part: Leaf) -> Leaf:
+        """Return the tensor; the opposite of `part`."""
+        return layouts.tensor(part, self.roles, self.layout).reshape(self.tensor_shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
-    """A part of a leaf that is one tensor, or one for several weights along its first axis.
+    """A part of a leaf that is one tensor.
 
     Attributes:
         place: the leaf and the part.
         box: the part along every axis of the leaf.
-        roles: roles of the leaf's axes, None where it is no weight.
+        form: how it lies in the tensor.
     """
 
     place: Place
     box: Box
-    roles: Roles | None
+    form: Form
+
+    @classmethod
+    def from_place(cls, place: Place, whole: Sequence[int], roles: Roles | None) -> "Entry":
+        """Return the entry of a place in a leaf of some shape and roles."""
+        box = pieces.box(place.part, whole)
+        shape = tuple(stop - start for start, stop in box)
+        pairs = zip(place.part or [None] * len(shape), shape, strict=True)
+        vector = tuple(size for bounds, size in pairs if bounds is None or size > 1)
+        return cls(place, box, Form(shape, vector, roles, place.layout))
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the part."""
-        return tuple(stop - start for start, stop in self.box)
+    def count(self) -> int:
+        """Number of weights in the part."""
+        form = self.form
+        return math.prod(form.roles.sizes(form.shape)[0]) if form.roles else 1
 
     @property
     def index(self) -> tuple[slice, ...]:
         """The part as an index of the leaf."""
         return tuple(slice(*bounds) for bounds in self.box)
 
-    @property
-    def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
-        part = self.place.part or [None] * len(self.box)
-        if self.roles is None:  # its shape without the axes that have an index
-            pairs = zip(part, self.shape, strict=True)
-            return tuple(size for bounds, size in pairs if bounds is None or size > 1)
-        one = layouts.weight_shape(self.roles, self._one, self.place.layout)
-        return one if self.count == 1 else (self.count, *one)
-
-    @property
-    def count(self) -> int:
-        """Number of weights in the part."""
-        return math.prod(self.roles.sizes(self.shape)[0]) if self.roles else 1
-
-    @property
-    def _one(self) -> tuple[int, ...]:
-        """Shape of one entry of the stack."""
-        stack = self.roles.stack if self.roles else ()
-        return tuple(1 if axis in stack else size for axis, size in enumerate(self.shape))
-
     def from_tensor(self, tensor: np.ndarray) -> np.ndarray:
         """Return the part of the leaf."""
-        if self.roles is None:
-            return tensor.reshape(self.shape)
-        how = (self.roles, self._one, self.place.layout)
-        found = [layouts.weight(x, *how) for x in tensor.reshape(self.count, *self._matrix)]
-        return np.stack(found).reshape(self.shape) if len(found) > 1 else found[0]
+        if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:  # JAX would cast it
+            return self.form.part(tensor)
+        return np.asarray(_part(self.form, tensor))
 
-    def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
+    def to_tensor(self, leaf: jax.Array | np.ndarray) -> np.ndarray:
         """Return the tensor of a leaf; the opposite of `from_tensor`."""
-        part = leaf[self.index]
-        if self.roles is None:
-            return part.reshape(self.tensor_shape)
-        stack = [part.shape[axis] for axis in self.roles.stack]
-        rows = np.moveaxis(part, self.roles.stack, range(len(stack))).reshape(self.count, -1)
-        found = [layouts.tensor(x.reshape(self._one), self.roles, self.place.layout) for x in rows]
-        return np.stack(found).reshape(self.tensor_shape)
+        if not isinstance(leaf, jax.Array):
+            return self.form.tensor(leaf[self.index])
+        return np.asarray(_tensor(self.form, leaf, [start for start, _ in self.box]))
 
-    @property
-    def _matrix(self) -> tuple[int, ...]:
-        shape = self.tensor_shape
-        return shape if self.count == 1 else shape[1:]
+
+# under `jax.jit`, which transposes faster than NumPy does
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _part(form: Form, tensor: jax.Array) -> jax.Array:
+    return form.part(tensor)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _tensor(form: Form, leaf: jax.Array, starts: Sequence[int]) -> jax.Array:
+    return form.tensor(jax.lax.dynamic_slice(leaf, starts, form.shape))
 
 
 def entries(leaves: Leaves, names: Names, sites: Sites) -> dict[str, Entry]:
@@ -92,13 +120,13 @@ def entries(leaves: Leaves, names: Names, sites: Sites) -> dict[str, Entry]:
     found = {}
     for name, place in names.table({path: leaf.shape for path, leaf in leaves.items()}).items():
         roles = known[place.path].roles if place.path in known else None
-        found[name] = Entry(place, pieces.box(place.part, leaves[place.path].shape), roles)
+        found[name] = Entry.from_place(place, leaves[place.path].shape, roles)
     return found
 
 
 def check_whole(path: str, leaf: Leaf, own: Mapping[str, Entry], what: str) -> None:
     """Raise if the parts of a leaf that have a tensor are not all of it."""
-    held = sum(math.prod(entry.shape) for entry in own.values())
+    held = sum(math.prod(entry.form.shape) for entry in own.values())
     if held != math.prod(leaf.shape):
         raise ValueError(
             f"every element of the leaf {path!r} of shape {tuple(leaf.shape)} must {what}: "

@@ -89,10 +89,10 @@ def _sources(
                 f"the tensor {name!r} of {found.where} has no place, and ignore does not name it: "
                 f"{missing(key, table)}"
             )
-        if got != entry.tensor_shape:
+        if got != (needed := entry.form.tensor_shape):
             raise ValueError(
-                f"the tensor {name!r} of {found.where} must have the shape {entry.tensor_shape} "
-                f"for {str(entry.place)!r} in the layout {entry.place.layout!r}: got {got}"
+                f"the tensor {name!r} of {found.where} must have the shape {needed} for "
+                f"{str(entry.place)!r} in the layout {entry.place.layout!r}: got {got}"
             )
         sources[name] = entry
     return sources

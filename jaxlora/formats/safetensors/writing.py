@@ -60,7 +60,7 @@ def save(
     tree_checks.check_untraced("safetensors.save", params)
     found = _targets(plain, names, sites)
     sizes = {
-        name: math.prod(entry.tensor_shape) * jnp.dtype(plain[entry.place.path].dtype).itemsize
+        name: math.prod(entry.form.tensor_shape) * jnp.dtype(plain[entry.place.path].dtype).itemsize
         for name, entry in found.items()
     }
     target = entries.local(path)
@@ -90,42 +90,50 @@ class _Weights:
 
     def __init__(self, leaves: Leaves):
         self._leaves = leaves
-        self._last: tuple[str, np.ndarray] | None = None
+        self._last: tuple[str, jax.Array | np.ndarray] | None = None
 
     def gather(self) -> None:
         """Merge and gather all of them, where several processes have to do that together."""
         if jax.process_count() > 1:
             self._leaves = {path: _whole(path, leaf) for path, leaf in self._leaves.items()}
 
-    def __getitem__(self, path: str) -> np.ndarray:
+    def __getitem__(self, path: str) -> jax.Array | np.ndarray:
         if self._last is None or self._last[0] != path:
             self._last = (path, _whole(path, self._leaves[path]))
         return self._last[1]
 
 
-def _whole(path: str, leaf: Leaf) -> np.ndarray:
-    """Return all of a leaf, merged."""
-    if not paths.is_node(leaf):
-        return processes.whole(leaf)
+def _whole(path: str, leaf: Leaf) -> jax.Array | np.ndarray:
+    """Return all of a leaf, merged; gathered on the host if it is not all in this process."""
     if isinstance(leaf, QuantizedWeight):
-        return processes.whole(jax.jit(quantized.values)(leaf))
-    merged = processes.whole(merge({path: leaf})[path])
-    if isinstance(leaf, LoRAWeight):
+        leaf = jax.jit(quantized.values)(leaf)
+    elif isinstance(leaf, LoRAWeight):
+        merged = merge({path: leaf})[path]
         _warn_of_rounding(path, leaf, merged)
-    return merged
+        leaf = merged
+    elif paths.is_node(leaf):
+        leaf = merge({path: leaf})[path]
+    is_here = isinstance(leaf, jax.Array) and jax.process_count() == 1
+    return leaf if is_here else processes.whole(leaf)
 
 
-def _warn_of_rounding(path: str, leaf: LoRAWeight, merged: np.ndarray) -> None:
+def _warn_of_rounding(path: str, leaf: LoRAWeight, merged: jax.Array) -> None:
     """Warn if rounding has undone what an adapter changes."""
-    base = processes.whole(jax.jit(quantized.values)(leaf.base))
-    is_meant = processes.whole(leaf.delta()) != 0
-    moved = np.count_nonzero((merged != base) & is_meant)
-    if moved < _SWALLOWED * (meant := np.count_nonzero(is_meant)):
+    meant, moved = (int(count) for count in jax.device_get(_counts(leaf, merged)))
+    if moved < _SWALLOWED * meant:
         checks.warn(
             f"merging changed {moved / meant:.2%} of the elements of {path!r} that its adapter is "
             f"for: {leaf.dtype} is too coarse for the product; save it in float32",
             UserWarning,
         )
+
+
+@jax.jit
+def _counts(leaf: LoRAWeight, merged: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return how many elements an adapter is to change, and how many of these it has."""
+    is_meant = leaf.delta() != 0
+    is_moved = is_meant & (merged != quantized.values(leaf.base))
+    return jnp.count_nonzero(is_meant), jnp.count_nonzero(is_moved)
 
 
 def _targets(leaves: Leaves, names: Names, sites: Sites) -> dict[str, Entry]:
