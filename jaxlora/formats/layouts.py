@@ -2,9 +2,10 @@
 
 The roles of a leaf's axes tell which of them are in and which out axes, so one reshape serves
 every model: ``(out, in)`` there is ``(*out, *in)`` here, in the order of the leaf's axes. Arrays
-are those of one entry of a stack, whose axes have size 1 and no place there; NumPy's or JAX's.
+are NumPy's or JAX's.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TypeVar
@@ -12,116 +13,124 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from jaxlora.formats.names import Layout
+from jaxlora.formats.names import Layout, Place
+from jaxlora.targets.sites import Sites
+from jaxlora.tracing.recorder import Kind
 from jaxlora.weights.roles import Roles
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
+Shape = tuple[int, ...]
 
 
-def sizes(roles: Roles, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the sizes of the in and of the out axes."""
-    _, in_, out = roles.sizes(shape)
-    return in_, out
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """How the axes of a weight lie in a tensor.
 
-
-def factor_shapes(
-    roles: Roles, shape: Sequence[int], rank: int, layout: Layout
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes that the tensors of ``A`` and ``B`` have for a weight of some shape."""
-    in_, out = sizes(roles, shape)
-    if layout != "conv":
-        return (rank, math.prod(in_)), (math.prod(out), rank)
-    channels, window = _split_window(roles, in_)
-    return (rank, channels, *window), (math.prod(out), rank, *(1 for _ in window))
-
-
-def factors(
-    first: Array, second: Array, roles: Roles, shape: Sequence[int], layout: Layout
-) -> tuple[Array, Array]:
-    """Return ``a``, ``(*in, rank)``, and ``b``, ``(rank, *out)``, of two tensors."""
-    in_, out = sizes(roles, shape)
-    if layout == "conv" and not _is_out_first(roles):
-        first = _moved(first, 1, -1)
-    rank = first.shape[0]
-    a = _moved(first.reshape(rank, *in_), 0, -1)
-    return a, _moved(second.reshape(*out, rank), -1, 0)
-
-
-def tensors(
-    a: Array, b: Array, roles: Roles, shape: Sequence[int], layout: Layout
-) -> tuple[Array, Array]:
-    """Return the two tensors of ``a`` and ``b``; the opposite of `factors`."""
-    rank = a.shape[-1]
-    first_shape, second_shape = factor_shapes(roles, shape, rank, layout)
-    first, second = _moved(a, -1, 0), _moved(b, 0, -1)
-    if layout == "conv" and not _is_out_first(roles):
-        first = _moved(first, -1, 1)
-    return first.reshape(first_shape), second.reshape(second_shape)
-
-
-def weight_shape(roles: Roles | None, shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
-    """Return the shape that the tensor of a weight has, of a part of a leaf.
-
-    Args:
-        roles: roles of the leaf's axes, None where it is no weight.
-        shape: shape of the part. If it has several entries of a stack, so has the tensor, first.
-        layout: how it lies.
+    Attributes:
+        roles: roles of its axes.
+        layout: how the module's weight lies in the file.
+        channel: of a kernel the axis of the input's channels; the other in axes are its window.
     """
-    if roles is None:
-        return tuple(shape)
-    stack, in_, out = roles.sizes(shape)
-    count = (math.prod(stack),) if math.prod(stack) > 1 else ()
-    match layout:
-        case "conv":
-            channels, window = _split_window(roles, in_)
-            return (*count, math.prod(out), channels, *window)
-        case "linear":
-            return (*count, math.prod(out), math.prod(in_))
-    return (*count, math.prod(in_), math.prod(out))
+
+    roles: Roles
+    layout: Layout
+    channel: int | None = None
+
+    def factor_shapes(self, shape: Sequence[int], rank: int) -> tuple[Shape, Shape]:
+        """Return the shapes that the tensors of ``A`` and ``B`` have for an entry of a stack."""
+        _, in_, out = self.roles.sizes(shape)
+        if self.layout != "conv":
+            return (rank, math.prod(in_)), (math.prod(out), rank)
+        channel, *window = (shape[axis] for axis in self._in())
+        return (rank, channel, *window), (math.prod(out), rank, *(1 for _ in window))
+
+    def factors(self, first: Array, second: Array, shape: Sequence[int]) -> tuple[Array, Array]:
+        """Return ``a``, ``(*in, rank)``, and ``b``, ``(rank, *out)``, of two tensors."""
+        _, _, out = self.roles.sizes(shape)
+        rank, order = first.shape[0], self._in()
+        a = first.reshape(rank, *(shape[axis] for axis in order))
+        a = a.transpose([*(1 + order.index(axis) for axis in self.roles.in_), 0])
+        b = second.reshape(*out, rank)
+        return a, b.transpose([b.ndim - 1, *range(b.ndim - 1)])
+
+    def tensors(self, a: Array, b: Array, shape: Sequence[int]) -> tuple[Array, Array]:
+        """Return the two tensors of ``a`` and ``b``; the opposite of `factors`."""
+        first_shape, second_shape = self.factor_shapes(shape, a.shape[-1])
+        a = a.transpose([a.ndim - 1, *(self.roles.in_.index(axis) for axis in self._in())])
+        return a.reshape(first_shape), b.transpose([*range(1, b.ndim), 0]).reshape(second_shape)
+
+    def weight_shape(self, shape: Sequence[int]) -> Shape:
+        """Return the shape of the tensor of a part; of several entries it is of these, first."""
+        stack, in_, out = self.roles.sizes(shape)
+        count = (math.prod(stack),) if math.prod(stack) > 1 else ()
+        match self.layout:
+            case "conv":
+                return (*count, math.prod(out), *(shape[axis] for axis in self._in()))
+            case "linear":
+                return (*count, math.prod(out), math.prod(in_))
+        return (*count, math.prod(in_), math.prod(out))
+
+    def weight(self, tensor: Array, shape: Sequence[int]) -> Array:
+        """Return a part of a leaf, of this shape, from its tensor."""
+        order = self._order()
+        split = tensor.reshape([shape[axis] for axis in order])
+        return split.transpose(sorted(range(len(order)), key=order.__getitem__))
+
+    def tensor(self, part: Array) -> Array:
+        """Return the tensor of a part; the opposite of `weight`."""
+        return part.transpose(self._order()).reshape(self.weight_shape(part.shape))
+
+    def _in(self) -> Shape:
+        """Return the in axes in the order in which a tensor has them."""
+        if self.layout != "conv" or self.channel is None:
+            return self.roles.in_
+        return (self.channel, *(axis for axis in self.roles.in_ if axis != self.channel))
+
+    def _order(self) -> Shape:
+        """Return the axes of the leaf in the order in which a tensor has them."""
+        sides = (self.roles.out, self._in())
+        is_out_first = self.layout in ("linear", "conv")
+        return (*self.roles.stack, *(sides[0] + sides[1] if is_out_first else sides[1] + sides[0]))
 
 
-def weight(tensor: Array, roles: Roles | None, shape: Sequence[int], layout: Layout) -> Array:
-    """Return a part of a leaf, of this shape, from the tensor of a weight."""
-    if roles is None:
-        return tensor.reshape(shape)
-    if layout == "conv" and not _is_out_first(roles):
-        tensor = _moved(tensor, -1 - len(roles.in_) + 1, -1)
-    order = _order(roles, layout)
-    split = tensor.reshape([shape[axis] for axis in order])
-    return split.transpose(sorted(range(len(order)), key=order.__getitem__))
+def arrangement(sites: Sites, place: Place, shape: Sequence[int]) -> Arrangement | None:
+    """Return how a leaf of some shape lies in tensors, None where it is a vector or lies as there.
+
+    Raises:
+        ValueError: sites are those of another tree, or do not tell.
+    """
+    told = sites.shapes.get(place.path)
+    if told is None or tuple(told) != tuple(shape):
+        raise ValueError(
+            f"sites must be of this tree: the leaf {place.path!r} has the shape {tuple(shape)}, "
+            f"and there {'none' if told is None else tuple(told)}"
+        )
+    site = sites.sites.get(place.path)
+    if site is not None:
+        window = frozenset().union(*(use.window for use in site.uses))
+        channels = [axis for axis in site.roles.in_ if axis not in window]
+        channel = channels[0] if window and len(channels) == 1 else None
+        if place.layout == "conv" and channel is None:
+            raise ValueError(
+                f"the layout of {str(place)!r} is 'conv', and no convolution in the program tells "
+                "which of its axes are the window"
+            )
+        return Arrangement(site.roles, place.layout, channel)
+    sizes = [size for axis, size in enumerate(shape) if axis not in place.indexed and size > 1]
+    if len(sizes) > 1 and place.layout != "embedding" and not place.is_bias:
+        raise ValueError(
+            f"the program does not tell how the leaf {place.path!r} lies: "
+            f"{sites.skipped.get(place.path, 'it is no weight')}; if it lies in the file as in the "
+            "tree, its layout in the names is 'embedding'"
+        )
+    return None
 
 
-def tensor(value: Array, roles: Roles | None, layout: Layout) -> Array:
-    """Return the tensor of a part of a leaf; the opposite of `weight`."""
-    shape = weight_shape(roles, value.shape, layout)
-    if roles is None:
-        return value.reshape(shape)
-    value = value.transpose(_order(roles, layout))
-    if layout == "conv" and not _is_out_first(roles):
-        value = _moved(value, -1, len(roles.stack) + len(roles.out))
-    return value.reshape(shape)
-
-
-def _order(roles: Roles, layout: Layout) -> tuple[int, ...]:
-    """Return the axes of a leaf in the order in which a tensor has them."""
-    is_out_first = layout in ("linear", "conv")
-    sides = (roles.out, roles.in_) if is_out_first else (roles.in_, roles.out)
-    return (*roles.stack, *sides[0], *sides[1])
-
-
-def _moved(array: Array, axis: int, to: int) -> Array:
-    """Return an array with one axis in another place."""
-    axes = [*range(array.ndim)]
-    moved = axes.pop(axis)
-    axes.insert(to % array.ndim, moved)
-    return array.transpose(axes)
-
-
-def _is_out_first(roles: Roles) -> bool:
-    """Tell whether a kernel has its out axis first, and so its channels before its window."""
-    return roles.out < roles.in_
-
-
-def _split_window(roles: Roles, in_: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """Return the number of input channels and the window of a kernel."""
-    return (in_[0], in_[1:]) if _is_out_first(roles) else (in_[-1], in_[:-1])
+def check_untied(sites: Sites, place: Place, where: str) -> None:
+    """Raise for a leaf that is looked up and multiplied, which are two tensors in PEFT."""
+    kinds = {use.kind for use in sites[place.path].uses} if place.path in sites else set()
+    if {Kind.LOOKED_UP, Kind.CONTRACTED} <= kinds:
+        raise ValueError(
+            f"the leaf {place.path!r} is looked up and multiplied, and PEFT changes one of the two "
+            f"alone, for {where}: a leaf for each is needed"
+        )

@@ -33,12 +33,16 @@ class Place:
         part: the part of it, None for all of it.
         layout: how the module's weight lies in the file.
         order: which of the pairs it is of.
+        indexed: axes along which it has one entry, told by an index.
+        is_bias: whether its name is that of a bias.
     """
 
     path: str
     part: Part | None
     layout: Layout
     order: int = 0
+    indexed: tuple[int, ...] = ()
+    is_bias: bool = False
 
     def __str__(self) -> str:
         return blocks.name(self.path, self.part)
@@ -118,8 +122,12 @@ class Names:
     def _of_leaf(self, path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Place]]:
         for order, pair in enumerate(self._pairs):
             for name, text in pair.names(path, shape):
+                pieces = [] if text is None else [piece.strip() for piece in text.split(",")]
+                indexed = tuple(axis for axis, piece in enumerate(pieces) if piece.isdecimal())
+                slices = None if text is None else ", ".join(map(_sliced, pieces))
                 try:
-                    yield name, Place(path, blocks.resolve(text, shape), pair.layout, order)
+                    part = blocks.resolve(slices, shape)
+                    yield name, Place(path, part, pair.layout, order, indexed, _is_bias(name))
                 except ValueError as error:
                     raise ValueError(f"the place of {name!r} in {path!r}: {error}") from error
 
@@ -160,7 +168,7 @@ class _Templates:
         return cls(file, re.compile(_expression(path)), axes, layout)
 
     def names(self, path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, str | None]]:
-        """Return the names of a leaf, and the slices of each, None for all of the leaf."""
+        """Return the names of a leaf, and what stands in brackets of each, None for nothing."""
         if (found := self.path.fullmatch(path)) is None:
             return
         values: dict[str, str] = found.groupdict()
@@ -173,7 +181,7 @@ class _Templates:
         for entry in itertools.product(*(range(shape[axis]) for axis in free.values())):
             entries = zip(free, map(str, entry), strict=True)
             known = collections.defaultdict(lambda: "0", values | dict(entries))
-            pieces = [_sliced(_filled(piece, known)) for piece in self.axes]
+            pieces = [_filled(piece, known) for piece in self.axes]
             yield _filled(self.file, known), ", ".join(pieces) if pieces else None
 
 
@@ -186,7 +194,7 @@ class _Functions:
     layout: Layout
 
     def names(self, path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, str | None]]:
-        """Return the names of a leaf, and the slices of each, None for all of the leaf."""
+        """Return the names of a leaf, and what stands in brackets of each, None for nothing."""
         del shape
         found = self.of_path(path)
         for name in found if isinstance(found, Iterable) else ():
@@ -196,9 +204,7 @@ class _Functions:
                     f"the functions of a pair must agree: of the path {path!r} they return the "
                     f"name {name!r}, and of that the place {checks.shown(place)}"
                 )
-            text = None if place == path else blocks.parse(place)[1]
-            pieces = None if text is None else [_sliced(piece.strip()) for piece in text.split(",")]
-            yield str(name), None if pieces is None else ", ".join(pieces)
+            yield str(name), None if place == path else blocks.parse(place)[1]
 
 
 def _pair(pair: object) -> _Templates | _Functions:
@@ -229,6 +235,10 @@ def _expression(path: str) -> str:
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda found: values[found[1]], template)
+
+
+def _is_bias(name: str) -> bool:
+    return name.rpartition(".")[2] == "bias"
 
 
 def _sliced(piece: str) -> str:

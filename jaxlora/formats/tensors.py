@@ -35,7 +35,13 @@ class TensorFile:
     def __getitem__(self, name: str) -> np.ndarray:
         kind = self._opened.get_slice(name).get_dtype()
         if kind not in _EIGHT_BITS:
-            return self._opened.get_tensor(name)
+            try:
+                return self._opened.get_tensor(name)
+            except AttributeError as error:
+                raise ValueError(
+                    f"the tensor {name!r} of {str(self.path)!r} has the dtype {kind}, which is not "
+                    "read"
+                ) from error
         start, stop = _header(self.path)[name]["data_offsets"]
         with open(self.path, "rb") as file:
             behind = 8 + int.from_bytes(file.read(8), "little")

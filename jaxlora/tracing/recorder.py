@@ -28,6 +28,7 @@ class Use:
         stack: axes of the weight that are a stack here.
         in_: axes contracted or looked up along.
         out: axes left in the result.
+        window: those of the contracted axes that are the window of a convolution.
         reason: why the weight was materialized.
         form: the form of a product where it is differentiated, see `jaxlora.lora`.
         why: why it has that form.
@@ -42,6 +43,7 @@ class Use:
     stack: frozenset = frozenset()
     in_: frozenset = frozenset()
     out: frozenset = frozenset()
+    window: frozenset = frozenset()
     reason: str = ""
     form: str = ""
     why: str = ""
@@ -54,6 +56,7 @@ class Facts(TypedDict, total=False):
     stack: frozenset
     in_: frozenset
     out: frozenset
+    window: frozenset
     reason: str
     form: str
     why: str
@@ -105,12 +108,13 @@ class Recorder:
         """
         in_, out = facts.get("in_", frozenset()), facts.get("out", frozenset())
         stack = facts.get("stack", frozenset()) | weight.known_stack()
+        window = facts.get("window", frozenset())
         for path in weight.origin.paths:
             use = Use(
                 path,
                 *where,
                 kind,
-                *(_axes_of(path, labels) for labels in (stack, in_, out)),
+                *(_axes_of(path, labels) for labels in (stack, in_, out, window)),
                 reason=facts.get("reason", ""),
                 form=facts.get("form", ""),
                 why=facts.get("why", ""),

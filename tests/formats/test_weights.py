@@ -221,3 +221,66 @@ def test_other_files_are_not_lost(saved):
         safetensors.save(saved, params, names, sites=found_sites("llama"))
     with pytest.raises(FileExistsError, match=r"holds something else, which would be lost"):
         safetensors.save(saved / FILE, params, names, sites=found_sites("llama"))
+
+
+def test_biases_of_heads_and_single_layers_lie_flat(tmp_path):
+    def fn(params, x):
+        def layer(x, w):
+            return x * w["norm"][None] + jnp.einsum("td,dhe->the", x, w["q"]).sum(1) * 0, None
+
+        y = jnp.einsum("td,dhe->the", x, params["q"]) + params["bias"][None]
+        return jax.lax.scan(layer, x, params["layers"])[0], y
+
+    params = {
+        "q": jnp.ones((8, 2, 4)),
+        "bias": jnp.arange(8.0).reshape(2, 4),
+        "layers": {"norm": jnp.ones((1, 8)), "q": jnp.ones((1, 8, 2, 8))},
+    }
+    names = Names(
+        ("q", "q"),
+        ("q.bias", "bias"),
+        ("l.{i}.norm", "layers/norm[{i}]"),
+        ("l.{i}.q", "layers/q[{i}]"),
+    )
+    sites = jaxlora.find_sites(fn, params, jnp.ones((3, 8)))
+    safetensors.save(tmp_path / "it", params, names, sites=sites)
+    found = load_file(tmp_path / "it" / FILE)
+    shapes = {"q.weight": (8, 8), "q.bias": (8,), "l.0.norm.weight": (8,), "l.0.q.weight": (16, 8)}
+    assert {name: x.shape for name, x in found.items()} == shapes
+    equal(safetensors.load(tmp_path / "it", names, params, sites=sites), params)
+
+
+def test_what_cannot_be_said_is_refused(saved, tmp_path):
+    params, names, sites = drawn(models.LLAMA), models.LLAMA_NAMES, found_sites("llama")
+    other = jaxlora.find_sites(lambda params, x: x @ params["w"], {"w": ONE[None].T}, ONE[None])
+    with pytest.raises(ValueError, match="sites must be of this tree: the leaf 'embed' has the"):
+        safetensors.load(saved, names, params, sites=other)
+    change(saved, **{"model.norm.weight": np.full(16, 1e6, np.float32)})
+    for dtype in (jnp.float16, jnp.int32):
+        like = params | {"norm": jax.ShapeDtypeStruct((16,), dtype)}
+        with pytest.raises(ValueError, match=f"float32, cannot be {jnp.dtype(dtype)}, as its leaf"):
+            safetensors.load(saved, names, like, sites=sites)
+    with pytest.raises(TypeError, match=r"leaf 'norm' must be an array of numbers: got 1\.0"):
+        safetensors.load(saved, names, params | {"norm": 1.0}, sites=sites)
+    shape = jax.ShapeDtypeStruct((16,), jnp.float32)
+    with pytest.raises(TypeError, match="leaf 'norm' must be an array: got a shape"):
+        safetensors.save(tmp_path / "x", params | {"norm": shape}, names, sites=sites)
+
+
+def test_a_tensor_has_one_place(tmp_path):
+    params = {"a": ONE, "b": ONE}
+    sites = jaxlora.find_sites(lambda params, x: x * params["a"] + params["b"], params, ONE)
+    with pytest.raises(ValueError, match=r"two places have the tensor 'm.weight': a, b"):
+        safetensors.save(tmp_path / "it", params, Names(("m", "a"), ("m.weight", "b")), sites=sites)
+
+
+def test_a_matrix_that_no_product_tells_of_is_not_guessed(tmp_path):
+    params = {"w": jnp.ones((4, 4))}
+    sites = jaxlora.find_sites(lambda params, x: x + params["w"], params, jnp.ones((4, 4)))
+    with pytest.raises(
+        ValueError, match=r"does not tell how the leaf 'w' lies: reaches add; if it"
+    ):
+        safetensors.save(tmp_path / "it", params, Names(("w", "w")), sites=sites)
+    names = Names(("w", "w", "embedding"))
+    safetensors.save(tmp_path / "it", params, names, sites=sites)
+    equal(safetensors.load(tmp_path / "it", names, params, sites=sites), params)

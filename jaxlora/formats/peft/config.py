@@ -45,7 +45,8 @@ _CHANGES_BASE = re.compile(r"(pissa(_niter_\d+)?|olora|corda|lora_ga|loftq)")
 
 def _numbers(value: object) -> bool:
     return isinstance(value, Mapping) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) for v in value.values()
+        isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf
+        for v in value.values()
     )
 
 
@@ -60,7 +61,7 @@ def _indices(value: object) -> bool:
 _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
     {
         "r": (lambda x: type(x) is int and x > 0, "an int above 0"),
-        "lora_alpha": (lambda x: _numbers({"": x}), "a number"),
+        "lora_alpha": (lambda x: _numbers({"": x}), "a number above 0"),
         "use_rslora": (lambda x: isinstance(x, bool), "true or false"),
         "use_dora": (lambda x: isinstance(x, bool), "true or false"),
         "bias": (lambda x: x in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
@@ -70,8 +71,8 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
         "modules_to_save": (_strings, "strings"),
         "layers_to_transform": (lambda x: type(x) is int or _indices(x), "an index or indices"),
         "layers_pattern": (lambda x: isinstance(x, str) or _strings(x), "a string or strings"),
-        "rank_pattern": (_numbers, "numbers by name"),
-        "alpha_pattern": (_numbers, "numbers by name"),
+        "rank_pattern": (_numbers, "numbers above 0 by name"),
+        "alpha_pattern": (_numbers, "numbers above 0 by name"),
         "trainable_token_indices": (
             lambda x: _indices(x) or (isinstance(x, dict) and all(map(_indices, x.values()))),
             "indices, or indices by name",
@@ -121,10 +122,10 @@ class Config:
             return True
         patterns = self.get("layers_pattern") or ()
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
-        for expression in expressions or [r".*?\.[^.]*\.(\d+)\."]:
+        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
+        for expression in expressions or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
             if found := re.match(expression, module):
-                return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+                return int(found["index"]) in ([layers] if isinstance(layers, int) else layers)
         return False
 
     def rank(self, module: str) -> int:
@@ -174,37 +175,39 @@ def read(folder: Path) -> Config:
         )
     try:
         found = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{str(path)!r} must be an object of JSON: got {checks.shown(found)}")
     kind = found.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{str(path)!r} must have the peft_type 'LORA': got {checks.shown(kind)}")
-    values = {}
-    for key, value in found.items():
-        if value is None or (key not in _KINDS and value in (False, "", [], {}, 0)):
-            continue
-        if key in _UNKNOWN_MATHEMATICS:
-            raise ValueError(
-                f"{str(path)!r} sets {key}, which this library does not have: "
-                f"{_UNKNOWN_MATHEMATICS[key]}; got {checks.shown(value)}"
-            )
-        if key not in _KINDS and key not in _WITHOUT_EFFECT:
-            raise ValueError(
-                f"{str(path)!r} sets {key}, which is not known: it may change what the adapter "
-                f"computes; got {checks.shown(value)}"
-            )
-        if key in _KINDS:
-            fits, needed = _KINDS[key]
-            if not fits(value):
-                raise ValueError(
-                    f"{key} of {str(path)!r} must be {needed}: got {checks.shown(value)}"
-                )
-            values[key] = value
+    values = {k: v for k, v in found.items() if v is not None and _has_meaning(path, k, v)}
     _check_start(path, values.get("init_lora_weights"))
     _check_expressions(path, values)
     return Config(path, values, _version(found.get("peft_version")))
+
+
+def _has_meaning(path: Path, key: str, value: Any) -> bool:
+    """Tell whether a key has a meaning here, or raise if it has one that is not known."""
+    if key in _KINDS:
+        fits, needed = _KINDS[key]
+        if not fits(value):
+            raise ValueError(f"{key} of {str(path)!r} must be {needed}: got {checks.shown(value)}")
+        return True
+    if value in (False, "", [], {}, 0):
+        return False
+    if key in _UNKNOWN_MATHEMATICS:
+        raise ValueError(
+            f"{str(path)!r} sets {key}, which this library does not have: "
+            f"{_UNKNOWN_MATHEMATICS[key]}; got {checks.shown(value)}"
+        )
+    if key not in _WITHOUT_EFFECT:
+        raise ValueError(
+            f"{str(path)!r} sets {key}, which is not known: it may change what the adapter "
+            f"computes; got {checks.shown(value)}"
+        )
+    return False
 
 
 def _check_start(path: Path, start: object) -> None:
@@ -220,8 +223,11 @@ def _check_start(path: Path, start: object) -> None:
 def _check_expressions(path: Path, values: Mapping[str, Any]) -> None:
     """Raise for a key that is no regular expression where one is needed."""
     expressions: list[str] = [*values.get("rank_pattern", ()), *values.get("alpha_pattern", ())]
-    for key in ("target_modules", "exclude_modules"):
+    expressions += [*values.get("modules_to_save", ())]
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
         expressions += [values[key]] if isinstance(values.get(key), str) else []
+    patterns = values.get("layers_pattern", ())
+    expressions += [] if isinstance(patterns, str) else patterns
     for expression in expressions:
         try:
             re.compile(rf"({expression})")

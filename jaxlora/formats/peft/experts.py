@@ -17,8 +17,7 @@ import numpy as np
 
 from jaxlora.formats.names import Place
 from jaxlora.formats.peft import config as configs
-from jaxlora.formats.peft import folder as folders
-from jaxlora.formats.peft.folder import Folder
+from jaxlora.formats.peft.folder import Folder, ModuleKey
 from jaxlora.formats.peft.keys import Key
 from jaxlora.formats.peft.modules import Module
 from jaxlora.weights.roles import Roles
@@ -27,28 +26,32 @@ Side = Literal["in", "out"]
 Keys = Mapping[str, Key]
 
 
-def parameters(folder: Folder, modules: Mapping[folders.Module, Keys]) -> dict[folders.Module, str]:
+def parameters(folder: Folder, modules: Mapping[ModuleKey, Keys]) -> dict[ModuleKey, str]:
     """Return by module and depth the parameter that its factors are for.
 
     Raises:
         ValueError: the file has other factors than the config names parameters.
     """
     targets = folder.config.get("target_parameters", ())
-    found: dict[folders.Module, str] = {}
-    for module in {module for module, _ in modules}:
-        own = [
-            f"{module}.{target.rpartition('.')[2]}"
-            for target in targets
-            if configs.named(module, [target.rpartition(".")[0]])
-        ]
+    meant: dict[str, list[str]] = {}
+    for name in folder.table:
+        if configs.named(name, targets):
+            meant.setdefault(name.rpartition(".")[0], []).append(name)
+    has = {suffix for own in meant.values() for name in own for suffix in configs.suffixes(name)}
+    for target in targets:
+        if target not in has:
+            raise ValueError(
+                f"target_parameters of {folder.where} name {target!r}, which no name of the tree is"
+            )
+    found: dict[ModuleKey, str] = {}
+    for module, own in meant.items():
         depths = sorted((depth for other, depth in modules if other == module), reverse=True)
-        if own and len(own) != len(depths):
+        if len(own) != len(depths):
             raise ValueError(
                 f"{folder.where} must have a pair of factors for each of {own}: got {len(depths)}"
             )
-        if own:
-            names = _in_order(folder, own, [modules[module, depth] for depth in depths])
-            found |= {(module, d): name for d, name in zip(depths, names, strict=True)}
+        names = _in_order(folder, own, [modules[module, depth] for depth in depths])
+        found |= {(module, d): name for d, name in zip(depths, names, strict=True)}
     return found
 
 
@@ -67,10 +70,13 @@ def _in_order(folder: Folder, names: list[str], pairs: list[Keys]) -> Sequence[s
                 return False
         return True
 
+    is_told = len({places[name].order for name in names}) == len(names)
     for as_usual in (True, False):
-        for order in itertools.permutations(names):
-            if fits(order, as_usual=as_usual):
-                return order
+        fitting = [o for o in itertools.permutations(names) if fits(o, as_usual=as_usual)]
+        if len(fitting) > 1 and not is_told:
+            _refuse_untold(names)
+        if fitting:
+            return fitting[0]
     return names
 
 
@@ -115,9 +121,9 @@ def factors(
 def _sides(folder: Folder, own: Keys, place: Place) -> list[Side]:
     """Return on which sides of the weight ``A`` can be, by the shapes of its tensors."""
     _, shape = folder.box(place)
-    if (roles := folder.roles(place)) is None:
+    if (known := folder.arrangement(place)) is None:
         return []
-    sizes = of_experts(roles, shape).sizes(shape)
+    sizes = of_experts(known.roles, shape).sizes(shape)
     count, size_in, size_out = (math.prod(group) for group in sizes)
     first, second = (folder.file.shapes[own[kind].name] for kind in "AB")
     rank = first[0] // count if len(first) == 2 else 0
@@ -132,7 +138,7 @@ def _sides(folder: Folder, own: Keys, place: Place) -> list[Side]:
 def _usual(folder: Folder, place: Place) -> Side:
     """Return on which side of the weight ``A`` is in the version that wrote a folder."""
     version = folder.config.version
-    if not version or version >= (0, 20):
+    if version >= (0, 20):  # up to 0.17 a config does not tell the version
         return "in"
     return "in" if version < (0, 19) and place.layout == "transposed" else "out"
 
@@ -141,11 +147,27 @@ def depths(modules: Sequence[Module]) -> dict[str, int]:
     """Return for each parameter in how many others of its module PEFT nests its factors."""
     found: dict[str, int] = {}
     counts: collections.Counter[str] = collections.Counter()
+    orders = collections.Counter((m.name.rpartition(".")[0], m.place.order) for m in modules)
+    for (owner, _), count in orders.items():
+        if not owner:
+            raise ValueError(
+                f"a parameter of experts needs the name of its module before its own, with a dot: "
+                f"got {[m.name for m in modules]}"
+            )
+        if count > 1:
+            _refuse_untold([m.name for m in modules if m.name.rpartition(".")[0] == owner])
     for module in sorted(modules, key=lambda module: -module.place.order):
         owner = module.name.rpartition(".")[0]
         found[module.name] = counts[owner]
         counts[owner] += 1
     return found
+
+
+def _refuse_untold(names: list[str]) -> None:
+    raise ValueError(
+        f"the order of {names} in their module is not told: give names a pair for each of them, in "
+        "the order in which the module has them"
+    )
 
 
 def tensors(a: np.ndarray, b: np.ndarray, module: Module) -> tuple[np.ndarray, np.ndarray]:

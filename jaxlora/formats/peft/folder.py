@@ -5,18 +5,19 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
 from jaxlora.formats import pieces
+from jaxlora.formats.layouts import Arrangement, arrangement
 from jaxlora.formats.names import Place, missing
 from jaxlora.formats.peft.config import Config
 from jaxlora.formats.peft.keys import Key, parse_all
 from jaxlora.formats.pieces import Box
 from jaxlora.formats.tensors import TensorFile
 from jaxlora.targets.sites import Sites
-from jaxlora.weights.roles import Roles
 
-Module = tuple[str, int]  # its name, and in how many adapted ones it stands
+ModuleKey = tuple[str, int]  # its name, and in how many adapted ones it stands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Folder:
         """The file of its tensors, as errors name it."""
         return repr(str(self.file.path))
 
-    def keys(self) -> tuple[dict[Module, dict[str, Key]], list[Key], list[Key]]:
+    def keys(self) -> tuple[dict[ModuleKey, dict[str, Key]], list[Key], list[Key]]:
         """Return its tensors: the factors of each module, values, and rows of tokens."""
-        modules: dict[Module, dict[str, Key]] = collections.defaultdict(dict)
+        modules: dict[ModuleKey, dict[str, Key]] = collections.defaultdict(dict)
         others: dict[str, list[Key]] = {"value": [], "tokens": []}
         for key in parse_all(self.file.shapes, self.where):
             if key.kind in others:
@@ -52,6 +53,12 @@ class Folder:
                     f"{self.where} has two tensors {key.kind} of {key.module!r}: {known.name!r} "
                     f"and {key.name!r}"
                 )
+        for own in modules.values():
+            for kind, other in (("A", "B"), ("B", "A"), ("magnitude", "A")):
+                if kind in own and other not in own:
+                    raise ValueError(
+                        f"{self.where} has {own[kind].name!r}, and no tensor {other} beside it"
+                    )
         return modules, others["value"], others["tokens"]
 
     def place(self, name: str, key: Key) -> Place:
@@ -62,10 +69,9 @@ class Folder:
             )
         return place
 
-    def roles(self, place: Place) -> Roles | None:
-        """Return the roles of a leaf's axes, None where it is no weight."""
-        known = self.sites.sites | self.sites.dense
-        return known[place.path].roles if place.path in known else None
+    def arrangement(self, place: Place) -> Arrangement | None:
+        """Return how a leaf lies in tensors, None where it is no weight."""
+        return arrangement(self.sites, place, self.whole(place))
 
     def whole(self, place: Place) -> tuple[int, ...]:
         """Return the shape of the leaf of a place."""
@@ -84,7 +90,7 @@ class Folder:
                 f"the tensor {key.name!r} of {self.where} must have the shape {shape} for "
                 f"{str(place)!r} as a module of the layout {place.layout!r}: got {got}"
             )
-        return self.file[key.name]
+        return self._floating(key)
 
     def flat(self, key: Key, place: Place, shape: tuple[int, ...]) -> np.ndarray:
         """Return a tensor in a shape, or raise if it does not have as many elements."""
@@ -94,4 +100,15 @@ class Folder:
                 f"the tensor {key.name!r} of {self.where} must have {math.prod(shape)} elements "
                 f"for {str(place)!r}, as {shape}: got {got}"
             )
-        return self.file[key.name].reshape(shape)
+        return self._floating(key).reshape(shape)
+
+    def _floating(self, key: Key) -> np.ndarray:
+        """Return a tensor, or raise if it is none that can be trained as it is."""
+        tensor = self.file[key.name]
+        is_floating = jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating)
+        if not is_floating or jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
+            raise ValueError(
+                f"the tensor {key.name!r} of {self.where} must be floating, and of 64 bits only "
+                f"with jax_enable_x64: got {tensor.dtype}"
+            )
+        return tensor

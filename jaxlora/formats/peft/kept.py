@@ -1,14 +1,16 @@
 """Replacements of a tree as what a PEFT folder has in the place of modules, biases and tokens."""
 
 import dataclasses
+import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxlora.formats import layouts, pieces
-from jaxlora.formats.names import Names
-from jaxlora.messages import checks
+from jaxlora.formats import pieces
+from jaxlora.formats.layouts import arrangement, check_untied
+from jaxlora.formats.names import Names, Place
+from jaxlora.formats.pieces import Box
 from jaxlora.targets.sites import Sites
 from jaxlora.weights.adapters import Replacement
 
@@ -47,31 +49,28 @@ def kept(
     """
     for path, term in replacements.items():
         shape, done = tuple(term.shape), 0
-        table = names.table({path: shape})
-        for name, place in table.items():
+        for name, place in names.table({path: shape}).items():
             owner, _, last = name.rpartition(".")
             owner, last = (owner, last) if last in ("weight", "bias") else (name, "weight")
+            value = np.asarray(term.value)
             if term.rows is not None and place.part is None and place.layout == "embedding":
-                yield Kept(owner, last, np.asarray(term.value), term.rows)
-                done = len(term.rows)
-                break
-            box = pieces.box(place.part, shape)
-            index = _entry(term, box, path, str(place))
-            if index is None:
+                yield Kept(owner, last, value, term.rows)
+                done += value.size
                 continue
-            part = tuple(stop - start for start, stop in box)
-            value = np.asarray(term.value)[index].reshape(part)
-            done += part[0]
-            yield Kept(owner, last, _tensor(value, path, place.layout, sites))
-        needed = shape[0] if term.rows is None and shape else len(term.rows or ((),))
-        if done != needed:
+            box = pieces.box(place.part, shape)
+            if (index := _index(term, box, path, str(place))) is None:
+                continue
+            part = value[index].reshape([stop - start for start, stop in box])
+            done += part.size
+            yield Kept(owner, last, _tensor(part, place, shape, sites))
+        if done != term.value.size:
             raise ValueError(
                 f"the replacement of {path!r} has parts that have no name in the file: give names "
-                f"one for each of its entries: got {checks.shown(names)}"
+                f"one for each of its {term.value.size} elements: got {done}, with {names}"
             )
 
 
-def _entry(term: Replacement, box: pieces.Box, path: str, place: str) -> tuple[slice, ...] | None:
+def _index(term: Replacement, box: Box, path: str, place: str) -> tuple[slice, ...] | None:
     """Return which part of a replacement a place has, None for none of its rows."""
     if term.rows is None:
         return tuple(slice(*bounds) for bounds in box)
@@ -81,29 +80,49 @@ def _entry(term: Replacement, box: pieces.Box, path: str, place: str) -> tuple[s
             f"rows of {path!r} are replaced, which must be modules of the file, or tokens of an "
             f"embedding: got the place {place!r}"
         )
-    if start not in term.rows:
-        return None
-    row = term.rows.index(start)
-    return (slice(row, row + 1),)
+    row = term.rows.index(start) if start in term.rows else None
+    return None if row is None else (slice(row, row + 1),)
 
 
 def _tensor(
-    value: np.ndarray, path: str, layout: layouts.Layout, sites: Sites | None
+    part: np.ndarray, place: Place, whole: tuple[int, ...], sites: Sites | None
 ) -> np.ndarray:
-    """Return how an entry of a leaf lies in a tensor of the file."""
-    if sites is not None:
-        known = sites.sites | sites.dense
-        roles = known[path].roles if path in known else None
-    elif sum(size > 1 for size in value.shape) > 1 and layout != "embedding":
+    """Return how a part of a leaf lies in a tensor of the file."""
+    if place.is_bias or sum(size > 1 for size in whole) < 2:
+        return part.reshape(-1)
+    if sites is None:
         raise ValueError(
-            f"the weight {path!r} is replaced as a whole, and only the program tells how it lies: "
-            "give sites=jaxlora.find_sites(fn, params, *args)"
+            f"the weight {place.path!r} is replaced as a whole, and only the program tells how it "
+            "lies: give sites=jaxlora.find_sites(fn, params, *args)"
         )
-    else:
-        roles = None
-    if roles is None:
-        return value if layout == "embedding" else value.squeeze()
-    return layouts.tensor(value, roles, layout)
+    check_untied(sites, place, "its folder")
+    if (found := arrangement(sites, place, whole)) is None:
+        return part.reshape([n for axis, n in enumerate(part.shape) if axis not in place.indexed])
+    if math.prod(found.roles.sizes(part.shape)[0]) != 1:
+        raise ValueError(
+            f"the place {str(place)!r} must be one entry of its stack, as a module is: write an "
+            "index behind its path in the names"
+        )
+    return found.tensor(part)
+
+
+def check_whole(found: Sequence[Kept], sites: Sites | None, names: Names) -> None:
+    """Raise if a module of which one tensor is replaced has others that are not.
+
+    PEFT saves such a module whole, and every module whose name ends as its name.
+    """
+    if sites is None:
+        return
+    saved = tuple({x.owner for x in found if x.last == "weight" and x.rows is None})
+    held = {f"{x.owner}.{x.last}" for x in found}
+    for name in names.table(sites.shapes):
+        owner, _, last = name.rpartition(".")
+        owner, last = (owner, last) if last in ("weight", "bias") else (name, "weight")
+        if saved and owner.endswith(saved) and f"{owner}.{last}" not in held:
+            raise ValueError(
+                f"PEFT saves modules whole, and all that end as {sorted(saved)}: {name!r} must be "
+                "trained too, or none of them"
+            )
 
 
 def config(found: Sequence[Kept], adapted: Container[str]) -> dict[str, Any]:

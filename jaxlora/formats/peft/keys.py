@@ -19,6 +19,7 @@ _ENDINGS = MappingProxyType(
         ".token_adapter.trainable_tokens_delta": "tokens",
     }
 )
+_WRAPPERS = ("base_layer", "modules_to_save", "original_module")
 _OURS = re.compile(r"lora_|token_adapter")
 
 
@@ -49,13 +50,13 @@ def parse(name: str) -> Key | None:
     if not name.startswith(PREFIX):
         return None
     rest = name.removeprefix(PREFIX)
-    ending = next((end for end in sorted(_ENDINGS, key=len)[::-1] if rest.endswith(end)), None)
+    ending = next((end for end in _ENDINGS if rest.endswith(end)), None)
     kind = "value" if ending is None else _ENDINGS[ending]
     parts = rest.removesuffix(ending or "").split(".")
-    module = ".".join(part for part in parts if part != "base_layer")
+    module = ".".join(part for part in parts if part not in _WRAPPERS)
     if ending is None and any(map(_OURS.match, parts)):
         return None
-    return Key(name, module, kind, parts.count("base_layer"))
+    return Key(name, module, kind, parts.count("base_layer") + parts.count("original_module"))
 
 
 def parse_all(names: Iterable[str], path: str) -> list[Key]:
@@ -67,7 +68,7 @@ def parse_all(names: Iterable[str], path: str) -> list[Key]:
     found = {name: parse(name) for name in names}
     if wrong := [name for name, key in found.items() if key is None]:
         raise ValueError(
-            f"{path!r} has tensors that are not understood, which would be lost: "
+            f"{path} has tensors that are not understood, which would be lost: "
             f"{', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}; names start with "
             f"{PREFIX!r} and end in one of {tuple(_ENDINGS)}, or are those of the base"
         )

@@ -85,6 +85,12 @@ class Module:
         if self.first.magnitude is None:
             return None
         axes = (*self.roles.stack, *self.roles.out)
+        whole = pieces.box(None, self.first.shape)
+        if any(self.box[axis] != whole[axis] for axis in self.roles.in_) or self.entries > 1:
+            raise ValueError(
+                f"the magnitude of {str(self.place)!r} cannot be written: the norm of a column is "
+                "that of all of its rows, and of one expert; merge it"
+            )
         return self._within(np.asarray(self.first.magnitude), self.first, axes)
 
     def _within(self, array: np.ndarray, term: Adapter, axes: tuple[int | None, ...]) -> np.ndarray:

@@ -92,9 +92,12 @@ def _changes(term: Leaf) -> bool:
 def _check_targets(folder: Folder, adapted: Iterable[str]) -> None:
     """Raise if the modules with factors are not those that the config means."""
     config, where = folder.config, folder.where
-    owners = [name.rpartition(".")[0] for name in config.get("target_parameters", ())]
-    modules = {module for module in adapted if not configs.named(module, owners)}
-    if strange := sorted(module for module in modules if not config.means(module)):
+    parameters = {
+        name for name in folder.table if configs.named(name, config.get("target_parameters", ()))
+    }
+    modules = {*adapted} - {name.rpartition(".")[0] for name in parameters}
+    inner = {m for m in modules if m.rpartition(".")[0] in modules}  # of MultiheadAttention
+    if strange := sorted(module for module in modules - inner if not config.means(module)):
         raise ValueError(
             f"{where} has factors of modules that its config does not name: {_listed(strange)}"
         )
@@ -109,7 +112,7 @@ def _check_targets(folder: Folder, adapted: Iterable[str]) -> None:
     wanted = {
         name
         for name, place in folder.table.items()
-        if place.path in folder.sites and config.means(name)
+        if place.path in folder.sites and name not in parameters and config.means(name)
     }
     if lost := sorted(wanted - modules):
         raise ValueError(

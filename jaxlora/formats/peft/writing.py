@@ -1,19 +1,20 @@
 """Write a folder that PEFT loads an adapter from."""
 
+import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from jaxlora.formats import layouts, tensors
+from jaxlora.formats import tensors
+from jaxlora.formats.layouts import Arrangement, arrangement
 from jaxlora.formats.names import Names
 from jaxlora.formats.peft import config as configs
 from jaxlora.formats.peft import experts, kept
 from jaxlora.formats.peft.config import CONFIG_FILE
-from jaxlora.formats.peft.factors import check_untied
 from jaxlora.formats.peft.keys import PREFIX
 from jaxlora.formats.peft.modules import Module, modules
 from jaxlora.formats.peft.reading import TENSORS_FILE
@@ -21,6 +22,7 @@ from jaxlora.messages import checks
 from jaxlora.storage import locations, processes, replacing
 from jaxlora.storage.processes import together
 from jaxlora.targets.sites import Sites
+from jaxlora.tracing.recorder import Kind
 from jaxlora.types import Json
 from jaxlora.weights import tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, Replacement
@@ -105,18 +107,55 @@ def _contents(
     others = {name: term for name, term in adapters.items() if isinstance(term, Replacement)}
     if not own:
         raise ValueError("adapters must have factors, without which PEFT has no config: got none")
+    for name, term in own.items():
+        if term.changed:
+            raise ValueError(
+                f"the adapter {name!r} started with {term.changed!r}, which changed its base: make "
+                "it one of the base as it was, with jaxlora.algebra.rebase"
+            )
     found, values = [*modules(own, names)], [*kept.kept(others, names, sites)]
-    if sites is not None:
-        for module in found:
-            check_untied(sites, module.place, "its folder")
+    kept.check_whole(values, sites, names)
     adapted = {module.name for module in found}
     about = {**_config(found), **kept.config(values, adapted), "peft_version": _VERSION}
+    if sites is not None:
+        about |= _excluded(found, names.table(sites.shapes))
     result: dict[str, np.ndarray] = {}
-    for name, array in (*_factors(found), *kept.tensors(values, adapted)):
+    for name, array in (*_factors(found, sites), *kept.tensors(values, adapted)):
         if name in result:
             raise ValueError(f"two things have the name {name!r} in the file")
         result[name] = array
     return about, {PREFIX + name: array for name, array in result.items()}
+
+
+def _excluded(found: list[Module], names: Iterable[str]) -> Json:
+    """Return what a config says of modules that are not adapted and end as one that is."""
+    adapted = {module.name for module in found}
+    others = {
+        name
+        for name in names
+        if name not in adapted and not adapted.isdisjoint(configs.suffixes(name))
+    }
+    return {"exclude_modules": sorted(others)} if others else {}
+
+
+def _arranged(module: Module, sites: Sites | None) -> Arrangement:
+    """Return how the weight of a module lies, or raise if its adapter does not travel."""
+    place, shape = module.place, module.first.shape
+    if sites is None:
+        if place.layout == "conv":
+            raise ValueError(
+                f"{str(place)!r} is a kernel, and only the program tells which of its axes are the "
+                "window: give sites=jaxlora.find_sites(fn, params, *args)"
+            )
+        return Arrangement(module.roles, place.layout)
+    found = arrangement(sites, place, shape)
+    uses = {use.kind for use in sites[place.path].uses} if found else set()
+    if found is None or (uses == {Kind.LOOKED_UP}) != (place.layout == "embedding"):
+        raise ValueError(
+            f"the layout of {str(place)!r} must be 'embedding' if and only if the program looks "
+            f"rows of it up: got {place.layout!r}"
+        )
+    return dataclasses.replace(found, roles=module.roles)
 
 
 def _config(found: list[Module]) -> Json:
@@ -135,19 +174,20 @@ def _config(found: list[Module]) -> Json:
     return about | {"use_dora": True in has}
 
 
-def _factors(found: list[Module]) -> Iterator[tuple[str, np.ndarray]]:
+def _factors(found: list[Module], sites: Sites | None) -> Iterator[tuple[str, np.ndarray]]:
     """Return the tensors of modules with factors, by name."""
     depths = experts.depths([module for module in found if module.entries > 1])
     for module in found:
         a, b = module.factors()
         name, layout = module.name, module.place.layout
+        how = _arranged(module, sites)
         if module.entries > 1:
             name = module.name.rpartition(".")[0] + ".base_layer" * depths[module.name]
             first, second = experts.tensors(a, b, module)
         else:
             stack = len(module.roles.stack)
             a, b = a.reshape(a.shape[stack:]), b.reshape(b.shape[stack:])
-            first, second = layouts.tensors(a, b, module.roles, module.shape, layout)
+            first, second = how.tensors(a, b, module.shape)
         kind = "lora_embedding_{}" if layout == "embedding" else "lora_{}.weight"
         yield f"{name}.{kind.format('A')}", first
         yield f"{name}.{kind.format('B')}", second

@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.formats import layouts, pieces
+from jaxlora.formats import pieces
+from jaxlora.formats.layouts import Arrangement, arrangement
 from jaxlora.formats.names import Names, Place
 from jaxlora.formats.pieces import Box
 from jaxlora.messages import checks
 from jaxlora.storage import locations
 from jaxlora.targets.sites import Sites
 from jaxlora.types import Leaf, Leaves
-from jaxlora.weights.roles import Roles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,33 +26,28 @@ class Form:
 
     Attributes:
         shape: shape of the part.
-        vector: shape of the tensor where the leaf is no weight.
-        roles: roles of the leaf's axes, None where it is none.
-        layout: how a weight lies.
+        plain: shape of the tensor where the leaf is no weight.
+        how: how the weight lies, None where it is none.
     """
 
     shape: tuple[int, ...]
-    vector: tuple[int, ...]
-    roles: Roles | None
-    layout: layouts.Layout
+    plain: tuple[int, ...]
+    how: Arrangement | None
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
-        is_vector = self.roles is None
-        return self.vector if is_vector else self._of_weight
-
-    @property
-    def _of_weight(self) -> tuple[int, ...]:
-        return layouts.weight_shape(self.roles, self.shape, self.layout)
+        return self.plain if self.how is None else self.how.weight_shape(self.shape)
 
     def part(self, tensor: Leaf) -> Leaf:
         """Return the part of the leaf."""
-        return layouts.weight(tensor, self.roles, self.shape, self.layout)
+        return (
+            tensor.reshape(self.shape) if self.how is None else self.how.weight(tensor, self.shape)
+        )
 
     def tensor(self, part: Leaf) -> Leaf:
         """Return the tensor; the opposite of `part`."""
-        return layouts.tensor(part, self.roles, self.layout).reshape(self.tensor_shape)
+        return part.reshape(self.plain) if self.how is None else self.how.tensor(part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +65,20 @@ class Entry:
     form: Form
 
     @classmethod
-    def from_place(cls, place: Place, whole: Sequence[int], roles: Roles | None) -> "Entry":
-        """Return the entry of a place in a leaf of some shape and roles."""
+    def from_place(cls, place: Place, whole: Sequence[int], sites: Sites) -> "Entry":
+        """Return the entry of a place in a leaf of some shape."""
         box = pieces.box(place.part, whole)
         shape = tuple(stop - start for start, stop in box)
-        pairs = zip(place.part or [None] * len(shape), shape, strict=True)
-        vector = tuple(size for bounds, size in pairs if bounds is None or size > 1)
-        return cls(place, box, Form(shape, vector, roles, place.layout))
+        plain = tuple(size for axis, size in enumerate(shape) if axis not in place.indexed)
+        if place.is_bias:
+            plain = (math.prod(shape),)
+        return cls(place, box, Form(shape, plain, arrangement(sites, place, whole)))
 
     @property
     def count(self) -> int:
         """Number of weights in the part."""
-        form = self.form
-        return math.prod(form.roles.sizes(form.shape)[0]) if form.roles else 1
+        how = self.form.how
+        return math.prod(how.roles.sizes(self.form.shape)[0]) if how else 1
 
     @property
     def index(self) -> tuple[slice, ...]:
@@ -116,12 +113,17 @@ def _tensor(form: Form, leaf: jax.Array, starts: Sequence[int]) -> jax.Array:
 
 def entries(leaves: Leaves, names: Names, sites: Sites) -> dict[str, Entry]:
     """Return every name of a tree, and what of it the tensor is."""
-    known = sites.sites | sites.dense
-    found = {}
-    for name, place in names.table({path: leaf.shape for path, leaf in leaves.items()}).items():
-        roles = known[place.path].roles if place.path in known else None
-        found[name] = Entry.from_place(place, leaves[place.path].shape, roles)
-    return found
+    for path, leaf in leaves.items():
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):
+            raise TypeError(
+                f"the leaf {path!r} must be an array of numbers: got {checks.shown(leaf)}"
+            )
+    table = names.table({path: leaf.shape for path, leaf in leaves.items()})
+    return {
+        name: Entry.from_place(place, tuple(leaves[place.path].shape), sites)
+        for name, place in table.items()
+    }
 
 
 def check_whole(path: str, leaf: Leaf, own: Mapping[str, Entry], what: str) -> None:

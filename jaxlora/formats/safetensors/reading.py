@@ -98,12 +98,25 @@ def _sources(
     return sources
 
 
+def _cast(part: np.ndarray, leaf: Leaf, name: str, where: str) -> np.ndarray:
+    """Return a part in the dtype of its leaf, or raise if that cannot hold what it says."""
+    kinds = (jnp.floating, jnp.integer, jnp.bool_, jnp.complexfloating)
+    is_kind = any(jnp.issubdtype(part.dtype, k) and jnp.issubdtype(leaf.dtype, k) for k in kinds)
+    with np.errstate(over="ignore"):
+        made = part.astype(leaf.dtype)
+    if not is_kind or (np.isinf(made) & ~np.isinf(part)).any():
+        raise ValueError(
+            f"the tensor {name!r} of {where}, {part.dtype}, cannot be {leaf.dtype}, as its leaf is"
+        )
+    return made
+
+
 def _read(path: str, leaf: Leaf, found: Checkpoint, sources: Mapping[str, Entry]) -> jax.Array:
     """Return a leaf, put where it is to be."""
     value = np.empty(leaf.shape, leaf.dtype)
     for name, entry in sources.items():
         if entry.place.path == path:
-            value[entry.index] = entry.from_tensor(found[name])
+            value[entry.index] = _cast(entry.from_tensor(found[name]), leaf, name, found.where)
     if (sharding := getattr(leaf, "sharding", None)) is None:
         return jnp.asarray(value)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

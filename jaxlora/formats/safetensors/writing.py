@@ -58,6 +58,9 @@ def save(
     plain = {leaf_path: paths.plain(leaf) for leaf_path, leaf in leaves.items()}
     tree_checks.check_leaves(plain, params, "save(path, params, names)")
     tree_checks.check_untraced("safetensors.save", params)
+    for leaf_path, leaf in plain.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"the leaf {leaf_path!r} must be an array: got a shape")
     found = _targets(plain, names, sites)
     sizes = {
         name: math.prod(entry.form.tensor_shape) * jnp.dtype(plain[entry.place.path].dtype).itemsize
@@ -145,5 +148,9 @@ def _targets(leaves: Leaves, names: Names, sites: Sites) -> dict[str, Entry]:
         entries.check_whole(path, leaf, own, "have a name")
         for name, entry in own.items():
             is_tensor = entry.count > 1 or name.rpartition(".")[2] in ("weight", "bias")
-            found[name if is_tensor else f"{name}.weight"] = entry
+            tensor = name if is_tensor else f"{name}.weight"
+            if found.setdefault(tensor, entry) is not entry:
+                raise ValueError(
+                    f"two places have the tensor {tensor!r}: {found[tensor].place}, {entry.place}"
+                )
     return found

@@ -15,7 +15,7 @@ from jax import lax
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.jaxprs.compat import Params
-from jaxlora.tracing.recorder import Kind
+from jaxlora.tracing.recorder import Facts, Kind
 from jaxlora.tracing.registry import rule
 from jaxlora.tracing.types import Eqn, Operand, Values
 from jaxlora.tracing.values import axes
@@ -61,7 +61,8 @@ def convolution(run: Evaluation, eqn: Eqn, x: Operand, kernel: Operand) -> Value
     if not is_sought and kernel.gain is not None and _runs_back(kernel, numbers):
         return run.without_rule(eqn, [x, kernel], "it sums columns that have magnitudes")
     stack |= kernel.indexed - (in_ | out)  # entries that were picked are a stack
-    run.record(eqn, kernel, Kind.CONTRACTED, in_=in_, out=out, stack=stack)
+    facts: Facts = {"in_": in_, "out": out, "stack": stack, "window": kernel.labels(*window)}
+    run.record(eqn, kernel, Kind.CONTRACTED, **facts)
     y = run.product(lambda *values: compat.bind(eqn, values)[0], x, kernel.base)
     if is_sought:
         return [y]
