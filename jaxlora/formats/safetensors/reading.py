@@ -100,6 +100,8 @@ def _sources(
 
 def _cast(part: np.ndarray, leaf: Leaf, name: str, where: str) -> np.ndarray:
     """Return a part in the dtype of its leaf, or raise if that cannot hold what it says."""
+    if part.dtype == leaf.dtype:
+        return part
     kinds = (jnp.floating, jnp.integer, jnp.bool_, jnp.complexfloating)
     is_kind = any(jnp.issubdtype(part.dtype, k) and jnp.issubdtype(leaf.dtype, k) for k in kinds)
     with np.errstate(over="ignore"):
