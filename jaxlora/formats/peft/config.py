@@ -108,12 +108,12 @@ class Config:
             return False
         return named(module, self.get("target_modules", ())) and self._is_in_layers(module)
 
-    def is_saved(self, module: str) -> bool:
-        """Tell whether a module is, or is within, one whose name ends as one that is saved."""
-        saved = tuple(self.get("modules_to_save", ()))
+    def saved(self, module: str) -> set[str]:
+        """Return which of the modules to save a module is, or is within: its name ends so."""
         parts = module.split(".")
-        owners = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
-        return any(owner.endswith(saved) for owner in owners)
+        owners = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        names = self.get("modules_to_save", ())
+        return {name for name in names if any(owner.endswith(name) for owner in owners)}
 
     def _is_in_layers(self, module: str) -> bool:
         """Tell whether a module is in one of the layers that are adapted, as PEFT finds them."""

@@ -5,13 +5,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxlora.formats import pieces, tensors
+from jaxlora.formats import arguments, pieces, tensors
 from jaxlora.formats.names import Names
 from jaxlora.formats.peft import config as configs
 from jaxlora.formats.peft import factors, values
 from jaxlora.formats.peft.folder import Folder
 from jaxlora.messages import checks
-from jaxlora.storage import directories, locations
+from jaxlora.storage import directories
 from jaxlora.targets.sites import Sites
 from jaxlora.types import Leaf
 from jaxlora.weights import blocks
@@ -42,14 +42,9 @@ def load(folder: str | os.PathLike[str], *, sites: Sites, names: Names) -> Adapt
         ValueError: a file is damaged; the config says what adapters here cannot; a tensor is not
             understood, has no place, another shape than its place needs, or is missing.
     """
-    if not isinstance(sites, Sites):
-        raise TypeError(f"sites must be from jaxlora.find_sites: got {checks.shown(sites)}")
-    if not isinstance(names, Names):
-        raise TypeError(f"names must be a jaxlora.formats.Names: got {checks.shown(names)}")
-    target = locations.resolve(folder)
-    if not locations.is_local(target):
-        raise ValueError(f"folder must be a local path: got {str(target)!r}")
-    place = directories.standing(target)
+    arguments.check_sites(sites)
+    arguments.check_names(names)
+    place = directories.standing(arguments.local(folder))
     config, path = configs.read(place), place / TENSORS_FILE
     pickled = path.with_suffix(".bin")
     if pickled.is_file() and not path.is_file():

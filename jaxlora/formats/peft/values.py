@@ -35,7 +35,7 @@ def read(
         if _is_of_base(folder, key, adapted):
             continue
         is_bias = last == "bias" and folder.config.get("bias", "none") != "none"
-        if not is_bias and not folder.config.is_saved(owner):
+        if not is_bias and not folder.config.saved(owner):
             raise ValueError(
                 f"the tensor {key.name!r} of {folder.where} is not understood: its config names it "
                 "in no target, no module to save and no bias"
@@ -75,23 +75,15 @@ def _is_of_base(folder: Folder, key: Key, adapted: Container[str]) -> bool:
 def _check_all(folder: Folder, found: Container[str], adapted: Container[str]) -> None:
     """Raise if the config promises a module or a bias for which there is no tensor."""
     config, bias = folder.config, folder.config.get("bias", "none")
-    missing = []
+    met, missing = set[str](), []
     for name in folder.table:
         owner, _, last = name.rpartition(".")
+        saved = config.saved(owner if last in ("weight", "bias") else name)
+        met |= saved
         is_bias = last == "bias" and (bias == "all" or (bias == "lora_only" and owner in adapted))
-        is_saved = config.is_saved(owner if last in ("weight", "bias") else name)
-        if name not in found and (is_bias or is_saved):
+        if (saved or is_bias) and name not in found:
             missing.append(name)
-    saved = config.get("modules_to_save", ())
-    missing += [
-        x
-        for x in saved
-        if not any(
-            name.removesuffix(".bias").endswith(x) or f".{x}." in f".{name}."
-            for name in folder.table
-        )
-    ]
-    if missing:
+    if missing := [*missing, *sorted({*config.get("modules_to_save", ())} - met)]:
         raise ValueError(
             f"{folder.where} has no tensors of what its config saves: "
             f"{', '.join(map(repr, missing[:5]))}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxlora.formats import tensors
+from jaxlora.formats import arguments, tensors
 from jaxlora.formats.layouts import Arrangement, arrangement
 from jaxlora.formats.names import Names
 from jaxlora.formats.peft import config as configs
@@ -19,7 +19,7 @@ from jaxlora.formats.peft.keys import PREFIX
 from jaxlora.formats.peft.modules import Module, modules
 from jaxlora.formats.peft.reading import TENSORS_FILE
 from jaxlora.messages import checks
-from jaxlora.storage import locations, processes, replacing
+from jaxlora.storage import processes, replacing
 from jaxlora.storage.processes import together
 from jaxlora.targets.sites import Sites
 from jaxlora.tracing.recorder import Kind
@@ -62,20 +62,14 @@ def save(
     """
     tree_checks.check_adapters(adapters, some=True)
     tree_checks.check_untraced("peft.save", dict(adapters))
-    if not isinstance(names, Names):
-        raise TypeError(f"names must be a jaxlora.formats.Names: got {checks.shown(names)}")
+    arguments.check_names(names)
+    arguments.check_sites(sites, may_be_none=True)
     if not isinstance(base_model_name_or_path, str | None):
         raise TypeError(
             "base_model_name_or_path must be a string or None: "
             f"got {checks.shown(base_model_name_or_path)}"
         )
-    if not isinstance(sites, Sites | None):
-        raise TypeError(
-            f"sites must be from jaxlora.find_sites, or None: got {checks.shown(sites)}"
-        )
-    target = locations.resolve(folder)
-    if not locations.is_local(target):
-        raise ValueError(f"folder must be a local path: got {str(target)!r}")
+    target = arguments.local(folder)
     adapters = {path: jax.tree.map(processes.whole, term) for path, term in adapters.items()}
     about, found = _contents(adapters, names, sites)
     about["base_model_name_or_path"] = base_model_name_or_path

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ from jaxlora.formats.layouts import Arrangement, arrangement
 from jaxlora.formats.names import Names, Place
 from jaxlora.formats.pieces import Box
 from jaxlora.messages import checks
-from jaxlora.storage import locations
 from jaxlora.targets.sites import Sites
 from jaxlora.types import Leaf, Leaves
 
@@ -134,19 +132,3 @@ def check_whole(path: str, leaf: Leaf, own: Mapping[str, Entry], what: str) -> N
             f"every element of the leaf {path!r} of shape {tuple(leaf.shape)} must {what}: "
             f"got {held} of {math.prod(leaf.shape)}, from {sorted(own)[:5] or 'no name'}"
         )
-
-
-def check(names: object, sites: object) -> None:
-    """Raise if these are no names and sites."""
-    if not isinstance(names, Names):
-        raise TypeError(f"names must be a jaxlora.formats.Names: got {checks.shown(names)}")
-    if not isinstance(sites, Sites):
-        raise TypeError(f"sites must be from jaxlora.find_sites: got {checks.shown(sites)}")
-
-
-def local(path: locations.PathLike) -> Path:
-    """Return a path of this machine, or raise for one in a bucket."""
-    found = locations.resolve(path)
-    if not locations.is_local(found):
-        raise ValueError(f"the path must be a local one: got {str(found)!r}")
-    return found

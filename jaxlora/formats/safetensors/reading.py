@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora.formats import arguments
 from jaxlora.formats.names import Names, missing
 from jaxlora.formats.safetensors import entries, shards
 from jaxlora.formats.safetensors.entries import Entry
@@ -45,12 +46,13 @@ def load(
         ValueError: a file is damaged; a tensor has no place, or another shape than that needs; a
             part of a leaf has no tensor.
     """
-    entries.check(names, sites)
+    arguments.check_names(names)
+    arguments.check_sites(sites)
     leaves, treedef = paths.flatten(like)
     tree_checks.check_leaves(leaves, like, "load(path, names, like)", "like")
     unwanted = _expressions(ignore)
     table = entries.entries(leaves, names, sites)
-    with shards.opened(directories.standing(entries.local(path))) as found:
+    with shards.opened(directories.standing(arguments.local(path))) as found:
         sources = _sources(found, table, unwanted)
         for leaf_path, leaf in leaves.items():
             own = {name: e for name, e in sources.items() if e.place.path == leaf_path}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora.formats import arguments
 from jaxlora.formats.names import Names
 from jaxlora.formats.safetensors import entries, shards
 from jaxlora.formats.safetensors.entries import Entry
@@ -52,7 +53,8 @@ def save(
         UserWarning: merging an adapter that is not zero changed next to nothing of its weight,
             because the dtype of that is too coarse for the product.
     """
-    entries.check(names, sites)
+    arguments.check_names(names)
+    arguments.check_sites(sites)
     most = checks.check_count(max_shard_bytes, "max_shard_bytes")
     leaves, _ = paths.flatten(params)
     plain = {leaf_path: paths.plain(leaf) for leaf_path, leaf in leaves.items()}
@@ -66,7 +68,7 @@ def save(
         name: math.prod(entry.form.tensor_shape) * jnp.dtype(plain[entry.place.path].dtype).itemsize
         for name, entry in found.items()
     }
-    target = entries.local(path)
+    target = arguments.local(path)
     weights = _Weights(leaves)
 
     def write(folder: Path) -> None:
