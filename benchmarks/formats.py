@@ -14,7 +14,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import report
+from merge import seconds
 from safetensors.numpy import load_file, save_file
 
 import jaxlora
@@ -34,13 +34,6 @@ SIZES = {
     "mlp.down": (11008, 4096),
 }
 LAYERS = 32
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Return the seconds that a call takes until its result is there."""
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
 
 
 def ratios(

@@ -132,6 +132,12 @@ class Names:
                     raise ValueError(f"the place of {name!r} in {path!r}: {error}") from error
 
 
+def module_and_tensor(name: str) -> tuple[str, str]:
+    """Return the module that a name is of, and which tensor of it: its weight or its bias."""
+    owner, _, last = name.rpartition(".")
+    return (owner, last) if last in ("weight", "bias") else (name, "weight")
+
+
 def missing(name: str, table: Iterable[str]) -> str:
     """Return what is wrong with a name that is not in a table, and which are like it."""
     near = paths.nearest(name.replace(".", "/"), {key.replace(".", "/"): key for key in table})

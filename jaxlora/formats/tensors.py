@@ -24,13 +24,11 @@ class TensorFile:
     Attributes:
         path: the file.
         shapes: shape of each tensor by name.
-        metadata: the text that stands in its header.
     """
 
-    def __init__(self, path: Path, opened: Any):
-        self.path, self._opened = path, opened
+    def __init__(self, path: Path, opened: Any, header: Mapping[str, Any]):
+        self.path, self._opened, self._header = path, opened, header
         self.shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
-        self.metadata: Mapping[str, str] = opened.metadata() or {}
 
     def __getitem__(self, name: str) -> np.ndarray:
         kind = self._opened.get_slice(name).get_dtype()
@@ -42,7 +40,7 @@ class TensorFile:
                     f"the tensor {name!r} of {str(self.path)!r} has the dtype {kind}, which is not "
                     "read"
                 ) from error
-        start, stop = _header(self.path)[name]["data_offsets"]
+        start, stop = self._header[name]["data_offsets"]
         with open(self.path, "rb") as file:
             behind = 8 + int.from_bytes(file.read(8), "little")
             file.seek(behind + start)
@@ -71,8 +69,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
     except library.SafetensorError as error:
         raise ValueError(f"{str(path)!r} is no whole file of safetensors: {error}") from error
     with opened as reader:
-        _header(path)
-        yield TensorFile(path, reader)
+        yield TensorFile(path, reader, _header(path))
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

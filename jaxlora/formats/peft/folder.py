@@ -16,6 +16,7 @@ from jaxlora.formats.peft.keys import Key, parse_all
 from jaxlora.formats.pieces import Box
 from jaxlora.formats.tensors import TensorFile
 from jaxlora.targets.sites import Sites
+from jaxlora.weights import blocks
 
 ModuleKey = tuple[str, int]  # its name, and in how many adapted ones it stands
 
@@ -79,8 +80,8 @@ class Folder:
 
     def box(self, place: Place) -> tuple[Box, tuple[int, ...]]:
         """Return the bounds of a place along every axis of its leaf, and its shape."""
-        bounds = pieces.box(place.part, self.whole(place))
-        return bounds, tuple(stop - start for start, stop in bounds)
+        whole = self.whole(place)
+        return pieces.box(place.part, whole), blocks.shape(place.part, whole)
 
     def tensor(self, key: Key, place: Place, shape: tuple[int, ...]) -> np.ndarray:
         """Return a tensor, or raise if it does not have the shape that its place needs."""

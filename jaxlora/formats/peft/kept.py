@@ -2,16 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxlora.formats import pieces
 from jaxlora.formats.layouts import arrangement, check_untied
-from jaxlora.formats.names import Names, Place
-from jaxlora.formats.pieces import Box
+from jaxlora.formats.names import Names, Place, module_and_tensor
 from jaxlora.targets.sites import Sites
+from jaxlora.weights import blocks
 from jaxlora.weights.adapters import Replacement
 
 
@@ -50,17 +50,15 @@ def kept(
     for path, term in replacements.items():
         shape, done = tuple(term.shape), 0
         for name, place in names.table({path: shape}).items():
-            owner, _, last = name.rpartition(".")
-            owner, last = (owner, last) if last in ("weight", "bias") else (name, "weight")
+            owner, last = module_and_tensor(name)
             value = np.asarray(term.value)
             if term.rows is not None and place.part is None and place.layout == "embedding":
                 yield Kept(owner, last, value, term.rows)
                 done += value.size
                 continue
-            box = pieces.box(place.part, shape)
-            if (index := _index(term, box, path, str(place))) is None:
+            if (index := _index(term, place)) is None:
                 continue
-            part = value[index].reshape([stop - start for start, stop in box])
+            part = value[index].reshape(blocks.shape(place.part, shape))
             done += part.size
             yield Kept(owner, last, _tensor(part, place, shape, sites))
         if done != term.value.size:
@@ -70,15 +68,15 @@ def kept(
             )
 
 
-def _index(term: Replacement, box: Box, path: str, place: str) -> tuple[slice, ...] | None:
+def _index(term: Replacement, place: Place) -> tuple[slice, ...] | None:
     """Return which part of a replacement a place has, None for none of its rows."""
     if term.rows is None:
-        return tuple(slice(*bounds) for bounds in box)
-    start, stop = box[0]
-    if stop - start != 1 or box[1:] != pieces.box(None, term.shape)[1:]:
+        return blocks.slices(place.part)
+    (start, stop), *rest = pieces.box(place.part, term.shape)
+    if stop - start != 1 or rest != [*pieces.box(None, term.shape)[1:]]:
         raise ValueError(
-            f"rows of {path!r} are replaced, which must be modules of the file, or tokens of an "
-            f"embedding: got the place {place!r}"
+            f"rows of {place.path!r} are replaced, which must be modules of the file, or tokens of "
+            f"an embedding: got the place {str(place)!r}"
         )
     row = term.rows.index(start) if start in term.rows else None
     return None if row is None else (slice(row, row + 1),)
@@ -116,8 +114,7 @@ def check_whole(found: Sequence[Kept], sites: Sites | None, names: Names) -> Non
     saved = tuple({x.owner for x in found if x.last == "weight" and x.rows is None})
     held = {f"{x.owner}.{x.last}" for x in found}
     for name in names.table(sites.shapes):
-        owner, _, last = name.rpartition(".")
-        owner, last = (owner, last) if last in ("weight", "bias") else (name, "weight")
+        owner, last = module_and_tensor(name)
         if saved and owner.endswith(saved) and f"{owner}.{last}" not in held:
             raise ValueError(
                 f"PEFT saves modules whole, and all that end as {sorted(saved)}: {name!r} must be "
@@ -138,8 +135,3 @@ def config(found: Sequence[Kept], adapted: Container[str]) -> dict[str, Any]:
     if rows:
         about["trainable_token_indices"] = rows
     return about
-
-
-def tensors(found: Iterable[Kept], adapted: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Return the tensors by name."""
-    yield from ((x.key(adapted), x.value) for x in found)

@@ -47,7 +47,7 @@ class Module:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of its part."""
-        return tuple(stop - start for start, stop in self.box)
+        return blocks.shape(self.place.part, self.first.shape)
 
     @property
     def entries(self) -> int:
@@ -130,11 +130,7 @@ def modules(adapters: Mapping[str, Adapter], names: Names) -> Iterator[Module]:
         covered = dict.fromkeys(terms, 0)
         for module, place in names.table({path: shape}).items():
             own = {
-                name: term
-                for name, term in terms.items()
-                if place.part is None
-                or term.block is None
-                or blocks.overlap(place.part, term.block)
+                name: term for name, term in terms.items() if blocks.overlap(place.part, term.block)
             }
             if not own:
                 continue

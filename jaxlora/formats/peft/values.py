@@ -13,6 +13,7 @@ from jaxlora.formats.peft.config import named
 from jaxlora.formats.peft.folder import Folder
 from jaxlora.formats.peft.keys import Key
 from jaxlora.messages import checks
+from jaxlora.weights import blocks
 from jaxlora.weights.adapters import Replacement
 
 Entry = tuple[Place, Key, np.ndarray]
@@ -103,7 +104,7 @@ def _replacement(folder: Folder, path: str, entries: list[Entry]) -> Replacement
     shape, first = folder.whole(entries[0][0]), entries[0][2]
     value, count = np.empty(shape, first.dtype), 0
     for place, _, part in entries:
-        value[tuple(slice(*bounds) for bounds in pieces.box(place.part, shape))] = part
+        value[blocks.slices(place.part)] = part
         count += part.size
     if count == value.size:
         return Replacement(jnp.asarray(value), shape)

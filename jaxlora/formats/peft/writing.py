@@ -114,7 +114,8 @@ def _contents(
     if sites is not None:
         about |= _excluded(found, names.table(sites.shapes))
     result: dict[str, np.ndarray] = {}
-    for name, array in (*_factors(found, sites), *kept.tensors(values, adapted)):
+    replaced = ((value.key(adapted), value.value) for value in values)
+    for name, array in (*_factors(found, sites), *replaced):
         if name in result:
             raise ValueError(f"two things have the name {name!r} in the file")
         result[name] = array

@@ -1,5 +1,6 @@
 """The tensors of a checkpoint as parts of leaves."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -16,6 +17,7 @@ from jaxlora.formats.pieces import Box
 from jaxlora.messages import checks
 from jaxlora.targets.sites import Sites
 from jaxlora.types import Leaf, Leaves
+from jaxlora.weights import blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +67,7 @@ class Entry:
     @classmethod
     def from_place(cls, place: Place, whole: Sequence[int], sites: Sites) -> "Entry":
         """Return the entry of a place in a leaf of some shape."""
-        box = pieces.box(place.part, whole)
-        shape = tuple(stop - start for start, stop in box)
+        box, shape = pieces.box(place.part, whole), blocks.shape(place.part, whole)
         plain = tuple(size for axis, size in enumerate(shape) if axis not in place.indexed)
         if place.is_bias:
             plain = (math.prod(shape),)
@@ -81,7 +82,7 @@ class Entry:
     @property
     def index(self) -> tuple[slice, ...]:
         """The part as an index of the leaf."""
-        return tuple(slice(*bounds) for bounds in self.box)
+        return blocks.slices(self.place.part)
 
     def from_tensor(self, tensor: np.ndarray) -> np.ndarray:
         """Return the part of the leaf."""
@@ -122,6 +123,14 @@ def entries(leaves: Leaves, names: Names, sites: Sites) -> dict[str, Entry]:
         name: Entry.from_place(place, tuple(leaves[place.path].shape), sites)
         for name, place in table.items()
     }
+
+
+def by_path(found: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
+    """Return the entries of each leaf."""
+    leaves: dict[str, dict[str, Entry]] = collections.defaultdict(dict)
+    for name, entry in found.items():
+        leaves[entry.place.path][name] = entry
+    return leaves
 
 
 def check_whole(path: str, leaf: Leaf, own: Mapping[str, Entry], what: str) -> None:

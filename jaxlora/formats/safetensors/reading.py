@@ -53,14 +53,13 @@ def load(
     unwanted = _expressions(ignore)
     table = entries.entries(leaves, names, sites)
     with shards.opened(directories.standing(arguments.local(path))) as found:
-        sources = _sources(found, table, unwanted)
+        sources = entries.by_path(_sources(found, table, unwanted))
         for leaf_path, leaf in leaves.items():
-            own = {name: e for name, e in sources.items() if e.place.path == leaf_path}
-            entries.check_whole(leaf_path, leaf, own, f"have a tensor in {found.where}")
-        made = {
-            leaf_path: _read(leaf_path, leaf, found, sources) for leaf_path, leaf in leaves.items()
-        }
-    return treedef.unflatten(made.values())
+            entries.check_whole(
+                leaf_path, leaf, sources[leaf_path], f"have a tensor in {found.where}"
+            )
+        made = [_read(leaf, found, sources[leaf_path]) for leaf_path, leaf in leaves.items()]
+    return treedef.unflatten(made)
 
 
 def _expressions(ignore: Sequence[str]) -> list[re.Pattern[str]]:
@@ -115,12 +114,11 @@ def _cast(part: np.ndarray, leaf: Leaf, name: str, where: str) -> np.ndarray:
     return made
 
 
-def _read(path: str, leaf: Leaf, found: Checkpoint, sources: Mapping[str, Entry]) -> jax.Array:
+def _read(leaf: Leaf, found: Checkpoint, sources: Mapping[str, Entry]) -> jax.Array:
     """Return a leaf, put where it is to be."""
     value = np.empty(leaf.shape, leaf.dtype)
     for name, entry in sources.items():
-        if entry.place.path == path:
-            value[entry.index] = _cast(entry.from_tensor(found[name]), leaf, name, found.where)
+        value[entry.index] = _cast(entry.from_tensor(found[name]), leaf, name, found.where)
     if (sharding := getattr(leaf, "sharding", None)) is None:
         return jnp.asarray(value)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.formats import arguments
-from jaxlora.formats.names import Names
+from jaxlora.formats.names import Names, module_and_tensor
 from jaxlora.formats.safetensors import entries, shards
 from jaxlora.formats.safetensors.entries import Entry
 from jaxlora.messages import checks
@@ -144,13 +144,12 @@ def _counts(leaf: LoRAWeight, merged: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _targets(leaves: Leaves, names: Names, sites: Sites) -> dict[str, Entry]:
     """Return what each tensor is, by its name in the file."""
     found: dict[str, Entry] = {}
-    table = entries.entries(leaves, names, sites)
+    by_path = entries.by_path(entries.entries(leaves, names, sites))
     for path, leaf in leaves.items():
-        own = {name: entry for name, entry in table.items() if entry.place.path == path}
-        entries.check_whole(path, leaf, own, "have a name")
-        for name, entry in own.items():
-            is_tensor = entry.count > 1 or name.rpartition(".")[2] in ("weight", "bias")
-            tensor = name if is_tensor else f"{name}.weight"
+        entries.check_whole(path, leaf, by_path[path], "have a name")
+        for name, entry in by_path[path].items():
+            is_module = entry.count == 1 and module_and_tensor(name)[0] == name
+            tensor = f"{name}.weight" if is_module else name
             if found.setdefault(tensor, entry) is not entry:
                 raise ValueError(
                     f"two places have the tensor {tensor!r}: {found[tensor].place}, {entry.place}"
