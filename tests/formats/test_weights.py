@@ -111,19 +111,19 @@ def test_leaves_go_where_they_are_to_be(tmp_path):
 
 def test_one_tensor_is_in_memory_beside_the_tree(tmp_path):
     names = Names(("{i}", "w[{i}]"))
-    params = {"w": np.ones((8, 512, 512), np.float32)}
+    params = {"w": np.ones((8, 1024, 1024), np.float32)}
     sites = jaxlora.find_sites(
         lambda params, x: jax.lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0],
         params,
-        jnp.ones((2, 512)),
+        jnp.ones((2, 1024)),
     )
-    safetensors.save(tmp_path / "it", params, names, sites=sites, max_shard_bytes=2**20)
+    safetensors.save(tmp_path / "it", params, names, sites=sites, max_shard_bytes=2**22)
     safetensors.load(tmp_path / "it", names, params, sites=sites)
     tracemalloc.start()
     safetensors.load(tmp_path / "it", names, params, sites=sites)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < params["w"].nbytes + 3 * 2**20  # a tensor, and its transpose
+    assert peak < params["w"].nbytes + 3 * 2**22  # a tensor, and the bytes it is made of
 
 
 @pytest.fixture
