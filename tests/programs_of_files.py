@@ -128,11 +128,13 @@ class Case:
 
     Attributes:
         program: makes the program.
-        config: arguments of ``peft.LoraConfig``.
+        config: arguments of the config.
+        kind: the class of the config in ``peft``.
     """
 
     program: Callable[[], Program]
     config: dict[str, Any]
+    kind: str = "LoraConfig"
 
 
 BOTH = ["up", "down"]
@@ -175,4 +177,30 @@ CASES = {
     "experts": Case(
         experts, {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
     ),
+}
+# what PEFT has other classes for, and adapters here hold as the factors that it amounts to
+_BUDGET = {"init_r": 3, "target_r": 2, "total_step": 4, "tinit": 1, "tfinal": 1}
+OTHER_KINDS = {
+    "elementwise": Case(layers, {"target_modules": BOTH}, "LoHaConfig"),
+    "elementwise_patterns": Case(
+        layers,
+        {
+            "target_modules": BOTH,
+            **{"rank_pattern": {"layers.1.up": 3}, "alpha_pattern": {"down": 7}},
+        },
+        "LoHaConfig",
+    ),
+    "elementwise_convolutions": Case(
+        convolutions, {"target_modules": ["image", "sequence"]}, "LoHaConfig"
+    ),
+    "elementwise_windows": Case(
+        convolutions,
+        {"target_modules": ["image", "sequence"], "use_effective_conv2d": True},
+        "LoHaConfig",
+    ),
+    "singular_values": Case(layers, {"target_modules": BOTH, **_BUDGET}, "AdaLoraConfig"),
+    "singular_values_of_image": Case(
+        convolutions, {"target_modules": ["image"], **_BUDGET}, "AdaLoraConfig"
+    ),
+    "projections": Case(layers, {"target_modules": BOTH}, "VeraConfig"),
 }

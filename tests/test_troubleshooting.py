@@ -25,6 +25,7 @@ INSIDE = {  # parts of another message, which are its reason; and what a user ca
     "the arrays … are missing",
     "an array must be …: got …",
     "module 'jaxlora' has no attribute …",
+    "… (in process …)",  # behind a message of another process
 }
 OF_OTHERS = {  # of JAX and Python
     "Array has been deleted",
@@ -118,12 +119,13 @@ def pieces(text):
 
 def pattern(template):
     """Return the expression of every beginning of a message; it may end at a hole with ``…``."""
-    expression = ""
+    expression, starts_open = "", pieces(template)[0] == HOLE
+    first = f"(?:'?{HOLE}'?|[^{HOLE}]+?)"  # it does not take in what is written behind it
     for piece in reversed(pieces(template)[:120]):
         hole = ("(?s:.+?)", f"(?:(?<={HOLE})|(?<={HOLE}'))$")
         one, end = hole if piece == HOLE else (re.escape(piece), "$")
         expression = f"{one}(?:{end}|{expression})" if expression else f"{one}$"
-    return re.compile(expression)
+    return re.compile(expression.replace("(?s:.+?)", first, 1) if starts_open else expression)
 
 
 def quoted():

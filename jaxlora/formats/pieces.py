@@ -6,11 +6,13 @@ all whose rank and alpha are equal, or one for each run of entries where they ar
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora.messages import checks
+from jaxlora.types import Leaf
 from jaxlora.weights import blocks
 from jaxlora.weights.adapters import Adapter
 from jaxlora.weights.blocks import Part
@@ -75,6 +77,20 @@ def adapters(pieces: Iterable[Piece]) -> dict[str, Adapter]:
             static = {"roles": piece.roles, "alpha": piece.alpha, "shape": piece.shape}
             found[blocks.name(piece.path, part)] = Adapter(**made, **static, block=part)
     return found
+
+
+def warn_if_all_are_zero(found: Mapping[str, Leaf], where: str) -> None:
+    """Warn if nothing that was read of a file changes what a program computes."""
+    if not any(map(_changes, found.values())):
+        checks.warn(
+            f"the adapters of {where} change nothing: all their products are 0", UserWarning
+        )
+
+
+def _changes(term: Leaf) -> bool:
+    """Tell whether something trained changes what it is of."""
+    is_product = isinstance(term, Adapter) and term.magnitude is None
+    return not is_product or bool(np.any(term.a) and np.any(term.b))
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:

@@ -61,7 +61,11 @@ def folder(tmp_path):
 UP = "layers.0.up.lora_A.weight"
 ONE = np.ones((2, 8), np.float32)
 REFUSED = {
-    "another kind": ({"config": {"peft_type": "LOHA"}}, "peft_type 'LORA': got 'LOHA'"),
+    "another kind": ({"config": {"peft_type": "IA3"}}, "peft_type among .*'LORA'.*: got 'IA3'"),
+    "tensors of another kind": (
+        {"config": {"peft_type": "LOHA"}},
+        r"must have tensors of LoHa .*, as the peft_type 'LOHA' says: got .*, of LoRA",
+    ),
     "aLoRA": (
         {"config": {"alora_invocation_tokens": [1]}},
         "sets alora_invocation_tokens, which this library does not have",
@@ -77,7 +81,7 @@ REFUSED = {
     "a strange tensor": ({"tensors": {"layers.0.up.lora_C.weight": ONE}}, "are not understood"),
     "a strange prefix": (
         {"rename": {UP: "../../up.lora_A.weight"}},
-        r"has 'base_model.model.../../up.lora_A.weight', and no tensor B beside it",
+        r"has 'base_model.model.*up.lora_[AB].weight', and no tensor [AB] beside it",
     ),
     "a tensor of the base": (
         {"tensors": {"layers.0.norm.weight": ONE}},

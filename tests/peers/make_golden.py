@@ -2,8 +2,8 @@
 
 PYTHONPATH=tests:examples python tests/peers/make_golden.py
 
-``peft`` has what PEFT saves of each case of `programs_of_files`, and beside it in ``output.npy``
-what the adapted program computes. ``peft_minilm`` has an adapter of the pretrained
+``peft`` has what PEFT saves of each of the cases of `programs_of_files`, and beside it in
+``output.npy`` what the adapted program computes. ``peft_minilm`` has an adapter of the pretrained
 all-MiniLM-L6-v2, and what that makes of the tokens beside it. It needs
 ``pip install -e '.[examples,peft]'``.
 """
@@ -56,13 +56,15 @@ def main() -> None:
     """Write every folder."""
     minilm()
     shutil.rmtree(GOLDEN, ignore_errors=True)
-    for name, case in programs_of_files.CASES.items():
+    for name, case in (programs_of_files.CASES | programs_of_files.OTHER_KINDS).items():
         folder = GOLDEN / name
         model = torch_programs.adapted(case)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.save_pretrained(folder)
         (folder / "README.md").unlink()  # a model card without anything in it
+        if case.kind == "AdaLoraConfig":
+            model = torch_programs.loaded(case, folder)  # without what has lost its rank
         np.save(folder / "output.npy", torch_programs.output(model, case))
 
 

@@ -37,3 +37,22 @@ def test_an_adapter_travels_both_ways(name, tmp_path):
     jax.tree.map(assert_array_equal, again, adapters)
     back = torch_programs.output(torch_programs.loaded(case, tmp_path / "ours"), case)
     assert_allclose(back, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", programs_of_files.OTHER_KINDS)
+def test_other_kinds_of_adapters_come_in_as_factors(name, tmp_path):
+    case = programs_of_files.OTHER_KINDS[name]
+    program, theirs = case.program(), torch_programs.adapted(case)
+    theirs.save_pretrained(tmp_path / "theirs")
+    reloaded = torch_programs.loaded(case, tmp_path / "theirs")  # without what lost its rank
+    wanted = torch_programs.output(reloaded, case)
+
+    sites = jaxlora.find_sites(program.fn, program.params, program.x)
+    adapters = peft.load(tmp_path / "theirs", sites=sites, names=program.names)
+    params = jaxlora.bind(program.params, adapters)
+    got = jax.jit(jaxlora.lora(program.fn))(params, program.x)
+    assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+    peft.save(tmp_path / "ours", adapters, names=program.names, sites=sites)
+    back = torch_programs.output(torch_programs.loaded(case, tmp_path / "ours"), case)
+    assert_allclose(back, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())

@@ -130,13 +130,23 @@ def twin(case) -> Any:
     return TWINS[case.program](case.program().params)
 
 
+_START = {
+    "LoraConfig": {"r": 2, "lora_alpha": 5, "init_lora_weights": False},
+    "LoHaConfig": {"r": 2, "alpha": 5, "init_weights": False},
+    "AdaLoraConfig": {"lora_alpha": 5, "init_lora_weights": False},
+    "VeraConfig": {"r": 4},
+}
+
+
 def adapted(case) -> Any:
     """Return it as PEFT adapts it, everything that is trained moved."""
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, lora_alpha=5, init_lora_weights=False, **case.config)
+    config = getattr(peft, case.kind)(**_START[case.kind], **case.config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(twin(case), config)
+    if case.kind == "AdaLoraConfig":
+        allocate(model, case)
     with torch.no_grad():
         for value in model.parameters():
             if value.requires_grad:
@@ -144,11 +154,21 @@ def adapted(case) -> Any:
     return model
 
 
+def allocate(model, case) -> None:
+    """Let AdaLoRA take away ranks, as it does while it is trained."""
+    for step in range(1, case.config["total_step"]):
+        model(torch.tensor(case.program().x)).square().sum().backward()
+        model.base_model.update_and_allocate(step)
+        model.zero_grad()
+
+
 def loaded(case, folder) -> Any:
     """Return it with the adapter of a folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=".*(Could not find a config|base_model).*")
+        # PEFT's own, for its patterns of AdaLoRA, which it does use
+        warnings.filterwarnings("ignore", message=".*rank_pattern keys did not match")
         return peft.PeftModel.from_pretrained(twin(case), folder)
 
 

@@ -5,81 +5,17 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
+from jaxlora.formats.peft import config_keys
 from jaxlora.messages import checks
 
 T = TypeVar("T")
 CONFIG_FILE = "adapter_config.json"
-
-# Keys that change what an adapter computes, and that adapters of this library cannot say.
-_UNKNOWN_MATHEMATICS = MappingProxyType(
-    {
-        "alora_invocation_tokens": "aLoRA applies it from a token on",
-        "arrow_config": "Arrow chooses among adapters for each token",
-        "kasa_config": "KaSA changes the base",
-        "layer_replication": "it repeats layers of the base",
-        "lora_bias": "B has a bias",
-        "megatron_config": "it is for Megatron's parallel layers",
-        "monteclora_config": "MonteCLoRA draws factors",
-        "use_bdlora": "BD-LoRA has factors of blocks",
-        "use_qalora": "QA-LoRA sums groups of inputs",
-        "velora_config": "VeLoRA compresses what its gradients need",
-    }
-)
-# Keys that only say how an adapter was made or is trained, or whose it is.
-_WITHOUT_EFFECT = frozenset(
-    {
-        *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying"),
-        *("eva_config", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config"),
-        *("megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config"),
-        "task_type",
-        *("fan_in_fan_out", "peft_type"),  # the layouts of `Names` say the first
-    }
-)
+TYPES = ("LORA", "LOHA", "ADALORA", "VERA")
 _CHANGES_BASE = re.compile(r"(pissa(_niter_\d+)?|olora|corda|lora_ga|loftq)")
-
-
-def _numbers(value: object) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf
-        for v in value.values()
-    )
-
-
-def _strings(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _indices(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
-    {
-        "r": (lambda x: type(x) is int and x > 0, "an int above 0"),
-        "lora_alpha": (lambda x: _numbers({"": x}), "a number above 0"),
-        "use_rslora": (lambda x: isinstance(x, bool), "true or false"),
-        "use_dora": (lambda x: isinstance(x, bool), "true or false"),
-        "bias": (lambda x: x in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
-        "target_modules": (lambda x: isinstance(x, str) or _strings(x), "a string or strings"),
-        "exclude_modules": (lambda x: isinstance(x, str) or _strings(x), "a string or strings"),
-        "target_parameters": (_strings, "strings"),
-        "modules_to_save": (_strings, "strings"),
-        "layers_to_transform": (lambda x: type(x) is int or _indices(x), "an index or indices"),
-        "layers_pattern": (lambda x: isinstance(x, str) or _strings(x), "a string or strings"),
-        "rank_pattern": (_numbers, "numbers above 0 by name"),
-        "alpha_pattern": (_numbers, "numbers above 0 by name"),
-        "trainable_token_indices": (
-            lambda x: _indices(x) or (isinstance(x, dict) and all(map(_indices, x.values()))),
-            "indices, or indices by name",
-        ),
-        "init_lora_weights": (lambda x: isinstance(x, bool | str), "true, false or a name"),
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +23,19 @@ class Config:
     """What a config says.
 
     Attributes:
-        path: the file.
-        values: what it says of each key that has a meaning here, where it says anything.
+        where: what it is in, as errors name it.
+        kind: its ``peft_type``, one of `TYPES`.
+        values: what it says of each key that has a meaning here, where it says anything, in the
+            words of LoRA's configs.
         version: the version of PEFT that wrote it, empty if it does not tell.
+        divisor: what alpha is divided by, None for the rank of each module.
     """
 
-    path: Path
+    where: str
+    kind: str
     values: Mapping[str, Any]
     version: tuple[int, ...]
+    divisor: float | None = None
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return what it says of a key."""
@@ -135,7 +76,23 @@ class Config:
     def plain_alpha(self, module: str, rank: int) -> float:
         """Return the alpha of a plain LoRA that scales as it says for a module and rank."""
         alpha = float(_of_pattern(module, self.get("alpha_pattern"), self.get("lora_alpha", 8)))
+        if self.divisor is not None:
+            return alpha * rank / self.divisor
         return alpha * math.sqrt(rank) if self.get("use_rslora") else alpha
+
+    def check(self, module: str, rank: int, has_magnitude: bool, where: str) -> None:
+        """Raise if the factors of a module in a file are none that it speaks of."""
+        if rank != self.rank(module):
+            raise ValueError(
+                f"the rank of {module!r} must be {self.rank(module)}, as its config says: got "
+                f"{rank} in {where}"
+            )
+        if has_magnitude != self.get("use_dora", False):
+            raise ValueError(
+                f"use_dora of a config must say whether there are magnitudes: got "
+                f"{self.get('use_dora', False)}, and {where} has "
+                f"{'one' if has_magnitude else 'none'} for {module!r}"
+            )
 
 
 def named(module: str, names: str | Iterable[str]) -> bool:
@@ -173,54 +130,64 @@ def read(folder: Path) -> Config:
             f"there is no file {str(path)!r}: {str(folder)!r} must be "
             "a folder that PEFT saved an adapter to"
         )
+    return parse(path.read_bytes(), repr(str(path)))
+
+
+def parse(text: str | bytes, where: str) -> Config:
+    """Return what a config says that is JSON, see `read`."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no JSON: {error}") from error
+        raise ValueError(f"{where} is no JSON: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{str(path)!r} must be an object of JSON: got {checks.shown(found)}")
+        raise ValueError(f"{where} must be an object of JSON: got {checks.shown(found)}")
+    return from_values(found, where)
+
+
+def from_values(found: Mapping[str, Any], where: str) -> Config:
+    """Return what a config says, see `read`."""
     kind = found.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{str(path)!r} must have the peft_type 'LORA': got {checks.shown(kind)}")
-    values = {k: v for k, v in found.items() if v is not None and _has_meaning(path, k, v)}
-    _check_start(path, values.get("init_lora_weights"))
-    _check_expressions(path, values)
-    return Config(path, values, _version(found.get("peft_version")))
+    if kind not in TYPES:
+        raise ValueError(f"{where} must have a peft_type among {TYPES}: got {checks.shown(kind)}")
+    values = config_keys.with_meaning(found, where)
+    _check_start(where, values.get("init_lora_weights"))
+    _check_expressions(where, values)
+    values, divisor = _as_of_lora(kind, values)
+    return Config(where, kind, values, _version(found.get("peft_version")), divisor)
 
 
-def _has_meaning(path: Path, key: str, value: Any) -> bool:
-    """Tell whether a key has a meaning here, or raise if it has one that is not known."""
-    if key in _KINDS:
-        fits, needed = _KINDS[key]
-        if not fits(value):
-            raise ValueError(f"{key} of {str(path)!r} must be {needed}: got {checks.shown(value)}")
-        return True
-    if value in (False, "", [], {}, 0):
-        return False
-    if key in _UNKNOWN_MATHEMATICS:
-        raise ValueError(
-            f"{str(path)!r} sets {key}, which this library does not have: "
-            f"{_UNKNOWN_MATHEMATICS[key]}; got {checks.shown(value)}"
-        )
-    if key not in _WITHOUT_EFFECT:
-        raise ValueError(
-            f"{str(path)!r} sets {key}, which is not known: it may change what the adapter "
-            f"computes; got {checks.shown(value)}"
-        )
-    return False
+def _as_of_lora(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
+    """Return the values of any type of adapter in LoRA's words, and what divides alpha."""
+    match kind:
+        case "LOHA":
+            return values | {"lora_alpha": values.get("alpha", 8)}, None
+        case "ADALORA":  # the rank that is left of a module does not change its scaling
+            kept = values.get("rank_pattern", {})
+            rank = values.get("init_r", 12)
+            ranks = {
+                _pinned(name.rpartition(".lora_E")[0]): sum(
+                    choices if isinstance(choices, list) else [choices]
+                )
+                for name, choices in kept.items()
+            }
+            return values | {"r": rank, "rank_pattern": ranks}, rank + 1e-5
+        case "VERA":
+            only = {"bias": "lora_only"} if values.get("bias") == "vera_only" else {}
+            return {"r": 256} | values | only | {"lora_alpha": 1}, 1.0
+    return values, None
 
 
-def _check_start(path: Path, start: object) -> None:
+def _check_start(where: str, start: object) -> None:
     """Raise if an adapter is of a base that its start has changed."""
     if isinstance(start, str) and _CHANGES_BASE.fullmatch(start):
         raise ValueError(
-            f"the adapter of {str(path)!r} started with {start!r}, which changed the base: save it "
+            f"the adapter of {where} started with {start!r}, which changed the base: save it "
             "with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which "
             "makes it an adapter of the base as it was"
         )
 
 
-def _check_expressions(path: Path, values: Mapping[str, Any]) -> None:
+def _check_expressions(where: str, values: Mapping[str, Any]) -> None:
     """Raise for a key that is no regular expression where one is needed."""
     expressions: list[str] = [*values.get("rank_pattern", ()), *values.get("alpha_pattern", ())]
     expressions += [*values.get("modules_to_save", ())]
@@ -233,7 +200,7 @@ def _check_expressions(path: Path, values: Mapping[str, Any]) -> None:
             re.compile(rf"({expression})")
         except re.error as error:
             raise ValueError(
-                f"{str(path)!r} has {expression!r}, which is no regular expression: {error}"
+                f"{where} has {expression!r}, which is no regular expression: {error}"
             ) from error
 
 

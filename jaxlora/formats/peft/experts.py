@@ -15,18 +15,17 @@ from typing import Literal
 
 import numpy as np
 
+from jaxlora.formats.factors import Factors, Tensors
+from jaxlora.formats.modules import Module
 from jaxlora.formats.names import Place
 from jaxlora.formats.peft import config as configs
 from jaxlora.formats.peft.folder import Folder, ModuleKey
-from jaxlora.formats.peft.keys import Key
-from jaxlora.formats.peft.modules import Module
 from jaxlora.weights.roles import Roles
 
 Side = Literal["in", "out"]
-Keys = Mapping[str, Key]
 
 
-def parameters(folder: Folder, modules: Mapping[ModuleKey, Keys]) -> dict[ModuleKey, str]:
+def parameters(folder: Folder, modules: Mapping[ModuleKey, Tensors]) -> dict[ModuleKey, str]:
     """Return by module and depth the parameter that its factors are for.
 
     Raises:
@@ -55,7 +54,7 @@ def parameters(folder: Folder, modules: Mapping[ModuleKey, Keys]) -> dict[Module
     return found
 
 
-def _in_order(folder: Folder, names: list[str], pairs: list[Keys]) -> Sequence[str]:
+def _in_order(folder: Folder, names: list[str], pairs: list[Tensors]) -> Sequence[str]:
     """Return the parameters of one module in the order of their factors, the innermost first.
 
     It is the order in which the names list them, or else the first that fits the shapes.
@@ -97,35 +96,35 @@ def of_experts(roles: Roles, shape: tuple[int, ...]) -> Roles:
 
 
 def factors(
-    folder: Folder, own: Keys, place: Place, roles: Roles, shape: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
+    folder: Folder, own: Tensors, place: Place, roles: Roles, shape: tuple[int, ...]
+) -> Factors:
     """Return the factors ``(*stack, *in, rank)`` and ``(*stack, rank, *out)`` of a parameter."""
     stack, in_, out = roles.sizes(shape)
     count = math.prod(stack)
     if not (sides := _sides(folder, own, place)):
-        first, second = (folder.file.shapes[own[kind].name] for kind in "AB")
+        first, second = (folder.file.shapes[own[kind]] for kind in "AB")
         raise ValueError(
-            f"the tensors {own['A'].name!r} and {own['B'].name!r} of {folder.where} must have the "
+            f"the tensors {own['A']!r} and {own['B']!r} of {folder.where} must have the "
             f"shapes (rank * {count}, {math.prod(in_)}) and ({math.prod(out)}, rank * {count}) for "
             f"{str(place)!r}, or those of its other side: got {first} and {second}"
         )
     side = _usual(folder, place) if len(sides) > 1 else sides[0]
-    first, second = (folder.file[own[kind].name] for kind in "AB")
+    first, second = (folder.file[own[kind]] for kind in "AB")
     rank = len(first) // count
     a = first.reshape(count, rank, -1)
     b = np.moveaxis(second.reshape(-1, rank, count), -1, 0)
     a, b = (a.swapaxes(1, 2), b.swapaxes(1, 2)) if side == "in" else (b, a)
-    return a.reshape(*stack, *in_, rank), b.reshape(*stack, rank, *out)
+    return Factors(a.reshape(*stack, *in_, rank), b.reshape(*stack, rank, *out), rank)
 
 
-def _sides(folder: Folder, own: Keys, place: Place) -> list[Side]:
+def _sides(folder: Folder, own: Tensors, place: Place) -> list[Side]:
     """Return on which sides of the weight ``A`` can be, by the shapes of its tensors."""
     _, shape = folder.box(place)
     if (known := folder.arrangement(place)) is None:
         return []
     sizes = of_experts(known.roles, shape).sizes(shape)
     count, size_in, size_out = (math.prod(group) for group in sizes)
-    first, second = (folder.file.shapes[own[kind].name] for kind in "AB")
+    first, second = (folder.file.shapes[own[kind]] for kind in "AB")
     rank = first[0] // count if len(first) == 2 else 0
 
     def is_on(one: int, other: int) -> bool:

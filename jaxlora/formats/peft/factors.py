@@ -1,20 +1,38 @@
 """The factors of a PEFT folder, as pieces of adapters."""
 
-import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
-import numpy as np
-
-from jaxlora.formats.layouts import Arrangement, check_untied
+from jaxlora.formats import factors
+from jaxlora.formats.factors import Factors, Tensors
+from jaxlora.formats.layouts import Arrangement
 from jaxlora.formats.names import Place
-from jaxlora.formats.peft import experts
+from jaxlora.formats.peft import experts, projections
 from jaxlora.formats.peft.folder import Folder, ModuleKey
-from jaxlora.formats.peft.keys import Key
 from jaxlora.formats.pieces import Piece
-from jaxlora.weights import blocks
+
+_FORMS = MappingProxyType(
+    {
+        "LORA": ("LoRA", "LoRA-XS"),
+        "LOHA": ("LoHa", "LoHa with windows"),
+        "ADALORA": ("AdaLoRA",),
+        "VERA": ("VeRA",),
+    }
+)
 
 
-def read(folder: Folder, modules: Mapping[ModuleKey, Mapping[str, Key]]) -> Iterator[Piece]:
+def check_types(folder: Folder, modules: Mapping[ModuleKey, Tensors]) -> None:
+    """Raise if the tensors of a module are no whole adapter, or not of the type of the config."""
+    for own in modules.values():
+        found = "VeRA" if projections.are_of(own) else factors.form(folder, own).name
+        if found not in (usual := _FORMS[folder.config.kind]):
+            raise ValueError(
+                f"{folder.where} must have tensors of {' or '.join(usual)}, as the peft_type "
+                f"{folder.config.kind!r} says: got {next(iter(own.values()))!r}, of {found}"
+            )
+
+
+def read(folder: Folder, modules: Mapping[ModuleKey, Tensors]) -> Iterator[Piece]:
     """Return the factors of every module.
 
     Raises:
@@ -22,69 +40,32 @@ def read(folder: Folder, modules: Mapping[ModuleKey, Mapping[str, Key]]) -> Iter
     """
     of_parameters = experts.parameters(folder, modules)
     for module, own in modules.items():
-        yield _piece(folder, of_parameters.get(module, module[0]), own, module in of_parameters)
+        name = of_parameters.get(module, module[0])
+        if "E" in own and folder.config.rank(name) == 0:
+            continue  # AdaLoRA has taken all of its rank
+        yield _piece(folder, name, own, module in of_parameters)
 
 
-def _piece(folder: Folder, name: str, own: Mapping[str, Key], is_parameter: bool) -> Piece:
+def _piece(folder: Folder, name: str, own: Tensors, is_parameter: bool) -> Piece:
     """Return the factors of a module, or of a parameter for experts, and its magnitude."""
-    place = folder.place(name, own["A"])
-    if (found := folder.arrangement(place)) is None:
-        why = folder.sites.skipped.get(place.path, "it is no weight")
-        raise ValueError(
-            f"the leaf {place.path!r}, for which {folder.where} has {own['A'].name!r}, cannot be "
-            f"adapted: {why}"
-        )
-    if place.layout == "embedding":
-        check_untied(folder.sites, place, folder.where)
+    first = next(iter(own.values()))
+    place = folder.place(name, first)
+    how = factors.adaptable(folder, place, first)
     box, shape = folder.box(place)
-    roles = experts.of_experts(found.roles, shape) if is_parameter else found.roles
+    roles = experts.of_experts(how.roles, shape) if is_parameter else how.roles
     if is_parameter:
-        a, b = experts.factors(folder, own, place, roles, shape)
+        found = experts.factors(folder, own, place, roles, shape)
     else:
-        a, b = _of_module(folder, own, place, found, shape)
-    rank, config = a.shape[-1], folder.config
-    if rank != config.rank(name):
-        raise ValueError(
-            f"the rank of {name!r} must be {config.rank(name)}, as its config says: got {rank} in "
-            f"{own['A'].name!r} of {folder.where}"
-        )
-    if ("magnitude" in own) != config.get("use_dora", False):
-        raise ValueError(
-            f"use_dora of a config must say whether there are magnitudes: got "
-            f"{config.get('use_dora', False)}, and {folder.where} has "
-            f"{'one' if 'magnitude' in own else 'none'} for {name!r}"
-        )
-    stack, _, out = roles.sizes(shape)
+        found = _of_module(folder, own, place, how)
+    folder.config.check(name, found.form_rank, "magnitude" in own, folder.where)
     magnitude = None
     if "magnitude" in own:
-        if not blocks.has_entries(place.part, roles.stack):
-            raise ValueError(
-                f"the magnitude {own['magnitude'].name!r} of {folder.where} must be of a whole "
-                f"leaf or of entries of its stack: got {str(place)!r}"
-            )
-        magnitude = folder.flat(own["magnitude"], place, (*stack, *out))
-    alpha = config.plain_alpha(name, rank)
-    return Piece(place.path, box, roles, folder.whole(place), alpha, a, b, magnitude)
+        magnitude = factors.magnitude(folder, own["magnitude"], place, roles)
+    alpha = found.alpha(folder.config.plain_alpha(name, found.form_rank))
+    return Piece(place.path, box, roles, folder.whole(place), alpha, found.a, found.b, magnitude)
 
 
-def _of_module(
-    folder: Folder,
-    own: Mapping[str, Key],
-    place: Place,
-    found: Arrangement,
-    shape: tuple[int, ...],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the factors of a module, ``(*stack, ...)`` of one entry."""
-    stack, in_, out = found.roles.sizes(shape)
-    if math.prod(stack) != 1:
-        raise ValueError(
-            f"the place of {own['A'].module!r}, {str(place)!r}, must be one entry of its stack: "
-            f"got {math.prod(stack)} of them; write an index behind the path in the names"
-        )
-    rank = (folder.file.shapes[own["A"].name] or (0,))[0]
-    needed = found.factor_shapes(shape, rank)
-    first, second = (
-        folder.tensor(own[kind], place, one) for kind, one in zip("AB", needed, strict=True)
-    )
-    a, b = found.factors(first, second, shape)
-    return a.reshape(*stack, *in_, rank), b.reshape(*stack, rank, *out)
+def _of_module(folder: Folder, own: Tensors, place: Place, how: Arrangement) -> Factors:
+    if projections.are_of(own):
+        return projections.read(folder, own, place, how)
+    return factors.read(folder, own, place, how)

@@ -16,11 +16,19 @@ _ENDINGS = MappingProxyType(
         ".lora_embedding_B": "B",
         ".lora_magnitude_vector": "magnitude",
         ".lora_magnitude_vector.weight": "magnitude",  # before PEFT 0.12
+        ".lora_E": "E",
+        ".default_lora_latent_mapping.weight": "latent",  # LoRA-XS, which is no part of PEFT
+        "_lora_latent_mapping.weight": "latent",  # so too, as PEFT shortens it
+        ".lora_A": "A",  # of AdaLoRA
+        ".lora_B": "B",
+        **{f".hada_{kind}": kind for kind in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+        **{f".vera_{kind}": kind for kind in ("lambda_b", "lambda_d")},
         ".token_adapter.trainable_tokens_delta": "tokens",
     }
 )
 _WRAPPERS = ("base_layer", "modules_to_save", "original_module")
-_OURS = re.compile(r"lora_|token_adapter")
+_OURS = re.compile(r"lora_|hada_|vera_|token_adapter")
+SHARED = ("base_model.vera_A", "base_model.vera_B")  # of all modules of VeRA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +38,8 @@ class Key:
     Attributes:
         name: its name in the file.
         module: the module, or for a tensor that replaces one of the base, that tensor.
-        kind: ``"A"``, ``"B"``, ``"magnitude"``, ``"tokens"``, or ``"value"`` of what replaces.
+        kind: ``"A"`` or another kind of `jaxlora.formats.factorizations`, ``"magnitude"``,
+            ``"tokens"``, or ``"value"`` of what replaces.
         depth: in how many other adapted modules it stands, as one of several tensors of a module.
     """
 
@@ -65,7 +74,7 @@ def parse_all(names: Iterable[str], path: str) -> list[Key]:
     Raises:
         ValueError: one is not understood.
     """
-    found = {name: parse(name) for name in names}
+    found = {name: parse(name) for name in names if name not in SHARED}
     if wrong := [name for name, key in found.items() if key is None]:
         raise ValueError(
             f"{path} has tensors that are not understood, which would be lost: "

@@ -42,7 +42,7 @@ def read(
                 "in no target, no module to save and no bias"
             )
         name = owner if last == "weight" and key.module not in folder.table else key.module
-        place = folder.place(name, key)
+        place = folder.place(name, key.name)
         if not is_bias:
             check_untied(folder.sites, place, folder.where)
         found.add(name)
@@ -95,8 +95,8 @@ def _value(folder: Folder, key: Key, place: Place) -> np.ndarray:
     """Return what a tensor is in its place."""
     _, shape = folder.box(place)
     if (found := folder.arrangement(place)) is None:
-        return folder.flat(key, place, shape)
-    return found.weight(folder.tensor(key, place, found.weight_shape(shape)), shape)
+        return folder.flat(key.name, place, shape)
+    return found.weight(folder.tensor(key.name, place, found.weight_shape(shape)), shape)
 
 
 def _replacement(folder: Folder, path: str, entries: list[Entry]) -> Replacement:
@@ -128,7 +128,7 @@ def read_tokens(folder: Folder, keys: list[Key]) -> Iterator[tuple[str, Replacem
         if not any(named(key.module, [name]) for key in keys):
             raise ValueError(f"{folder.where} has no rows of {name!r}, which its config names")
     for key in keys:
-        place = folder.place(key.module, key)
+        place = folder.place(key.module, key.name)
         rows = next((rows for name, rows in of_names.items() if named(key.module, [name])), None)
         if rows is None or place.part is not None or place.layout != "embedding":
             raise ValueError(
@@ -142,7 +142,7 @@ def read_tokens(folder: Folder, keys: list[Key]) -> Iterator[tuple[str, Replacem
                 f"trainable_token_indices of {folder.where} must be different and below "
                 f"{shape[0]}, the rows of {place.path!r}: got {rows}"
             )
-        value = folder.tensor(key, place, (len(rows), *shape[1:]))
+        value = folder.tensor(key.name, place, (len(rows), *shape[1:]))
         order = np.argsort(rows)
         yield (
             place.path,

@@ -11,12 +11,12 @@ import numpy as np
 
 from jaxlora.formats import arguments, tensors
 from jaxlora.formats.layouts import Arrangement, arrangement
+from jaxlora.formats.modules import Module, modules
 from jaxlora.formats.names import Names
 from jaxlora.formats.peft import config as configs
 from jaxlora.formats.peft import experts, kept
 from jaxlora.formats.peft.config import CONFIG_FILE
 from jaxlora.formats.peft.keys import PREFIX
-from jaxlora.formats.peft.modules import Module, modules
 from jaxlora.formats.peft.reading import TENSORS_FILE
 from jaxlora.messages import checks
 from jaxlora.storage import processes, replacing
