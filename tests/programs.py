@@ -58,6 +58,7 @@ def _steps(shape: tuple[int, ...], d: int) -> dict[str, Any]:
         "cast": lambda w: w.astype(jnp.float32).astype(w.dtype),
         "stack": lambda w: jnp.stack([w, w * 2, -w], axis=d),
         "index": lambda w: jnp.stack([w, -w])[jnp.int32(1)],
+        "entries": lambda w: jnp.stack(jnp.unstack(w, axis=d)[::-1], axis=d),
         "sum": lambda w: jnp.stack([w, w * 2], axis=d).sum(d),
         "difference": lambda w: w * 3 - w,
         "jit": jax.jit(lambda w: w * 1),

@@ -49,6 +49,23 @@ def here(fn):
     return fn.__code__.co_firstlineno + 1
 
 
+def looped(params, x):
+    for w in params["w"]:  # `unstack`, or slices, by the version of JAX
+        x = jnp.tanh(x @ w)
+    for w in jnp.unstack(params["v"], axis=1):
+        x = jnp.tanh(x @ w)
+    return x
+
+
+def test_a_python_loop_over_a_stack_stays_low_rank():
+    base = {"w": normal(0, 3, 8, 8), "v": normal(1, 8, 2, 8)}
+    sites = jaxlora.find_sites(looped, base, X)
+    assert {site.path: site.stack for site in sites} == {"w": (0,), "v": (1,)}
+    params = adapted(looped, base, X)
+    got = jaxlora.lora(looped, strict=True)(params, X)
+    assert_allclose(got, looped(jaxlora.merge(params), X), rtol=1e-5, atol=1e-6)
+
+
 def test_functions_of_jax_are_told_at_the_line_that_calls_them():
     params = adapted(lambda p, x: x @ p["w"], {"w": normal(0, 8, 8)}, X)
 

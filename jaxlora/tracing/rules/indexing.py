@@ -15,7 +15,7 @@ from jax import lax
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.registry import rule
-from jaxlora.tracing.types import Base, Eqn, Operand, Values
+from jaxlora.tracing.types import Base, Eqn, Operand, Value, Values
 from jaxlora.tracing.values import axes, deferred, slicing
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.weight import Role, Weight
@@ -75,6 +75,17 @@ def split(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     for start, end in zip([0, *ends], ends, strict=False):
         parts.append(weight.along(axis, slicing.between(start, end)))
     return parts
+
+
+@rule("unstack", passes=True)
+def unstack(run: Evaluation, eqn: Eqn, value: Value) -> Values:
+    """Take the entries along a dimension, each by the slice that it is."""
+    axis = eqn.params["axis"]
+
+    def entries(x):
+        return [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
+
+    return run.inner(eqn, jax.make_jaxpr(entries)(eqn.invars[0].aval), value)
 
 
 def _gather_deferred(eqn: Eqn, x: Deferred, indices: jax.Array) -> Deferred | None:
