@@ -17,7 +17,7 @@ import typed_script
 
 import jaxlora
 import jaxlora.nnx
-from jaxlora.formats import peft, safetensors
+from jaxlora.formats import diffusion, peft, safetensors
 
 approx = functools.partial(pytest.approx, abs=1e-4)
 pytestmark = pytest.mark.once
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.once
 NAMESPACES = [
     jaxlora,
     *(value for name in jaxlora.__all__ if inspect.ismodule(value := getattr(jaxlora, name))),
+    diffusion,
     peft,
     safetensors,
 ]

@@ -15,7 +15,7 @@ import optax
 
 import jaxlora
 from jaxlora import algebra, calibration, initializers, optim
-from jaxlora.formats import Names, Place, peft, safetensors
+from jaxlora.formats import Names, Place, diffusion, peft, safetensors
 
 X = jax.random.normal(jax.random.key(9), (5, 8))
 Params = dict[str, jax.Array]
@@ -103,6 +103,10 @@ def travelled(folder: pathlib.Path) -> dict[str, float]:
     peft.save(folder / "peft", adapters, names=names, base_model_name_or_path="name")
     sites: jaxlora.targets.Sites = jaxlora.find_sites(model, base, X)
     loaded = peft.load(folder / "peft", sites=sites, names=names)
+    style: diffusion.Style = "kohya"
+    file = folder / "it.safetensors"
+    diffusion.save(file, adapters, names=names, style=style, sites=sites, metadata={"a": "b"})
+    loaded |= diffusion.load(file, sites=sites, names=names, ignore=("unet.*",))
     both = Names(("{name}", "{name}"))
     tree = jaxlora.bind(base, adapters)
     safetensors.save(folder / "weights", tree, both, sites=sites, max_shard_bytes=10**6)

@@ -11,7 +11,7 @@ from flax import nnx
 import jaxlora
 import jaxlora.nnx
 from jaxlora import algebra, initializers
-from jaxlora.formats import Names, peft, safetensors
+from jaxlora.formats import Names, diffusion, peft, safetensors
 
 X, KEY = normal(0, 5, 8), jax.random.key(0)
 PARAMS = {"up": normal(1, 8, 6), "down": normal(2, 6, 8)}
@@ -174,6 +174,12 @@ CALLS = {
         FILE[0] | {"adapters": ADAPTERS},
         FILE[1] | {"base_model_name_or_path": None},
     ),
+    "diffusion.load": (diffusion.load, FILE[0], FILE[1] | {"ignore": ("up",)}),
+    "diffusion.save": (
+        diffusion.save,
+        FILE[0] | {"adapters": ADAPTERS},
+        FILE[1] | {"style": "kohya", "metadata": {"a": "b"}},
+    ),
     "safetensors.load": (
         safetensors.load,
         {"folder": "folder", "names": FILE[1]["names"], "like": PARAMS},
@@ -246,7 +252,12 @@ FITTING = {
     **{name: {"None", "an int"} for name in ("Svd.rank", "svd_rank")},
     "rule": {"None"},
     "sites": {"None"},
-    **{f"{call}.sites": set() for call in ("peft.load", "safetensors.load", "safetensors.save")},
+    **{
+        f"{call}.sites": set()
+        for call in ("diffusion.load", "peft.load", "safetensors.load", "safetensors.save")
+    },
+    "style": set(),
+    "metadata": {"None", "an empty dict"},
     "like": TREES,
     "safetensors.save.params": TREES | {"adapted params", "an adapted weight"},
     "ignore": {"an empty list", "an array of strings"},

@@ -1,5 +1,7 @@
 """Checks of the arguments that all readers and writers of files take."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlora.formats.names import Names
@@ -29,3 +31,22 @@ def local(path: locations.PathLike) -> Path:
     if not locations.is_local(found):
         raise ValueError(f"the path must be a local one: got {str(found)!r}")
     return found
+
+
+def expressions(ignore: Sequence[str]) -> list[re.Pattern[str]]:
+    """Return regular expressions, or raise for what is none."""
+    needed = "ignore must be regular expressions for names, as ('.*inv_freq',)"
+    if isinstance(ignore, str) or not checks.is_listing(ignore):
+        raise TypeError(f"{needed}: got {checks.shown(ignore)}")
+    for expression in ignore:
+        if not isinstance(expression, str):
+            raise TypeError(f"{needed}: got {checks.shown(expression)} among them")
+    try:
+        return [re.compile(expression) for expression in ignore]
+    except re.error as error:
+        raise ValueError(f"{needed}: {error}: got {[*ignore]}") from error
+
+
+def is_among(name: str, among: Sequence[re.Pattern[str]]) -> bool:
+    """Tell whether a whole name is what one of some regular expressions means."""
+    return any(expression.fullmatch(name) for expression in among)

@@ -15,7 +15,7 @@ from jaxlora.weights import blocks
 from jaxlora.weights.roles import Roles
 
 Tensors = Mapping[str, str]  # names of the tensors of a module, by what they are of it
-BESIDE = ("magnitude", "alpha")  # what may stand beside the tensors of a form
+BESIDE = ("magnitude", "dora_scale", "alpha")  # what may stand beside the tensors of a form
 
 
 @dataclasses.dataclass(frozen=True)

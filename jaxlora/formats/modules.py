@@ -1,4 +1,4 @@
-"""Adapters of a tree as the factors of the modules that a PEFT folder names."""
+"""Adapters of a tree as the factors of the modules that a file names."""
 
 import dataclasses
 import math
@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from jaxlora.formats import pieces
+from jaxlora.formats.layouts import Arrangement, arrangement
 from jaxlora.formats.names import Names, Place
 from jaxlora.formats.pieces import Box
 from jaxlora.messages import checks
+from jaxlora.targets.sites import Sites
+from jaxlora.tracing.recorder import Kind
 from jaxlora.weights import blocks
 from jaxlora.weights.adapters import Adapter, scaling
 from jaxlora.weights.roles import Roles
@@ -79,6 +82,13 @@ class Module:
             a.append(self._within(np.asarray(term.a), term, in_))
             b.append(self._within(_scaled(term, scale), term, out))
         return (a[0], b[0]) if len(a) == 1 else (np.concatenate(a, -1), np.concatenate(b, count))
+
+    def tensors(self, how: Arrangement) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tensors of ``A`` and ``B``, its part being one entry of its stack."""
+        a, b = self.factors()
+        stack = len(self.roles.stack)
+        a, b = a.reshape(a.shape[stack:]), b.reshape(b.shape[stack:])
+        return how.tensors(a, b, self.shape)
 
     def magnitude(self) -> np.ndarray | None:
         """Return the magnitude ``(*stack, *out)`` of its part."""
@@ -151,3 +161,33 @@ def _shared(one: Box, other: Box) -> int:
     """Return how many elements two blocks have in common."""
     pairs = zip(one, other, strict=True)
     return math.prod(max(min(a[1], b[1]) - max(a[0], b[0]), 0) for a, b in pairs)
+
+
+def arranged(module: Module, sites: Sites | None) -> Arrangement:
+    """Return how the weight of a module lies, or raise if its adapter does not travel."""
+    place, shape = module.place, module.first.shape
+    if sites is None:
+        if place.layout == "conv":
+            raise ValueError(
+                f"{str(place)!r} is a kernel, and only the program tells which of its axes are the "
+                "window: give sites=jaxlora.find_sites(fn, params, *args)"
+            )
+        return Arrangement(module.roles, place.layout)
+    found = arrangement(sites, place, shape)
+    uses = {use.kind for use in sites[place.path].uses} if found else set()
+    if found is None or (uses == {Kind.LOOKED_UP}) != (place.layout == "embedding"):
+        raise ValueError(
+            f"the layout of {str(place)!r} must be 'embedding' if and only if the program looks "
+            f"rows of it up: got {place.layout!r}"
+        )
+    return dataclasses.replace(found, roles=module.roles)
+
+
+def check_own_bases(adapters: Mapping[str, Adapter]) -> None:
+    """Raise for an adapter that is not of the base as it was, which files name."""
+    for name, term in adapters.items():
+        if term.changed:
+            raise ValueError(
+                f"the adapter {name!r} started with {term.changed!r}, which changed its base: make "
+                "it one of the base as it was, with jaxlora.algebra.rebase"
+            )

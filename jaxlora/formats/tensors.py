@@ -24,10 +24,12 @@ class TensorFile:
     Attributes:
         path: the file.
         shapes: shape of each tensor by name.
+        metadata: what its header says beside them.
     """
 
     def __init__(self, path: Path, opened: Any, header: Mapping[str, Any]):
         self.path, self._opened, self._header = path, opened, header
+        self.metadata: dict[str, str] = opened.metadata() or {}
         self.shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -77,8 +79,20 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     _safetensors()
     from safetensors.numpy import save_file
 
-    ready = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    ready = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # of new files here; those of safetensors 0.8 are private
     save_file(ready, path, metadata=dict(metadata))
+    path.chmod(mode)
+
+
+def data(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """Return what a file of tensors has behind its header."""
+    _safetensors()
+    from safetensors.numpy import save
+
+    file = save({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()})
+    return file[8 + int.from_bytes(file[:8], "little") :]
 
 
 def _header(path: Path) -> dict[str, Any]:

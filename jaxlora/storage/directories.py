@@ -1,5 +1,7 @@
 """Replace a directory as a whole, beside other writers and readers, and lose none on the way.
 
+A file is replaced so too, but by one renaming, for a file can be renamed onto another.
+
 What a writer has that is not at its destination yet, or no longer, is in one directory beside
 it: its workspace, ``.{name}.jaxlora-{32 hex digits}``, with a name that is its own. In ``new``
 the directory is written. Then what stands at the destination is moved to ``old``, ``new`` takes
@@ -83,6 +85,9 @@ class Workspace:
         for count in itertools.count():
             settled(self.target, check)
             try:
+                if self.new.is_file():
+                    self.new.replace(self.target)
+                    return
                 if self.target.exists():
                     if self.old.exists():  # from the last round; what is in `old` is the latest
                         self.old.rename(self.path / f"older_{count}")

@@ -1,4 +1,4 @@
-"""Replace a directory in a program of several processes, and say what went wrong."""
+"""Replace a directory or file in a program of several processes, and say what went wrong."""
 
 import os
 import re
@@ -53,6 +53,17 @@ def replace(
             workspace.leave(lock)
         raise
     together(call, lambda: workspace.leave(lock), first_alone=True)
+
+
+def replace_from_first(
+    call: str, target: Path, write: Callable[[Path], None], check: Callable[[Path], None]
+) -> None:
+    """Replace a directory or a file that the first process writes, see `replace`."""
+
+    def save(place: Path) -> None:
+        together(call, lambda: with_path(target, lambda: write(place)), first_alone=True)
+
+    replace(call, target, save, check)
 
 
 def check_free(place: Path, target: Path, is_own: Callable[[str], bool]) -> None:

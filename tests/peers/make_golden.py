@@ -4,7 +4,8 @@ PYTHONPATH=tests:examples python tests/peers/make_golden.py
 
 ``peft`` has what PEFT saves of each of the cases of `programs_of_files`, and beside it in
 ``output.npy`` what the adapted program computes. ``peft_minilm`` has an adapter of the pretrained
-all-MiniLM-L6-v2, and what that makes of the tokens beside it. It needs
+all-MiniLM-L6-v2, and what that makes of the tokens beside it. ``diffusion`` has files of diffusers
+and LyCORIS for the model of `diffusion_programs`, and beside each what it then computes. It needs
 ``pip install -e '.[examples,peft]'``.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import fetch
 import numpy as np
 import programs_of_files
+import torch_diffusion
 import torch_programs
 import transformers
 from safetensors.numpy import load_file
@@ -52,9 +54,24 @@ def minilm() -> None:
     np.savez(folder / "vectors.npz", tokens=tokens, vectors=vectors)
 
 
+def diffusion() -> None:
+    """Write files of adapters of a diffusion model."""
+    folder = GOLDEN.with_name("diffusion")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in torch_diffusion.OF_DIFFUSERS:
+        output = torch_diffusion.write_with_diffusers(name, folder)
+        (folder / "pytorch_lora_weights.safetensors").rename(folder / f"{name}.safetensors")
+        np.save(folder / f"{name}.npy", output)
+    for name in torch_diffusion.OF_LYCORIS:
+        output = torch_diffusion.write_with_lycoris(name, folder / f"lycoris_{name}.safetensors")
+        np.save(folder / f"lycoris_{name}.npy", output)
+
+
 def main() -> None:
     """Write every folder."""
     minilm()
+    diffusion()
     shutil.rmtree(GOLDEN, ignore_errors=True)
     for name, case in (programs_of_files.CASES | programs_of_files.OTHER_KINDS).items():
         folder = GOLDEN / name

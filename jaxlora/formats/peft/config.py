@@ -1,18 +1,16 @@
 """The file ``adapter_config.json`` of a PEFT folder: what it says, and which modules it means."""
 
-import collections
 import dataclasses
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxlora.formats.peft import config_keys
 from jaxlora.messages import checks
 
-T = TypeVar("T")
 CONFIG_FILE = "adapter_config.json"
 TYPES = ("LORA", "LOHA", "ADALORA", "VERA")
 _CHANGES_BASE = re.compile(r"(pissa(_niter_\d+)?|olora|corda|lora_ga|loftq)")
@@ -165,7 +163,7 @@ def _as_of_lora(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], floa
             kept = values.get("rank_pattern", {})
             rank = values.get("init_r", 12)
             ranks = {
-                _pinned(name.rpartition(".lora_E")[0]): sum(
+                pinned(name.rpartition(".lora_E")[0]): sum(
                     choices if isinstance(choices, list) else [choices]
                 )
                 for name, choices in kept.items()
@@ -209,31 +207,6 @@ def _version(text: object) -> tuple[int, ...]:
     return tuple(map(int, found[0].split("."))) if found else ()
 
 
-def plain(modules: Iterable[tuple[str, int, float]]) -> dict[str, Any]:
-    """Return a config of plain keys for modules, each with its rank and alpha."""
-    modules = [*modules]
-    rank = _most_common([rank for _, rank, _ in modules])
-    alpha = _most_common([alpha for _, _, alpha in modules])
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": _number(alpha),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": [name for name, _, _ in modules],
-        "rank_pattern": {_pinned(name): r for name, r, _ in modules if r != rank},
-        "alpha_pattern": {_pinned(name): _number(a) for name, _, a in modules if a != alpha},
-    }
-
-
-def _most_common(values: list[T]) -> T:
-    return collections.Counter(values).most_common(1)[0][0]
-
-
-def _number(alpha: float) -> float | int:
-    return int(alpha) if float(alpha).is_integer() else float(alpha)
-
-
-def _pinned(module: str) -> str:
+def pinned(module: str) -> str:
+    """Return the pattern that means one module alone."""
     return "^" + re.escape(module)

@@ -169,8 +169,9 @@ def _refuse_untold(names: list[str]) -> None:
     )
 
 
-def tensors(a: np.ndarray, b: np.ndarray, module: Module) -> tuple[np.ndarray, np.ndarray]:
+def tensors(module: Module) -> tuple[np.ndarray, np.ndarray]:
     """Return the tensors of the factors of a parameter; the opposite of `factors`."""
+    a, b = module.factors()
     count, rank = module.entries, module.rank
     a, b = a.reshape(count, -1, rank), b.reshape(count, rank, -1)
     first = a.swapaxes(1, 2).reshape(count * rank, -1)

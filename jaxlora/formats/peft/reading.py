@@ -57,6 +57,7 @@ def _adapters(folder: Folder) -> Adapters:
     modules, kept, tokens = folder.keys()
     factors.check_types(folder, modules)
     adapted = {module for module, _ in modules}
+    targets.check_met(folder.where, folder.config, adapted)
     targets.check(folder, folder.config, adapted)
     found: Adapters = {**pieces.adapters(factors.read(folder, modules))}
     others = (*values.read(folder, kept, adapted), *values.read_tokens(folder, tokens))

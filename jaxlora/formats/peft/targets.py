@@ -25,14 +25,6 @@ def check(source: Source, config: Config, adapted: Iterable[str]) -> None:
         raise ValueError(
             f"{where} has factors of modules that its config does not name: {_listed(strange)}"
         )
-    targets = config.get("target_modules", ())
-    has = {suffix for module in modules for suffix in configs.suffixes(module)}
-    if isinstance(targets, str):
-        unmet = [] if any(configs.named(module, targets) for module in modules) else [targets]
-    else:
-        unmet = [target for target in targets if target not in has]
-    for target in unmet:
-        raise ValueError(f"{where} has no factors for the target {target!r} of its config")
     wanted = {
         name
         for name, place in source.table.items()
@@ -42,6 +34,18 @@ def check(source: Source, config: Config, adapted: Iterable[str]) -> None:
         raise ValueError(
             f"{where} has no factors of modules that its config names: {_listed(lost)}"
         )
+
+
+def check_met(where: str, config: Config, modules: Iterable[str]) -> None:
+    """Raise if a target of the config has no modules with factors."""
+    targets = config.get("target_modules", ())
+    has = {suffix for module in modules for suffix in configs.suffixes(module)}
+    if isinstance(targets, str):
+        unmet = [] if any(configs.named(module, targets) for module in modules) else [targets]
+    else:
+        unmet = [target for target in targets if target not in has]
+    for target in unmet:
+        raise ValueError(f"{where} has no factors for the target {target!r} of its config")
 
 
 def _listed(names: list[str]) -> str:

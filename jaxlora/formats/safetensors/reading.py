@@ -12,7 +12,6 @@ from jaxlora.formats.names import Names, missing
 from jaxlora.formats.safetensors import entries, shards
 from jaxlora.formats.safetensors.entries import Entry
 from jaxlora.formats.safetensors.shards import Checkpoint
-from jaxlora.messages import checks
 from jaxlora.storage import directories
 from jaxlora.storage.locations import PathLike
 from jaxlora.targets.sites import Sites
@@ -50,7 +49,7 @@ def load(
     arguments.check_sites(sites)
     leaves, treedef = paths.flatten(like)
     tree_checks.check_leaves(leaves, like, "load(path, names, like)", "like")
-    unwanted = _expressions(ignore)
+    unwanted = arguments.expressions(ignore)
     table = entries.entries(leaves, names, sites)
     with shards.opened(directories.standing(arguments.local(path))) as found:
         sources = entries.by_path(_sources(found, table, unwanted))
@@ -62,27 +61,13 @@ def load(
     return treedef.unflatten(made)
 
 
-def _expressions(ignore: Sequence[str]) -> list[re.Pattern[str]]:
-    """Return regular expressions, or raise for what is none."""
-    needed = "ignore must be regular expressions for names, as ('.*inv_freq',)"
-    if isinstance(ignore, str) or not checks.is_listing(ignore):
-        raise TypeError(f"{needed}: got {checks.shown(ignore)}")
-    for expression in ignore:
-        if not isinstance(expression, str):
-            raise TypeError(f"{needed}: got {checks.shown(expression)} among them")
-    try:
-        return [re.compile(expression) for expression in ignore]
-    except re.error as error:
-        raise ValueError(f"{needed}: {error}: got {[*ignore]}") from error
-
-
 def _sources(
     found: Checkpoint, table: Mapping[str, Entry], unwanted: Sequence[re.Pattern[str]]
 ) -> dict[str, Entry]:
     """Return what each tensor is of the tree, or raise for one that has no place."""
     sources = {}
     for name, got in found.shapes.items():
-        if any(expression.fullmatch(name) for expression in unwanted):
+        if arguments.is_among(name, unwanted):
             continue
         key = name if name in table else name.removesuffix(".weight")
         if (entry := table.get(key)) is None:

@@ -1,0 +1,78 @@
+"""What the header of a file says of its adapters: the configs of diffusers."""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+
+from jaxlora.formats.diffusion import spellings
+from jaxlora.formats.peft import config as configs
+from jaxlora.formats.peft.config import Config
+from jaxlora.formats.tensors import TensorFile
+from jaxlora.messages import checks
+from jaxlora.types import Json
+
+METADATA = "lora_adapter_metadata"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """The configs that diffusers writes, perhaps none.
+
+    Attributes:
+        by_component: what is said of each component, under ``""`` of a file with only one.
+    """
+
+    by_component: Mapping[str, Config]
+
+    @classmethod
+    def read(cls, file: TensorFile) -> "Metadata":
+        """Return what a file says.
+
+        Raises:
+            ValueError: it is not what diffusers writes, or says what adapters here cannot.
+        """
+        if METADATA not in file.metadata:
+            return cls({})
+        where = f"{METADATA} of {str(file.path)!r}"
+        by_component: dict[str, Json] = collections.defaultdict(dict)
+        for name, value in _object(file.metadata[METADATA], where).items():
+            component, key = spellings.split(name)
+            by_component[component][key] = value
+        return cls(
+            {
+                component: configs.from_values({"peft_type": "LORA"} | values, where)
+                for component, values in by_component.items()
+            }
+        )
+
+    def configs(self) -> Iterable[Config]:
+        """Return all configs."""
+        return self.by_component.values()
+
+    def of(self, name: str) -> tuple[Config | None, str]:
+        """Return what is said of a module, perhaps nothing, and its name there."""
+        component, rest = spellings.split(name)
+        if component in self.by_component:
+            return self.by_component[component], rest
+        return self.by_component.get(""), name
+
+
+def _object(text: str, where: str) -> Json:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} must be an object of JSON: got {checks.shown(found)}")
+    return found
+
+
+def packed(by_component: Mapping[str, Json]) -> str:
+    """Return configs of components as one text; the opposite of `Metadata.read`."""
+    flat = {
+        f"{component}.{key}" if component else key: value
+        for component, config in by_component.items()
+        for key, value in config.items()
+    }
+    return json.dumps(flat, indent=2, sort_keys=True)
