@@ -17,7 +17,7 @@ import typed_script
 
 import jaxlora
 import jaxlora.nnx
-from jaxlora.formats import diffusion, peft, safetensors
+from jaxlora.formats import diffusion, models, names, peft, safetensors
 
 approx = functools.partial(pytest.approx, abs=1e-4)
 pytestmark = pytest.mark.once
@@ -26,6 +26,8 @@ NAMESPACES = [
     jaxlora,
     *(value for name in jaxlora.__all__ if inspect.ismodule(value := getattr(jaxlora, name))),
     diffusion,
+    models,
+    names,
     peft,
     safetensors,
 ]
@@ -141,7 +143,7 @@ def test_script_of_a_user_gets_the_values(tmp_path):
     assert stored["extra"] > 0
     assert (stored["back"], stored["error"]) == (approx(0), approx(0))
     assert module == {"module": approx(0)}
-    assert travelled == {"places": 1, "loaded": 0, "merged": 0}
+    assert travelled == {"places": 3, "loaded": 0, "merged": 0}
 
 
 def test_script_of_a_user_calls_every_function():

@@ -15,7 +15,8 @@ import optax
 
 import jaxlora
 from jaxlora import algebra, calibration, initializers, optim
-from jaxlora.formats import Names, Place, diffusion, peft, safetensors
+from jaxlora.formats import Names, Place, diffusion, models, peft, safetensors
+from jaxlora.formats import names as formats_names
 
 X = jax.random.normal(jax.random.key(9), (5, 8))
 Params = dict[str, jax.Array]
@@ -103,6 +104,10 @@ def travelled(folder: pathlib.Path) -> dict[str, float]:
     peft.save(folder / "peft", adapters, names=names, base_model_name_or_path="name")
     sites: jaxlora.targets.Sites = jaxlora.find_sites(model, base, X)
     loaded = peft.load(folder / "peft", sites=sites, names=names)
+    shapes = {"one.weight": (6, 8), "two.weight": (3, 6)}
+    found: Names = formats_names.find(shapes, sites, known=[("two", "down", "linear")])
+    bert: Names = models.BERT_FLAX.within(file="bert.", tree="params/")
+    places |= found.table({"up": (8, 6)}) | bert.table({"params/pooler/dense/bias": (4,)})
     style: diffusion.Style = "kohya"
     file = folder / "it.safetensors"
     diffusion.save(file, adapters, names=names, style=style, sites=sites, metadata={"a": "b"})

@@ -11,7 +11,7 @@ from flax import nnx
 import jaxlora
 import jaxlora.nnx
 from jaxlora import algebra, initializers
-from jaxlora.formats import Names, diffusion, peft, safetensors
+from jaxlora.formats import Names, diffusion, names, peft, safetensors
 
 X, KEY = normal(0, 5, 8), jax.random.key(0)
 PARAMS = {"up": normal(1, 8, 6), "down": normal(2, 6, 8)}
@@ -180,6 +180,11 @@ CALLS = {
         FILE[0] | {"adapters": ADAPTERS},
         FILE[1] | {"style": "kohya", "metadata": {"a": "b"}},
     ),
+    "names.find": (
+        names.find,
+        {"torch_names": {"a.weight": (6, 8), "b.weight": (8, 6)}, "sites": FILE[1]["sites"]},
+        {"known": ()},
+    ),
     "safetensors.load": (
         safetensors.load,
         {"folder": "folder", "names": FILE[1]["names"], "like": PARAMS},
@@ -254,9 +259,14 @@ FITTING = {
     "sites": {"None"},
     **{
         f"{call}.sites": set()
-        for call in ("diffusion.load", "peft.load", "safetensors.load", "safetensors.save")
+        for call in (
+            *("diffusion.load", "names.find", "peft.load"),
+            *("safetensors.load", "safetensors.save"),
+        )
     },
     "style": set(),
+    "torch_names": set(),
+    "known": {"an empty dict", "an empty list", "a set"},
     "metadata": {"None", "an empty dict"},
     "like": TREES,
     "safetensors.save.params": TREES | {"adapted params", "an adapted weight"},

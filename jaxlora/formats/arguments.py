@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxlora.formats.names import Names
+from jaxlora.formats.names.mapping import Names
 from jaxlora.messages import checks
 from jaxlora.storage import locations
 from jaxlora.targets.sites import Sites

@@ -9,7 +9,7 @@ import numpy as np
 from jaxlora.formats import factorizations
 from jaxlora.formats.factorizations import Form
 from jaxlora.formats.layouts import Arrangement, check_untied
-from jaxlora.formats.names import Place
+from jaxlora.formats.names.mapping import Place
 from jaxlora.formats.source import Source
 from jaxlora.weights import blocks
 from jaxlora.weights.roles import Roles

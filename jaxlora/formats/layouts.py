@@ -13,7 +13,8 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from jaxlora.formats.names import Layout, Place
+from jaxlora.formats.names.mapping import Place
+from jaxlora.formats.names.pairs import Layout
 from jaxlora.targets.sites import Sites
 from jaxlora.tracing.recorder import Kind
 from jaxlora.weights.roles import Roles

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlora.formats import pieces
 from jaxlora.formats.layouts import Arrangement, arrangement
-from jaxlora.formats.names import Names, Place
+from jaxlora.formats.names.mapping import Names, Place
 from jaxlora.formats.pieces import Box
 from jaxlora.messages import checks
 from jaxlora.targets.sites import Sites

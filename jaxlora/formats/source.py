@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlora.formats import pieces
 from jaxlora.formats.layouts import Arrangement, arrangement
-from jaxlora.formats.names import Place, missing
+from jaxlora.formats.names.mapping import Place, missing
 from jaxlora.formats.pieces import Box
 from jaxlora.formats.tensors import TensorFile
 from jaxlora.targets.sites import Sites

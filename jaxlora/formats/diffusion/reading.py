@@ -10,7 +10,7 @@ from jaxlora.formats import arguments, factors, pieces, tensors
 from jaxlora.formats.diffusion import keys, spellings
 from jaxlora.formats.diffusion.metadata import METADATA, Metadata
 from jaxlora.formats.factors import Tensors
-from jaxlora.formats.names import Names, missing
+from jaxlora.formats.names.mapping import Names, missing
 from jaxlora.formats.peft import targets
 from jaxlora.formats.pieces import Piece
 from jaxlora.formats.source import Source

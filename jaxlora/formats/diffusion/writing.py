@@ -9,7 +9,7 @@ import jax
 from jaxlora.formats import arguments, tensors
 from jaxlora.formats.diffusion import keys, styles
 from jaxlora.formats.modules import Module, check_own_bases, modules
-from jaxlora.formats.names import Names
+from jaxlora.formats.names.mapping import Names
 from jaxlora.messages import checks
 from jaxlora.storage import processes, replacing
 from jaxlora.storage.locations import PathLike

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxlora.formats.factors import Factors, Tensors
 from jaxlora.formats.modules import Module
-from jaxlora.formats.names import Place
+from jaxlora.formats.names.mapping import Place
 from jaxlora.formats.peft import config as configs
 from jaxlora.formats.peft.folder import Folder, ModuleKey
 from jaxlora.weights.roles import Roles

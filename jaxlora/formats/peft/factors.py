@@ -6,7 +6,7 @@ from types import MappingProxyType
 from jaxlora.formats import factors
 from jaxlora.formats.factors import Factors, Tensors
 from jaxlora.formats.layouts import Arrangement
-from jaxlora.formats.names import Place
+from jaxlora.formats.names.mapping import Place
 from jaxlora.formats.peft import experts, projections
 from jaxlora.formats.peft.folder import Folder, ModuleKey
 from jaxlora.formats.pieces import Piece

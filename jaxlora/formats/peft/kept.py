@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlora.formats import pieces
 from jaxlora.formats.layouts import arrangement, check_untied
-from jaxlora.formats.names import Names, Place, module_and_tensor
+from jaxlora.formats.names.mapping import Names, Place, module_and_tensor
 from jaxlora.targets.sites import Sites
 from jaxlora.weights import blocks
 from jaxlora.weights.adapters import Replacement

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxlora.formats.factors import Factors, Tensors
 from jaxlora.formats.layouts import Arrangement
-from jaxlora.formats.names import Place
+from jaxlora.formats.names.mapping import Place
 from jaxlora.formats.peft.folder import Folder
 from jaxlora.formats.peft.keys import SHARED
 

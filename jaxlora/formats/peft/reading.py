@@ -3,7 +3,7 @@
 import os
 
 from jaxlora.formats import arguments, pieces, tensors
-from jaxlora.formats.names import Names
+from jaxlora.formats.names.mapping import Names
 from jaxlora.formats.peft import config as configs
 from jaxlora.formats.peft import factors, targets, values
 from jaxlora.formats.peft.folder import Folder

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlora.formats import pieces
 from jaxlora.formats.layouts import check_untied
-from jaxlora.formats.names import Place
+from jaxlora.formats.names.mapping import Place
 from jaxlora.formats.peft.config import named
 from jaxlora.formats.peft.folder import Folder
 from jaxlora.formats.peft.keys import Key

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxlora.formats import arguments, tensors
 from jaxlora.formats.modules import Module, arranged, check_own_bases, modules
-from jaxlora.formats.names import Names
+from jaxlora.formats.names.mapping import Names
 from jaxlora.formats.peft import experts, kept, plain
 from jaxlora.formats.peft.config import CONFIG_FILE
 from jaxlora.formats.peft.keys import PREFIX

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.formats import arguments
-from jaxlora.formats.names import Names, missing
+from jaxlora.formats.names.mapping import Names, missing
 from jaxlora.formats.safetensors import entries, shards
 from jaxlora.formats.safetensors.entries import Entry
 from jaxlora.formats.safetensors.shards import Checkpoint

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.formats import arguments
-from jaxlora.formats.names import Names, module_and_tensor
+from jaxlora.formats.names.mapping import Names, module_and_tensor
 from jaxlora.formats.safetensors import entries, shards
 from jaxlora.formats.safetensors.entries import Entry
 from jaxlora.messages import checks

@@ -6,22 +6,17 @@ A `Names` is a list of pairs that is read in both directions: for the leaves of 
 shapes are known, it lists every name and its place, so that no name is ever taken apart.
 """
 
-import collections
 import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from jaxlora.formats.names import pairs
+from jaxlora.formats.names.pairs import Given, Layout
 from jaxlora.messages import checks
 from jaxlora.weights import blocks, paths
 from jaxlora.weights.blocks import Part
-
-Layout = Literal["linear", "embedding", "conv", "transposed"]
-_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
-_VALUE = r"\d+|[A-Za-z_]\w*?"
-_PAIR = '("name in the file", "path in the tree") or with a layout behind them'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +58,7 @@ class Names:
     pairs stand in the order in which the module has them.
 
     Args:
-        *pairs: ``(name, place)``, or ``(name, place, layout)``. The layout tells how the weight of
+        *given: ``(name, place)``, or ``(name, place, layout)``. The layout tells how the weight of
             the module lies in the file: ``"linear"`` (out, in), which is the default;
             ``"embedding"`` (rows, columns); ``"conv"`` (out, in, window); ``"transposed"``
             (in, out), as of the ``Conv1D`` of GPT-2. Where no template can tell the names, a pair
@@ -84,12 +79,38 @@ class Names:
     head = head/kernel
     """
 
-    def __init__(self, *pairs: Sequence[str | Callable[..., object]]):
-        self._pairs = [_pair(pair) for pair in pairs]
-        self._shown = pairs
+    def __init__(self, *given: Given):
+        self._pairs = [pairs.pair(pair) for pair in given]
+        self._shown = given
 
     def __repr__(self) -> str:
         return f"Names{self._shown!r}"
+
+    def __str__(self) -> str:
+        """Return it as code."""
+        lines = [f"    {pair!r}," for pair in self._shown]
+        return "\n".join(["Names(", *lines, ")"]).replace("'", '"')
+
+    def within(self, *, file: str = "", tree: str = "") -> "Names":
+        """Return names of a part of a model as those of the whole.
+
+        Args:
+            file: what stands before every name, as ``"bert."``.
+            tree: what stands before every path, as ``"params/encoder/"``.
+
+        Raises:
+            TypeError: one is no string.
+
+        >>> from jaxlora.formats import Names
+        >>> print(Names(("pooler.dense", "pooler/kernel")).within(file="bert.", tree="params/"))
+        Names(
+            ("bert.pooler.dense", "params/pooler/kernel"),
+        )
+        """
+        for name, value in {"file": file, "tree": tree}.items():
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be a string: got {checks.shown(value)}")
+        return Names(*(pairs.within(pair, file, tree) for pair in self._shown))
 
     def table(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
         """Return every name that a tree has, and its place.
@@ -110,7 +131,7 @@ class Names:
             own: dict[str, Place] = {}
             for name, place in self._of_leaf(path, tuple(shape)):
                 if (known := own.get(name, found.get(name))) not in (None, place):
-                    raise ValueError(f"the name {name!r} stands for two places: {known}, {place}")
+                    _refuse_twice(name, known, place)
                 own[name] = place
             for one, other in _overlapping({name: place.part for name, place in own.items()}):
                 raise ValueError(
@@ -144,105 +165,6 @@ def missing(name: str, table: Iterable[str]) -> str:
     return f"no name of the tree is {name!r}; {near.replace('/', '.')}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Templates:
-    """Two templates.
-
-    Attributes:
-        file: template of the name.
-        path: regular expression of the path, a group for each placeholder.
-        axes: what stands behind the path for each axis, perhaps nothing.
-        layout: how the module's weight lies in the file.
-    """
-
-    file: str
-    path: re.Pattern[str]
-    axes: tuple[str, ...]
-    layout: Layout
-
-    @classmethod
-    def from_texts(cls, file: str, tree: str, layout: Layout) -> "_Templates":
-        """Return the templates of a name and a place."""
-        path, text = blocks.parse(tree)
-        given, wanted = ({*_PLACEHOLDER.findall(side)} for side in (tree, file))
-        if given != wanted:
-            lone = ", ".join(f"{{{name}}}" for name in sorted(given ^ wanted))
-            raise ValueError(
-                f"a placeholder must stand in both templates: {lone} is in one of {(file, tree)}"
-            )
-        axes = tuple(piece.strip() for piece in text.split(",")) if text is not None else ()
-        return cls(file, re.compile(_expression(path)), axes, layout)
-
-    def names(self, path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, str | None]]:
-        """Return the names of a leaf, and what stands in brackets of each, None for nothing."""
-        if (found := self.path.fullmatch(path)) is None:
-            return
-        values: dict[str, str] = found.groupdict()
-        free = {
-            name: axis
-            for axis, piece in enumerate(self.axes[: len(shape)])
-            for name in _PLACEHOLDER.findall(piece)
-            if name not in values
-        }
-        for entry in itertools.product(*(range(shape[axis]) for axis in free.values())):
-            entries = zip(free, map(str, entry), strict=True)
-            known = collections.defaultdict(lambda: "0", values | dict(entries))
-            pieces = [_filled(piece, known) for piece in self.axes]
-            yield _filled(self.file, known), ", ".join(pieces) if pieces else None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Functions:
-    """Two functions that stand for templates: of a name to its place, of a path to its names."""
-
-    place: Callable[..., object]
-    of_path: Callable[..., object]
-    layout: Layout
-
-    def names(self, path: str, shape: tuple[int, ...]) -> Iterator[tuple[str, str | None]]:
-        """Return the names of a leaf, and what stands in brackets of each, None for nothing."""
-        del shape
-        found = self.of_path(path)
-        for name in found if isinstance(found, Iterable) else ():
-            place = self.place(name)
-            if not isinstance(place, str) or (place != path and blocks.parse(place)[0] != path):
-                raise ValueError(
-                    f"the functions of a pair must agree: of the path {path!r} they return the "
-                    f"name {name!r}, and of that the place {checks.shown(place)}"
-                )
-            yield str(name), None if place == path else blocks.parse(place)[1]
-
-
-def _pair(pair: object) -> _Templates | _Functions:
-    """Return a pair as it was given, or raise for what is none."""
-    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) not in (2, 3):
-        raise TypeError(f"names must be pairs, {_PAIR}: got {checks.shown(pair)}")
-    first, second, *rest = pair
-    layout = rest[0] if rest else "linear"
-    checks.check_choice(layout, "layout", get_args(Layout))
-    if isinstance(first, str) and isinstance(second, str):
-        return _Templates.from_texts(first, second, layout)
-    if callable(first) and callable(second):
-        return _Functions(first, second, layout)
-    shown = tuple(map(checks.shown, pair))
-    raise TypeError(f"a pair of names must be two templates or two functions: got {shown}")
-
-
-def _expression(path: str) -> str:
-    """Return the regular expression of a template for paths."""
-    seen: set[str] = set()
-    pieces = _PLACEHOLDER.split(path)  # text and placeholders by turns
-    for i in range(1, len(pieces), 2):
-        name = pieces[i]
-        pieces[i] = f"(?P={name})" if name in seen else f"(?P<{name}>{_VALUE})"
-        seen.add(name)
-    return "".join(re.escape(p) if i % 2 == 0 else p for i, p in enumerate(pieces))
-
-
-def _filled(template: str, values: Mapping[str, str]) -> str:
-    return _PLACEHOLDER.sub(lambda found: values[found[1]], template)
-
-
 def _is_bias(name: str) -> bool:
     return name.rpartition(".")[2] == "bias"
 
@@ -252,14 +174,22 @@ def _sliced(piece: str) -> str:
     return f"{piece}:{int(piece) + 1}" if re.fullmatch(r"\d+", piece) else piece
 
 
+def _refuse_twice(name: str, one: Place | None, other: Place) -> None:
+    if str(one) == str(other):
+        raise ValueError(
+            f"two pairs of names make {name!r} for {str(other)!r}: leave one of them out"
+        )
+    raise ValueError(f"the name {name!r} stands for two places: {one}, {other}")
+
+
 def _overlapping(parts: Mapping[str, Part | None], axis: int = 0) -> Iterator[tuple[str, str]]:
     """Return the names of parts of one leaf that have an element in common, two by two.
 
     They are compared along one axis after the other, so that of many entries few pairs are.
     """
     if any(part is None or axis == len(part) for part in parts.values()):
-        pairs = itertools.combinations(parts, 2)
-        yield from ((a, b) for a, b in pairs if blocks.overlap(parts[a], parts[b]))
+        twos = itertools.combinations(parts, 2)
+        yield from ((a, b) for a, b in twos if blocks.overlap(parts[a], parts[b]))
         return
     bounds = {name: part[axis] or (0, math.inf) for name, part in parts.items() if part}
     near: list[str] = []
