@@ -1,7 +1,7 @@
 """Names of known models: the modules of Hugging Face's, and the leaves of JAX's.
 
 Each is for a model's own tree, and for the names of its checkpoint on the hub. Where the tree is a
-part of yours, as under ``params/``, or the model one with a head, `Names.within` adds what stands
+part of yours, or the model one with a head, `jaxlora.formats.Names.within` adds what stands
 before either::
 
     models.BERT_FLAX.within(file="bert.", tree="params/bert/")

@@ -47,7 +47,7 @@ def find(
 
     A tensor fits a leaf that has as many layers, whether a leaf for each or a stack, and its
     shape, as the roles of the leaf's axes tell how it lies. Where several fit, a word decides that
-    one pair alone shares, as ``query``. Where that leaves two, nothing is guessed. `print` shows
+    one pair alone shares, as ``query``. Where that leaves two, nothing is guessed. ``print`` shows
     what was found as code: look at it, and keep it.
 
     Args:
