@@ -19,13 +19,15 @@ def shapes(tree):
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=is_shape)
 
 
-def attention(q, k, v):
-    """Return causal attention, heads before their size."""
+def attention(q, k, v, *, is_causal=True):
+    """Return attention, heads before their size."""
     count = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, count, 2) for x in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) / PER_HEAD**0.5
-    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))[None, None]
-    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen, scores, -1e30)), v)
+    if is_causal:
+        seen = jnp.tril(jnp.ones(scores.shape[2:], bool))[None, None]
+        scores = jnp.where(seen, scores, -1e30)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
 
 
 def row(bias):

@@ -106,6 +106,8 @@ def arrangement(sites: Sites, place: Place, shape: Sequence[int]) -> Arrangement
             f"sites must be of this tree: the leaf {place.path!r} has the shape {tuple(shape)}, "
             f"and there {'none' if told is None else tuple(told)}"
         )
+    if place.layout == "tensor":
+        return None
     site = sites.sites.get(place.path)
     if site is not None:
         window = frozenset().union(*(use.window for use in site.uses))
@@ -122,7 +124,7 @@ def arrangement(sites: Sites, place: Place, shape: Sequence[int]) -> Arrangement
         raise ValueError(
             f"the program does not tell how the leaf {place.path!r} lies: "
             f"{sites.skipped.get(place.path, 'it is no weight')}; if it lies in the file as in the "
-            "tree, its layout in the names is 'embedding'"
+            "tree, its layout in the names is 'embedding', or 'tensor' of what is no module's"
         )
     return None
 

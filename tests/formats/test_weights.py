@@ -284,3 +284,22 @@ def test_a_matrix_that_no_product_tells_of_is_not_guessed(tmp_path):
     names = Names(("w", "w", "embedding"))
     safetensors.save(tmp_path / "it", params, names, sites=sites)
     equal(safetensors.load(tmp_path / "it", names, params, sites=sites), params)
+
+
+def test_tensors_of_no_module_keep_their_names(tmp_path):
+    params = {"cls": ONE, "mean": jnp.ones(3), "experts": jnp.arange(24.0).reshape(2, 4, 3)}
+    sites = jaxlora.find_sites(
+        lambda params, x: jnp.einsum("ti,eio->to", x, params["experts"]) + params["mean"][None],
+        params,
+        jnp.ones((2, 4)),
+    )
+    names = Names(
+        ("cls_token", "cls", "tensor"),
+        ("norm.running_mean", "mean", "tensor"),
+        ("mlp.experts.up", "experts", "tensor"),
+    )
+    safetensors.save(tmp_path / "it", params, names, sites=sites)
+    found = load_file(tmp_path / "it" / FILE)
+    assert found.keys() == {"cls_token", "norm.running_mean", "mlp.experts.up"}
+    assert_array_equal(found["mlp.experts.up"], params["experts"])
+    equal(safetensors.load(tmp_path / "it", names, params, sites=sites), params)

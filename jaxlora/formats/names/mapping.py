@@ -61,9 +61,11 @@ class Names:
         *given: ``(name, place)``, or ``(name, place, layout)``. The layout tells how the weight of
             the module lies in the file: ``"linear"`` (out, in), which is the default;
             ``"embedding"`` (rows, columns); ``"conv"`` (out, in, window); ``"transposed"``
-            (in, out), as of the ``Conv1D`` of GPT-2. Where no template can tell the names, a pair
-            may be two functions: of a name, that returns its place or None, and of a path, that
-            returns the names of the modules that the leaf holds, perhaps none.
+            (in, out), as of the ``Conv1D`` of GPT-2; ``"tensor"``: the name is that of a tensor
+            itself, as ``"cls_token"`` or ``"norm.running_mean"``, which lies as its leaf. Where no
+            template can tell the names, a pair may be two functions: of a name, that returns its
+            place or None, and of a path, that returns the names of the modules that the leaf
+            holds, perhaps none.
 
     Raises:
         TypeError: a pair is none.

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from jaxlora.messages import checks
 from jaxlora.weights import blocks
 
-Layout = Literal["linear", "embedding", "conv", "transposed"]
+Layout = Literal["linear", "embedding", "conv", "transposed", "tensor"]
 Given = Sequence[str | Callable[..., object]]  # a pair as a user writes it
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 _VALUE = r"\d+|[A-Za-z_]\w*?"

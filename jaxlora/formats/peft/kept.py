@@ -50,6 +50,11 @@ def kept(
     for path, term in replacements.items():
         shape, done = tuple(term.shape), 0
         for name, place in names.table({path: shape}).items():
+            if place.layout == "tensor":
+                raise ValueError(
+                    f"{path!r} is replaced, and is the tensor {name!r}, which is of no module that "
+                    "PEFT could save: merge it"
+                )
             owner, last = module_and_tensor(name)
             value = np.asarray(term.value)
             if term.rows is not None and place.part is None and place.layout == "embedding":

@@ -31,7 +31,7 @@ def load(
         path: a file of safetensors, an index ``model.safetensors.index.json``, or a folder with
             one of them.
         names: which tensors are which leaves. A name that does not end in ``.weight`` or ``.bias``
-            is that of a module, whose weight it is.
+            is that of a module, whose weight it is; or in the layout ``"tensor"`` of the tensor.
         like: the tree, of arrays or `jax.ShapeDtypeStruct`, whose dtypes and shardings the leaves
             get.
         sites: where adapters can go in it, from `jaxlora.find_sites`, which tells how each weight

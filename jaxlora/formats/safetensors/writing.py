@@ -148,7 +148,8 @@ def _targets(leaves: Leaves, names: Names, sites: Sites) -> dict[str, Entry]:
     for path, leaf in leaves.items():
         entries.check_whole(path, leaf, by_path[path], "have a name")
         for name, entry in by_path[path].items():
-            is_module = entry.count == 1 and module_and_tensor(name)[0] == name
+            is_alone = entry.count > 1 or entry.place.layout == "tensor"
+            is_module = not is_alone and module_and_tensor(name)[0] == name
             tensor = f"{name}.weight" if is_module else name
             if found.setdefault(tensor, entry) is not entry:
                 raise ValueError(
