@@ -87,6 +87,21 @@ def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
         peft.save(target, first, names=program.names)
 
 
+def test_a_tensor_of_no_module_is_not_written(tmp_path):
+    def fn(params, x):
+        return (x + params["cls"][None]) @ params["w"]
+
+    x = programs_of_files.drawn(5, 8)
+    params = {"cls": programs_of_files.drawn(8), "w": programs_of_files.drawn(8, 4)}
+    config = jaxlora.LoRAConfig(rank=2, train=("cls",))
+    adapted = jaxlora.init(jax.random.key(0), fn, params, x, config=config)
+    names = Names(("cls_token", "cls", "tensor"), ("head", "w"))
+    with pytest.raises(
+        ValueError, match=r"'cls' is replaced, and is the tensor 'cls_token', which"
+    ):
+        peft.save(tmp_path / "it", jaxlora.split(adapted)[1], names=names)
+
+
 def test_half_precision_keeps_its_bits(tmp_path):
     program = programs_of_files.layers()
     adapters = adapters_of(program, targets=("up",), dtype=jnp.bfloat16)

@@ -2,9 +2,9 @@
 
 Each library is in an environment of its own, and is asked for its part alone:
 
-    python tests/golden/make_trees.py torch   # transformers 5 with torch
-    python tests/golden/make_trees.py flax    # transformers 4, with flax
-    python tests/golden/make_trees.py gemma   # gemma
+    python tests/peers/make_trees.py torch   # transformers 5 with torch
+    python tests/peers/make_trees.py flax    # transformers 4, with flax
+    python tests/peers/make_trees.py gemma   # gemma
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-FILE = Path(__file__).with_name("trees.json")
+FILE = Path(__file__).parent.parent / "golden" / "trees.json"
 BERT = {
     **{"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
     **{"intermediate_size": 24, "max_position_embeddings": 12},
