@@ -96,6 +96,19 @@ def window_last():
     return Program(fn, params, drawn(2, 2, 6, 6), Names(("image", "image", "conv")))
 
 
+def volume():
+    """A convolution of three dimensions."""
+
+    def fn(params, x):
+        layout = ("NDHWC", "DHWIO", "NDHWC")
+        return jax.lax.conv_general_dilated(
+            x, params["volume"], (1, 1, 1), "SAME", dimension_numbers=layout
+        )
+
+    params, names = {"volume": drawn(3, 3, 3, 2, 5)}, Names(("volume", "volume", "conv"))
+    return Program(fn, params, drawn(1, 4, 4, 4, 2), names)
+
+
 def split_heads():
     """Queries and values in one leaf with heads as axes, modules of their own in the file."""
 
@@ -105,6 +118,19 @@ def split_heads():
 
     names = Names(("q", "qv[:, 0]"), ("v", "qv[:, 1]"), ("out", "out"))
     return Program(fn, {"qv": drawn(8, 2, 3, 4), "out": drawn(3, 4, 8)}, drawn(5, 8), names)
+
+
+def attention():
+    """Attention whose queries, keys and values are one module with the output within it."""
+
+    def fn(params, x):
+        q, k, v = jnp.einsum("td,dqhe->qthe", x, params["qkv"])
+        chances = jax.nn.softmax(jnp.einsum("the,she->hts", q, k) / 2)
+        h = jnp.einsum("hts,she->the", chances, v)
+        return jnp.einsum("the,hed->td", h, params["out"])
+
+    names = Names(("mha", "qkv"), ("mha.out_proj", "out"))
+    return Program(fn, {"qkv": drawn(8, 3, 2, 4), "out": drawn(2, 4, 8)}, drawn(5, 8), names)
 
 
 def experts():
@@ -174,6 +200,12 @@ CASES = {
     ),
     "window_last": Case(window_last, {"target_modules": ["image"]}),
     "split_heads": Case(split_heads, {"target_modules": ["q", "v", "out"]}),
+    "attention": Case(attention, {"target_modules": ["mha"]}),
+    "attention_with_pattern": Case(
+        attention,
+        {"target_modules": ["mha"], "rank_pattern": {"mha": 3}, "alpha_pattern": {"mha": 7}},
+    ),
+    "volume": Case(volume, {"target_modules": ["volume"]}),
     "experts": Case(
         experts, {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
     ),

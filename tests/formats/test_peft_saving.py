@@ -102,6 +102,21 @@ def test_a_tensor_of_no_module_is_not_written(tmp_path):
         peft.save(tmp_path / "it", jaxlora.split(adapted)[1], names=names)
 
 
+def test_an_output_within_attention_has_its_rank_and_half_of_its_product(tmp_path):
+    program = programs_of_files.attention()
+    adapters = adapters_of(program, targets=("qkv", "out"))
+    peft.save(tmp_path / "it", adapters, names=program.names)
+    again = load(tmp_path / "it", program)
+    for name, adapter in adapters.items():
+        weight = program.params[name]
+        assert_allclose(again[name].delta(weight), adapter.delta(weight), rtol=1e-6)
+    other = adapters_of(program, targets=("qkv", "out"), rank_pattern={"out": 3})
+    with pytest.raises(
+        ValueError, match=r"adapts 'mha.out_proj' with the rank of 'mha', .*: 2; got 3"
+    ):
+        peft.save(tmp_path / "other", other, names=program.names)
+
+
 def test_half_precision_keeps_its_bits(tmp_path):
     program = programs_of_files.layers()
     adapters = adapters_of(program, targets=("up",), dtype=jnp.bfloat16)

@@ -30,7 +30,7 @@ def linear(kernel, bias=None):
 
 def convolution(kernel, bias=None):
     """Return a layer from a kernel as PyTorch has it."""
-    kind = {3: torch.nn.Conv1d, 4: torch.nn.Conv2d}[kernel.ndim]
+    kind = {3: torch.nn.Conv1d, 4: torch.nn.Conv2d, 5: torch.nn.Conv3d}[kernel.ndim]
     out, in_ = kernel.shape[:2]
     layer = kind(in_, out, kernel.shape[2:], padding="same", bias=bias is not None)
     layer.weight = parameter(kernel)
@@ -79,6 +79,26 @@ class WindowLast(torch.nn.Module):
         return self.image(x)
 
 
+class Volume(torch.nn.Module):
+    def __init__(self, params):
+        super().__init__()
+        self.volume = convolution(params["volume"].transpose(4, 3, 0, 1, 2))
+
+    def forward(self, x):
+        return self.volume(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, params):
+        super().__init__()
+        self.mha = torch.nn.MultiheadAttention(8, 2, bias=False)
+        self.mha.in_proj_weight = parameter(params["qkv"].reshape(8, -1).T)
+        self.mha.out_proj.weight = parameter(params["out"].reshape(-1, 8).T)
+
+    def forward(self, x):
+        return self.mha(x, x, x)[0]
+
+
 class SplitHeads(torch.nn.Module):
     def __init__(self, params):
         super().__init__()
@@ -121,6 +141,8 @@ TWINS = {
     programs_of_files.convolutions: Convolutions,
     programs_of_files.window_last: WindowLast,
     programs_of_files.split_heads: SplitHeads,
+    programs_of_files.attention: Attention,
+    programs_of_files.volume: Volume,
     programs_of_files.experts: Experts,
 }
 

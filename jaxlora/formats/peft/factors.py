@@ -1,6 +1,7 @@
 """The factors of a PEFT folder, as pieces of adapters."""
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Container, Iterator, Mapping
 from types import MappingProxyType
 
 from jaxlora.formats import factors
@@ -9,6 +10,7 @@ from jaxlora.formats.layouts import Arrangement
 from jaxlora.formats.names.mapping import Place
 from jaxlora.formats.peft import experts, projections
 from jaxlora.formats.peft.folder import Folder, ModuleKey
+from jaxlora.formats.peft.plain import INNER_COUNT
 from jaxlora.formats.pieces import Piece
 
 _FORMS = MappingProxyType(
@@ -43,11 +45,28 @@ def read(folder: Folder, modules: Mapping[ModuleKey, Tensors]) -> Iterator[Piece
         name = of_parameters.get(module, module[0])
         if "E" in own and folder.config.rank(name) == 0:
             continue  # AdaLoRA has taken all of its rank
-        yield _piece(folder, name, own, module in of_parameters)
+        piece = _piece(folder, name, _meant(module, modules) or name, own, module in of_parameters)
+        if _meant(module, modules) is not None:
+            piece = dataclasses.replace(piece, alpha=piece.alpha * INNER_COUNT)
+        yield piece
 
 
-def _piece(folder: Folder, name: str, own: Tensors, is_parameter: bool) -> Piece:
-    """Return the factors of a module, or of a parameter for experts, and its magnitude."""
+def _meant(module: ModuleKey, modules: Container[ModuleKey]) -> str | None:
+    """Return the adapted module that one is within, as the output of ``MultiheadAttention``."""
+    owner = module[0].rpartition(".")[0]
+    return owner if (owner, module[1] - 1) in modules else None
+
+
+def _piece(folder: Folder, name: str, meant: str, own: Tensors, is_parameter: bool) -> Piece:
+    """Return the factors of a module, or of a parameter for experts, and its magnitude.
+
+    Args:
+        folder: the folder.
+        name: name of the module.
+        meant: name of that for which its config says the rank.
+        own: names of its tensors.
+        is_parameter: whether it is a parameter for experts.
+    """
     first = next(iter(own.values()))
     place = folder.place(name, first)
     how = factors.adaptable(folder, place, first)
@@ -57,11 +76,11 @@ def _piece(folder: Folder, name: str, own: Tensors, is_parameter: bool) -> Piece
         found = experts.factors(folder, own, place, roles, shape)
     else:
         found = _of_module(folder, own, place, how)
-    folder.config.check(name, found.form_rank, "magnitude" in own, folder.where)
+    folder.config.check(meant, found.form_rank, "magnitude" in own, folder.where)
     magnitude = None
     if "magnitude" in own:
         magnitude = factors.magnitude(folder, own["magnitude"], place, roles)
-    alpha = found.alpha(folder.config.plain_alpha(name, found.form_rank))
+    alpha = found.alpha(folder.config.plain_alpha(meant, found.form_rank))
     return Piece(place.path, box, roles, folder.whole(place), alpha, found.a, found.b, magnitude)
 
 

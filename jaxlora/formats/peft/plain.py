@@ -10,6 +10,7 @@ from jaxlora.formats.peft.config import pinned
 from jaxlora.types import Json
 
 T = TypeVar("T")
+INNER_COUNT = 2  # how often PEFT, up to 0.21 at least, adds the product of what is within another
 
 
 def config(found: list[Module]) -> Json:
@@ -22,10 +23,31 @@ def config(found: list[Module]) -> Json:
         )
     about = _of_ranks([(module.name, module.rank, module.alpha) for module in found])
     of_parameters = {module.name for module in found if module.entries > 1}
-    about["target_modules"] = [x for x in about["target_modules"] if x not in of_parameters]
+    others = of_parameters | inner(found).keys()
+    about["target_modules"] = [x for x in about["target_modules"] if x not in others]
     if of_parameters:
         about["target_parameters"] = sorted(of_parameters)
     return about | {"use_dora": True in has}
+
+
+def inner(found: list[Module]) -> dict[str, Module]:
+    """Return the adapted module that each is within, as the output within ``MultiheadAttention``.
+
+    Raises:
+        ValueError: the two have different ranks, which PEFT gives both at once.
+    """
+    by_name = {module.name: module for module in found if module.entries == 1}
+    within: dict[str, Module] = {}
+    for name, module in by_name.items():
+        if (owner := by_name.get(name.rpartition(".")[0])) is None:
+            continue
+        if owner.rank != module.rank:
+            raise ValueError(
+                f"PEFT adapts {name!r} with the rank of {owner.name!r}, which it is a part of: "
+                f"{owner.rank}; got {module.rank}"
+            )
+        within[name] = owner
+    return within
 
 
 def excluded(found: list[Module], names: Iterable[str]) -> Json:

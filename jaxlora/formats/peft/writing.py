@@ -109,6 +109,7 @@ def _contents(
 def _factors(found: list[Module], sites: Sites | None) -> Iterator[tuple[str, np.ndarray]]:
     """Return the tensors of modules with factors, by name."""
     depths = experts.depths([module for module in found if module.entries > 1])
+    within = plain.inner(found)
     for module in found:
         name, layout = module.name, module.place.layout
         how = arranged(module, sites)
@@ -117,6 +118,11 @@ def _factors(found: list[Module], sites: Sites | None) -> Iterator[tuple[str, np
             first, second = experts.tensors(module)
         else:
             first, second = module.tensors(how)
+        if name in within:
+            owner = within[name]
+            scale = module.alpha / (plain.INNER_COUNT * owner.alpha)  # of the same rank
+            second = second if scale == 1 else (second * scale).astype(second.dtype)
+            name = f"{owner.name}.base_layer{name.removeprefix(owner.name)}"
         kind = "lora_embedding_{}" if layout == "embedding" else "lora_{}.weight"
         yield f"{name}.{kind.format('A')}", first
         yield f"{name}.{kind.format('B')}", second
