@@ -273,3 +273,20 @@ def test_patterns_of_layers_may_have_groups(tmp_path):
     about["layers_pattern"] = "(layers|h)"
     (tmp_path / "it" / CONFIG).write_text(json.dumps(about))
     equal(load(tmp_path / "it", programs.layers()), load(GOLDEN / "some_layers", programs.layers()))
+
+
+def test_a_parameter_for_experts_is_no_module_that_a_target_means(tmp_path):
+    def fn(params, x):
+        h = x @ params["down"]
+        return h, jax.lax.scan(lambda x, w: (x @ w, None), h, params["experts"])[0]
+
+    params = {"down": jnp.ones((4, 4)), "experts": jnp.ones((3, 4, 4))}
+    names = Names(("mlp.down_proj", "down"), ("mlp.experts.down_proj", "experts"))
+    sites = jaxlora.find_sites(fn, params, jnp.ones((2, 4)))
+    config = jaxlora.LoRAConfig(rank=2, targets=("down",))
+    adapted = jaxlora.init(jax.random.key(0), fn, params, jnp.ones((2, 4)), config=config)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, jaxlora.split(adapted)[1])
+    peft.save(tmp_path / "it", adapters, names=names)
+    about = json.loads((tmp_path / "it" / CONFIG).read_text())
+    (tmp_path / "it" / CONFIG).write_text(json.dumps(about | {"target_modules": ["down_proj"]}))
+    equal(peft.load(tmp_path / "it", sites=sites, names=names), adapters)

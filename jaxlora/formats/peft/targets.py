@@ -1,7 +1,9 @@
 """Whether the modules of a PEFT file with factors are those that its config names."""
 
+import math
 from collections.abc import Iterable
 
+from jaxlora.formats.names.mapping import Place
 from jaxlora.formats.peft import config as configs
 from jaxlora.formats.peft.config import Config
 from jaxlora.formats.source import Source
@@ -28,12 +30,20 @@ def check(source: Source, config: Config, adapted: Iterable[str]) -> None:
     wanted = {
         name
         for name, place in source.table.items()
-        if place.path in source.sites and name not in parameters and config.means(name)
+        if name not in parameters and config.means(name) and _is_module(source, place)
     }
     if lost := sorted(wanted - modules):
         raise ValueError(
             f"{where} has no factors of modules that its config names: {_listed(lost)}"
         )
+
+
+def _is_module(source: Source, place: Place) -> bool:
+    """Tell whether a place is the weight of a module, and no parameter for several experts."""
+    if place.path not in source.sites:
+        return False
+    _, shape = source.box(place)
+    return math.prod(source.sites[place.path].roles.sizes(shape)[0]) == 1
 
 
 def check_met(where: str, config: Config, modules: Iterable[str]) -> None:
