@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
 from devices import launch, meshes
-from jaxlora.formats import Names, peft, safetensors
+from jaxlora.formats import Names, diffusion, peft, safetensors
 
 SPEC = P("data", "model")
 CONFIG = jaxlora.LoRAConfig(rank=3, alpha=6)
@@ -144,10 +144,14 @@ def test_files_of_other_libraries_are_whole(params, base, folder):
     _, adapters = jaxlora.split(params)
     for _ in range(2):  # the second takes the place of the first
         peft.save(folder / "peft", adapters, names=names)
+        diffusion.save(folder / "it.safetensors", adapters, names=names, style="kohya")
         safetensors.save(folder / "weights", params, names, sites=sites)
-    loaded = peft.load(folder / "peft", sites=sites, names=names)
-    assert_array_equal(loaded["dense"].a, whole(adapters["dense"].a))
-    assert_array_equal(loaded["dense"].b, whole(adapters["dense"].b))
+    for loaded in (
+        peft.load(folder / "peft", sites=sites, names=names),
+        diffusion.load(folder / "it.safetensors", sites=sites, names=names),
+    ):
+        assert_array_equal(loaded["dense"].a, whole(adapters["dense"].a))
+        assert_array_equal(loaded["dense"].b, whole(adapters["dense"].b))
     merged = safetensors.load(folder / "weights", names, base, sites=sites)
     assert meshes.is_placed(merged["dense"], *SPEC)
     assert_array_equal(whole(merged["dense"]), whole(jaxlora.merge(params)["dense"]))
