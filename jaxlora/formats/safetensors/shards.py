@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxlora.formats import tensors
+from jaxlora.formats.safetensors import streaming
 from jaxlora.formats.tensors import TensorFile
 from jaxlora.messages import checks
 
@@ -82,16 +84,20 @@ def _index(path: Path) -> dict[str, str]:
 
 
 def write(
-    folder: Path, sizes: Mapping[str, int], make: Callable[[str], np.ndarray], most: int
+    folder: Path,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    make: Callable[[str], np.ndarray],
+    most: int,
 ) -> None:
     """Write a checkpoint, the tensors of one file after the other.
 
     Args:
         folder: an empty folder.
-        sizes: bytes of each tensor by name.
+        shapes: shape and dtype of each tensor by name.
         make: returns a tensor.
         most: bytes of one file, if no tensor is larger.
     """
+    sizes = {name: x.size * x.dtype.itemsize for name, x in shapes.items()}
     parts: list[list[str]] = [[]]
     held = 0
     for name, size in sizes.items():
@@ -105,7 +111,7 @@ def write(
         count = len(parts)
         files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     for file, names in zip(files, parts, strict=True):
-        tensors.write(folder / file, {name: make(name) for name in names}, {"format": "pt"})
+        streaming.write(folder / file, {name: shapes[name] for name in names}, make)
     if len(parts) > 1:
         by_name = {name: f for f, names in zip(files, parts, strict=True) for name in names}
         about = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": by_name}

@@ -1,6 +1,5 @@
 """Write a tree as a checkpoint of Hugging Face."""
 
-import math
 from pathlib import Path
 
 import jax
@@ -64,8 +63,8 @@ def save(
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"the leaf {leaf_path!r} must be an array: got a shape")
     found = _targets(plain, names, sites)
-    sizes = {
-        name: math.prod(entry.form.tensor_shape) * jnp.dtype(plain[entry.place.path].dtype).itemsize
+    shapes = {
+        name: jax.ShapeDtypeStruct(entry.form.tensor_shape, plain[entry.place.path].dtype)
         for name, entry in found.items()
     }
     target = arguments.local(path)
@@ -77,7 +76,7 @@ def save(
 
         def first() -> None:
             folder.mkdir()
-            shards.write(folder, sizes, make, most)
+            shards.write(folder, shapes, make, most)
 
         weights.gather()
         together("safetensors.save", lambda: replacing.with_path(target, first), first_alone=True)

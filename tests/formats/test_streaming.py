@@ -1,0 +1,71 @@
+"""Files that are written a tensor at a time, read by the library of safetensors."""
+
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+from safetensors import safe_open
+
+from jaxlora.formats import tensors
+from jaxlora.formats.safetensors import streaming
+
+DTYPES = ("float32", "bfloat16", "float16", "float64", "int8", "bool", "uint16", "float8_e4m3fn")
+
+
+def specs(arrays):
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=30)
+@jax.enable_x64(True)
+def test_what_is_written_is_read(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("streaming") / "it.safetensors"
+    names = data.draw(st.lists(st.text(min_size=1, max_size=8), unique=True, max_size=6))
+    names = [name for name in names if name != "__metadata__"]
+    rng, arrays = np.random.default_rng(0), {}
+    for name in names:
+        shape = data.draw(st.lists(st.integers(0, 5), max_size=3))
+        dtype = jnp.dtype(data.draw(st.sampled_from(DTYPES)))
+        arrays[name] = (rng.standard_normal(shape) * 3).astype(dtype)
+    streaming.write(path, specs(arrays), lambda name: arrays[name])
+    with tensors.opened(path) as file:
+        assert file.shapes == {name: x.shape for name, x in arrays.items()}
+        assert file.metadata == {"format": "pt"}
+        for name, x in arrays.items():
+            assert file[name].dtype == x.dtype
+            assert_array_equal(file[name].view(np.uint8), x.view(np.uint8)) if x.ndim else None
+    with safe_open(path, "np") as reader:
+        assert {*reader.keys()} == {*names}
+
+
+def test_a_dtype_that_files_do_not_name_is_refused(tmp_path):
+    arrays = {"w": np.zeros(4, jnp.int4)}
+    with pytest.raises(ValueError, match=r"'w' must have a dtype that files .* name, .* got int4"):
+        streaming.write(tmp_path / "it", specs(arrays), arrays.__getitem__)
+
+
+def test_two_tensors_are_in_memory_at_once(tmp_path):
+    shapes = {f"w{i}": jax.ShapeDtypeStruct((1024, 1024), np.float32) for i in range(8)}
+    tracemalloc.start()
+    streaming.write(tmp_path / "it", shapes, lambda name: np.ones((1024, 1024), np.float32))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * 2**22
+
+
+def test_what_fails_to_be_made_is_raised(tmp_path):
+    shapes = {f"w{i}": jax.ShapeDtypeStruct((3,), np.float32) for i in range(3)}
+
+    def make(name):
+        if name == "w1":
+            raise ValueError("the weight is not finite")
+        return np.ones(3, np.float32)
+
+    with pytest.raises(ValueError, match="the weight is not finite"):
+        streaming.write(tmp_path / "it", shapes, make)
