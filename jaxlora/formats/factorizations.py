@@ -58,25 +58,25 @@ def _plain(own: Tensors) -> Pair:
 
 def _with_core(own: Tensors) -> Pair:
     """Return the factors of LoCon: ``A`` of a single element, and the window between the two."""
-    down = _wide(own["A"])
-    return np.einsum("sr...,ri->si...", _wide(own["core"]), down.reshape(down.shape[:2])), _wide(
+    down = wide(own["A"])
+    return np.einsum("sr...,ri->si...", wide(own["core"]), down.reshape(down.shape[:2])), wide(
         own["B"]
     )
 
 
 def _with_latent(own: Tensors) -> Pair:
     """Return the factors of LoRA-XS: a matrix that is trained between two that are not."""
-    return np.tensordot(_wide(own["latent"]), _wide(own["A"]), 1), _wide(own["B"])
+    return np.tensordot(wide(own["latent"]), wide(own["A"]), 1), wide(own["B"])
 
 
 def _with_values(own: Tensors) -> Pair:
     """Return the factors of AdaLoRA: singular values between vectors."""
-    return _wide(own["A"]) * _wide(own["E"]), _wide(own["B"])
+    return wide(own["A"]) * wide(own["E"]), wide(own["B"])
 
 
 def _elementwise(own: Tensors) -> Pair:
     """Return the factors of LoHa: the product of elements of two products of rank r has rank r²."""
-    one, two, first, second = (_wide(own[kind]) for kind in ("w1_b", "w2_b", "w1_a", "w2_a"))
+    one, two, first, second = (wide(own[kind]) for kind in ("w1_b", "w2_b", "w1_a", "w2_a"))
     a = np.einsum("in,jn->ijn", one, two).reshape(-1, one.shape[1])
     return a, np.einsum("oi,oj->oij", first, second).reshape(len(first), -1)
 
@@ -85,13 +85,14 @@ def _elementwise_with_cores(own: Tensors) -> Pair:
     """Return the factors of LoHa of convolutions, with a window in each of its products."""
     made = {}
     for x in "12":
-        core, down = _wide(own[f"t{x}"]), _wide(own[f"w{x}_b"])
+        core, down = wide(own[f"t{x}"]), wide(own[f"w{x}_b"])
         made[f"w{x}_b"] = np.einsum("sr...,ri->si...", core, down).reshape(len(core), -1)
         made[f"w{x}_a"] = own[f"w{x}_a"].T
     return _elementwise(made)
 
 
-def _wide(array: np.ndarray) -> np.ndarray:
+def wide(array: np.ndarray) -> np.ndarray:
+    """Return an array as float32, or as it is if it is wider."""
     return array.astype(np.promote_types(array.dtype, np.float32))
 
 

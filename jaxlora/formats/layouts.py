@@ -30,12 +30,14 @@ class Arrangement:
     Attributes:
         roles: roles of its axes.
         layout: how the module's weight lies in the file.
-        channel: of a kernel the axis of the input's channels; the other in axes are its window.
+        channel: of a kernel the axis of the input's channels.
+        window: its axes along the window of the convolution, in the order of its dimensions.
     """
 
     roles: Roles
     layout: Layout
     channel: int | None = None
+    window: Shape = ()
 
     def factor_shapes(self, shape: Sequence[int], rank: int) -> tuple[Shape, Shape]:
         """Return the shapes that the tensors of ``A`` and ``B`` have for an entry of a stack."""
@@ -85,7 +87,7 @@ class Arrangement:
         """Return the in axes in the order in which a tensor has them."""
         if self.layout != "conv" or self.channel is None:
             return self.roles.in_
-        return (self.channel, *(axis for axis in self.roles.in_ if axis != self.channel))
+        return (self.channel, *self.window)
 
     def _order(self) -> Shape:
         """Return the axes of the leaf in the order in which a tensor has them."""
@@ -110,15 +112,17 @@ def arrangement(sites: Sites, place: Place, shape: Sequence[int]) -> Arrangement
         return None
     site = sites.sites.get(place.path)
     if site is not None:
-        window = frozenset().union(*(use.window for use in site.uses))
+        windows = {use.window for use in site.uses if use.window}
+        window = windows.pop() if len(windows) == 1 else ()
+        axes = tuple(axis for axis in site.roles.in_ if axis in window)
         channels = [axis for axis in site.roles.in_ if axis not in window]
-        channel = channels[0] if window and len(channels) == 1 else None
+        channel = channels[0] if axes and len(channels) == 1 else None
         if place.layout == "conv" and channel is None:
             raise ValueError(
                 f"the layout of {str(place)!r} is 'conv', and no convolution in the program tells "
                 "which of its axes are the window"
             )
-        return Arrangement(site.roles, place.layout, channel)
+        return Arrangement(site.roles, place.layout, channel, tuple(sorted(axes, key=window.index)))
     sizes = [size for axis, size in enumerate(shape) if axis not in place.indexed and size > 1]
     if len(sizes) > 1 and place.layout != "embedding" and not place.is_bias:
         raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from jaxlora.formats import pieces
+from jaxlora.formats.factorizations import wide
 from jaxlora.formats.layouts import Arrangement, arrangement
 from jaxlora.formats.names.mapping import Names, Place
 from jaxlora.formats.pieces import Box
@@ -122,7 +123,7 @@ class Module:
 def _scaled(term: Adapter, scale: float) -> np.ndarray:
     """Return ``b`` of an adapter for another scaling of the product."""
     b, own = np.asarray(term.b), scaling(term.alpha, term.rank)
-    return b if own == scale else (b.astype(np.float32) * (own / scale)).astype(b.dtype)
+    return b if own == scale else (wide(b) * (own / scale)).astype(b.dtype)
 
 
 def modules(adapters: Mapping[str, Adapter], names: Names) -> Iterator[Module]:
@@ -183,9 +184,17 @@ def arranged(module: Module, sites: Sites | None) -> Arrangement:
     return dataclasses.replace(found, roles=module.roles)
 
 
-def check_own_bases(adapters: Mapping[str, Adapter]) -> None:
-    """Raise for an adapter that is not of the base as it was, which files name."""
+def check_written(adapters: Mapping[str, Adapter]) -> None:
+    """Raise for an adapter that files cannot say.
+
+    It is of the base as it was, which they name, and its alpha is above 0, as 0 means its rank.
+    """
     for name, term in adapters.items():
+        if not term.alpha > 0:
+            raise ValueError(
+                f"the alpha of the adapter {name!r} must be above 0 in a file: got {term.alpha}; "
+                "multiply b by its sign, or leave the adapter out"
+            )
         if term.changed:
             raise ValueError(
                 f"the adapter {name!r} started with {term.changed!r}, which changed its base: make "

@@ -65,7 +65,9 @@ class Source:
         of one element is a product.
         """
         got = self.file.shapes[name]
-        if 0 in shape or _without_ones(got) != _without_ones(shape):
+        if 0 in got:
+            raise ValueError(f"the tensor {name!r} of {self.where} is empty: got the shape {got}")
+        if _without_ones(got) != _without_ones(shape):
             raise ValueError(
                 f"the tensor {name!r} of {self.where} must have the shape {shape} for "
                 f"{str(place)!r} as a module of the layout {place.layout!r}: got {got}"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +27,9 @@ class TensorFile:
         metadata: what its header says beside them.
     """
 
-    def __init__(self, path: Path, opened: Any, header: Mapping[str, Any]):
-        self.path, self._opened, self._header = path, opened, header
+    def __init__(self, path: Path, opened: Any, file: BinaryIO):
+        self.path, self._opened, self._file = path, opened, file
+        self._header = _header(path, file)
         self.metadata: dict[str, str] = opened.metadata() or {}
         self.shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
 
@@ -43,10 +44,9 @@ class TensorFile:
                     "read"
                 ) from error
         start, stop = self._header[name]["data_offsets"]
-        with open(self.path, "rb") as file:
-            behind = 8 + int.from_bytes(file.read(8), "little")
-            file.seek(behind + start)
-            data = file.read(stop - start)
+        self._file.seek(0)
+        self._file.seek(8 + int.from_bytes(self._file.read(8), "little") + start)
+        data = self._file.read(stop - start)
         return np.frombuffer(data, _EIGHT_BITS[kind]).reshape(self.shapes[name])
 
 
@@ -70,8 +70,8 @@ def opened(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
         opened = library.safe_open(path, "np")
     except library.SafetensorError as error:
         raise ValueError(f"{str(path)!r} is no whole file of safetensors: {error}") from error
-    with opened as reader:
-        yield TensorFile(path, reader, _header(path))
+    with opened as reader, open(path, "rb") as file:
+        yield TensorFile(path, reader, file)
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -95,7 +95,7 @@ def data(tensors: Mapping[str, np.ndarray]) -> bytes:
     return file[8 + int.from_bytes(file[:8], "little") :]
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _header(path: Path, file: BinaryIO) -> dict[str, Any]:
     """Return what a header says, or raise where two tensors have one name."""
 
     def once(pairs):
@@ -105,8 +105,7 @@ def _header(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{str(path)!r} has {count} entries named {checks.shown(name)}")
         return dict(pairs)
 
-    with open(path, "rb") as file:
-        text = file.read(int.from_bytes(file.read(8), "little"))
+    text = file.read(int.from_bytes(file.read(8), "little"))
     return json.loads(text, object_pairs_hook=once)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 from jaxlora.tracing.jaxprs.compat import Eqn
@@ -28,7 +29,8 @@ class Use:
         stack: axes of the weight that are a stack here.
         in_: axes contracted or looked up along.
         out: axes left in the result.
-        window: those of the contracted axes that are the window of a convolution.
+        window: those of the contracted axes that are the window of a convolution, in the order
+            in which its input has them; none of one that is the transpose of a convolution.
         reason: why the weight was materialized.
         form: the form of a product where it is differentiated, see `jaxlora.lora`.
         why: why it has that form.
@@ -43,7 +45,7 @@ class Use:
     stack: frozenset = frozenset()
     in_: frozenset = frozenset()
     out: frozenset = frozenset()
-    window: frozenset = frozenset()
+    window: tuple[object, ...] = ()
     reason: str = ""
     form: str = ""
     why: str = ""
@@ -56,7 +58,7 @@ class Facts(TypedDict, total=False):
     stack: frozenset
     in_: frozenset
     out: frozenset
-    window: frozenset
+    window: Sequence[frozenset]
     reason: str
     form: str
     why: str
@@ -108,19 +110,26 @@ class Recorder:
         """
         in_, out = facts.get("in_", frozenset()), facts.get("out", frozenset())
         stack = facts.get("stack", frozenset()) | weight.known_stack()
-        window = facts.get("window", frozenset())
         for path in weight.origin.paths:
             use = Use(
                 path,
                 *where,
                 kind,
-                *(_axes_of(path, labels) for labels in (stack, in_, out, window)),
+                _axes_of(path, stack),
+                _axes_of(path, in_),
+                _axes_of(path, out),
+                window=_in_order(path, facts.get("window", ())),
                 reason=facts.get("reason", ""),
                 form=facts.get("form", ""),
                 why=facts.get("why", ""),
                 sharing=facts.get("sharing", 1),
             )
             self._uses.setdefault((eqn, use), use)
+
+
+def _in_order(path: str, labels: Sequence[frozenset]) -> tuple[object, ...]:
+    """Return the axes of one weight among those of several dimensions, in their order."""
+    return tuple(axis for own in labels for axis in _axes_of(path, own))
 
 
 def _axes_of(path: str, labels: frozenset) -> frozenset:

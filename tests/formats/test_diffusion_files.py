@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 import jaxlora
 from jaxlora.formats import Names, diffusion
+from jaxlora.formats.diffusion import spellings
 
 FILES = sorted((GOLDEN.with_name("diffusion")).glob("*.safetensors"))
 NAMES, SITES = programs.NAMES, programs.SITES
@@ -181,6 +182,30 @@ REFUSED = {
         TOLD | {"text_encoder.use_bdlora": {"a": 1}},
         "lora_adapter_metadata of .* sets use_bdlora",
     ),
+    "two magnitudes": (
+        GOOD
+        | {
+            f"{MODULE}.dora_scale": np.ones((6, 1), np.float32),
+            f"{MODULE}.lora_magnitude_vector": np.ones(6, np.float32),
+        },
+        {},
+        "has two tensors .* of 'text_encoder.layers.0.fc1': ",
+    ),
+    "two spellings of one module": (
+        {SPELLINGS["kohya"][0]: A, SPELLINGS["lycoris"][1]: B},
+        {},
+        "must spell 'text_encoder.layers.0.fc1' in one way: got",
+    ),
+    "metadata of another kind": (
+        GOOD,
+        TOLD | {"text_encoder.peft_type": "VERA"},
+        "must be of LoRA's factors alone: got the peft_type 'VERA'",
+    ),
+    "metadata of what is not there": (
+        GOOD,
+        TOLD | {"text_encoder.modules_to_save": ["fc2"]},
+        "must be of LoRA's factors alone: got .*modules_to_save",
+    ),
     "no metadata": (GOOD, "{", "lora_adapter_metadata of .* is no JSON"),
     "metadata of a list": (GOOD, "[]", "must be an object of JSON"),
     "nothing": ({}, {}, "has no adapters: got 0 tensors"),
@@ -196,6 +221,30 @@ def test_what_would_be_lost_or_misread_is_refused(what, tmp_path):
     save_file(arrays, tmp_path / "it.safetensors", metadata=said)
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "it.safetensors")
+
+
+def test_what_is_ignored_switches_off_no_check_of_another_component(tmp_path):
+    told = json.dumps(TOLD | {"text_encoder.target_modules": ["fc1"]})
+    save_file(GOOD, tmp_path / "it.safetensors", metadata={"lora_adapter_metadata": told})
+    with pytest.raises(ValueError, match="no factors of modules that its config names"):
+        load(tmp_path / "it.safetensors", ignore=["unet.*"])
+
+
+def test_text_encoders_of_a_transformer_are_spelled_as_in_kohya():
+    names = ["transformer.a", "text_encoder.b", "text_encoder_2.c"]
+    assert spellings.of_kohya(names, names) == {
+        "transformer.a": "lora_unet_a",
+        "text_encoder.b": "lora_te1_b",
+        "text_encoder_2.c": "lora_te3_c",
+    }
+    assert spellings.spelled(names)["lora_te3_c"] == ["text_encoder_2.c"]
+    names = [*names, "text_encoder_3.c"]
+    assert spellings.of_kohya(names[:1], names) == {"transformer.a": "lora_unet_a"}
+    assert spellings.of_kohya(names[2:], names) == {
+        "text_encoder_2.c": "lora_te2_c",
+        "text_encoder_3.c": "lora_te3_c",
+    }
+    assert spellings.spelled(names)["lora_te3_c"] == ["text_encoder_3.c"]
 
 
 def test_a_spelling_of_two_modules_is_refused(tmp_path):

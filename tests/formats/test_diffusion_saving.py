@@ -1,5 +1,7 @@
 """What is written for diffusion models beside factors, and what is not."""
 
+import dataclasses
+
 import diffusion_programs as programs
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ NAMES, SITES = programs.NAMES, programs.SITES
 
 def test_metadata_of_kohya(tmp_path):
     path, more = tmp_path / "it.safetensors", {"ss_base_model_version": "sd_1.5"}
-    diffusion.save(path, trained(), names=NAMES, style="kohya", metadata=more)
+    diffusion.save(path, trained(), names=NAMES, style="kohya", metadata=more, sites=SITES)
     with safe_open(path, "np") as file:
         said, keys = file.metadata(), set(file.keys())
     assert said["ss_network_module"] == "networks.lora"
@@ -63,6 +65,26 @@ UNSAVED = {
         {"names": Names(("text_encoder.fc1", "text/fc1"), ("unet.q", "unet/blocks/q"))},
         ValueError,
         "is several weights in one module",
+    ),
+    "a text encoder of an unknown pipeline": (
+        lambda: trained(("text/fc1",)),
+        {"style": "kohya", "sites": None},
+        ValueError,
+        "kohya's name of a text encoder depends on what else the pipeline has: give sites",
+    ),
+    "an alpha of 0": (
+        lambda: {
+            path: dataclasses.replace(adapter, alpha=0.0) for path, adapter in trained().items()
+        },
+        {},
+        ValueError,
+        "the alpha of the adapter .* must be above 0 in a file: got 0.0",
+    ),
+    "the format": (
+        lambda: trained(),
+        {"metadata": {"format": "tf"}, "style": "kohya"},
+        ValueError,
+        "metadata must not have .*format.*, which save writes itself",
     ),
     "a style": (lambda: trained(), {"style": "comfy"}, ValueError, "style must be one of"),
     "metadata": (lambda: trained(), {"metadata": {"a": 1}}, TypeError, "strings by name, or None"),

@@ -87,6 +87,84 @@ def test_two_that_are_alike_are_not_guessed():
     assert {n: p.path for n, p in named.table(sites.shapes).items()} == {"a": "a", "two": "b"}
 
 
+def chain(tree, width):
+    """Return the sites of a program that multiplies by matrices, and scales by what is none."""
+
+    def model(params, x):
+        for leaf in jax.tree.leaves(params):
+            is_product = leaf.ndim == 2 and len(leaf) == x.shape[1]
+            x = x @ leaf if is_product else x * leaf.reshape(-1, x.shape[1]).sum(0)[None]
+        return x
+
+    params = jax.tree.map(lambda size: jnp.ones(size), tree, is_leaf=lambda x: isinstance(x, tuple))
+    return jaxlora.find_sites(model, params, jnp.ones((2, width)))
+
+
+UNSURE = {
+    "layers told apart by numbers": (
+        {
+            "Dense_0": {"kernel": (8, 8)},
+            "Dense_1": {"kernel": (8, 8)},
+            "Dense_2": {"kernel": (8, 3)},
+        },
+        {"net.1.weight": (8, 8), "net.3.weight": (8, 8), "net.5.weight": (3, 8)},
+    ),
+    "norms by a part of their names": (
+        {"attention_norm": (8,), "ffn_norm": (8,), "w": (8, 3)},
+        {
+            **{"input_layernorm.weight": (8,), "post_attention_layernorm.weight": (8,)},
+            "w.weight": (3, 8),
+        },
+    ),
+    "a leaf for two tensors": (
+        {"pos": (3, 8), "w": (8, 3)},
+        {"p.weight": (3, 8), **{f"h.{i}.ln.weight": (8,) for i in range(3)}, "w.weight": (3, 8)},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNSURE)
+def test_what_may_be_two_things_is_not_guessed(what):
+    tree, shapes = UNSURE[what]
+    with pytest.raises(ValueError, match=r"shapes leave one choice for|must make the names"):
+        find(shapes, chain(tree, 8))
+
+
+def test_which_axis_is_which_is_not_guessed():
+    def model(params, x):
+        def layer(x, own):
+            w, norm = own
+            for expert in w:
+                x = x @ expert
+            return x * norm[None], None
+
+        return jax.lax.scan(layer, x, (params["w"].swapaxes(0, 1), params["norm"].T))[0]
+
+    params = {"w": jnp.ones((2, 2, 4, 4)), "norm": jnp.ones((4, 2))}
+    sites = jaxlora.find_sites(model, params, jnp.ones((3, 4)))
+    shapes = {f"layers.{i}.experts.{j}.weight": (4, 4) for i in range(2) for j in range(2)}
+    shapes |= {f"layers.{i}.norm.weight": (4,) for i in range(2)}
+    with pytest.raises(ValueError, match=r"experts.{j}.weight' \(4, 4\) may be no leaf"):
+        find(shapes, sites)
+    known = [("layers.{i}.experts.{j}", "w[{j}, {i}]")]
+    table = find(shapes, sites, known=known).table(sites.shapes)
+    assert str(table["layers.1.norm"]) == "norm[:, 1:2]"
+
+
+def test_what_is_known_tells_the_layout_of_square_weights():
+    sites = chain({"qkv": (8, 24), "z": (24, 8), "o": (8, 8)}, 8)
+    shapes = {"c_attn.weight": (8, 24), "c_proj.weight": (8, 8), "c_out.weight": (24, 8)}
+    found = find(shapes, sites, known=[("c_attn", "qkv", "transposed")])
+    table = found.table(sites.shapes)
+    assert {place.layout for place in table.values()} == {"transposed"}
+
+
+def test_tensors_of_no_module_are_named_as_such():
+    sites = chain({"cls": (8,), "w": (8, 3)}, 8)
+    table = find({"cls_token": (8,), "w.weight": (3, 8)}, sites).table(sites.shapes)
+    assert table["cls_token"].layout == "tensor"
+
+
 @given(data=st.data())
 @settings(deadline=None, max_examples=25)
 def test_layers_of_different_widths_are_found(data):

@@ -72,7 +72,20 @@ def test_a_module_that_has_lost_all_of_its_rank_has_no_adapter(tmp_path):
 
 
 SHARED = "base_model.vera_A"
+
+
+def test_patterns_of_alpha_do_not_scale_singular_values(tmp_path):
+    folder = edited(tmp_path, "singular_values", config={"alpha_pattern": {"up": 9}})
+    program = programs_of_files.layers()
+    equal(load(folder, program), load(GOLDEN / "singular_values", program))
+
+
 REFUSED = {
+    "a projection of another kind": (
+        "elementwise",
+        lambda tensors: tensors.update({SHARED: np.ones((4, 12), np.float32)}),
+        "has tensors that are not understood, which would be lost: base_model.vera_A",
+    ),
     "no projections": (
         "projections",
         lambda tensors: tensors.pop(SHARED),

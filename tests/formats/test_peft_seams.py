@@ -164,7 +164,7 @@ def test_a_norm_over_a_part_of_a_column_is_not_written(tmp_path):
         peft.save(tmp_path / "it", adapters, names=names, sites=sites)
 
 
-@pytest.mark.parametrize("spec", ["HWIO", "HWOI", "OIHW", "OHWI", "IHWO", "IOHW"])
+@pytest.mark.parametrize("spec", ["HWIO", "HWOI", "WHIO", "OIHW", "OIWH", "OHWI", "IHWO", "IOHW"])
 def test_a_kernel_lies_as_its_program_says(spec, tmp_path):
     usual = {"w": programs.drawn(3, 3, 3, 3)}
     turned = {"w": usual["w"].transpose(["HWIO".index(axis) for axis in spec])}

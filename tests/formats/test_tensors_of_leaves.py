@@ -1,5 +1,6 @@
 """Which tensor of a checkpoint a leaf is, where no module tells."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,3 +51,14 @@ def test_tensors_of_no_module_keep_their_names(tmp_path):
     assert found.keys() == {"cls_token", "norm.running_mean", "mlp.experts.up"}
     assert_array_equal(found["mlp.experts.up"], params["experts"])
     equal(safetensors.load(tmp_path / "it", names, params, sites=sites), params)
+
+
+def test_a_transposed_convolution_is_not_taken_for_one(tmp_path):
+    params = {"k": jnp.ones((3, 3, 4, 4))}
+    sites = jaxlora.find_sites(
+        lambda params, x: jax.lax.conv_transpose(x, params["k"], (2, 2), "SAME"),
+        params,
+        jnp.ones((1, 6, 6, 4)),
+    )
+    with pytest.raises(ValueError, match="no convolution in the program tells which"):
+        safetensors.save(tmp_path / "it", params, Names(("up", "k", "conv")), sites=sites)

@@ -13,6 +13,9 @@ from jaxlora.messages import checks
 from jaxlora.types import Json
 
 METADATA = "lora_adapter_metadata"
+# what such files have no tensors for
+_OTHERS = ("bias", "modules_to_save", "target_parameters", "trainable_token_indices")
+_NOTHING = ("none", [], {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +42,7 @@ class Metadata:
         for name, value in _object(file.metadata[METADATA], where).items():
             component, key = spellings.split(name)
             by_component[component][key] = value
-        return cls(
-            {
-                component: configs.from_values({"peft_type": "LORA"} | values, where)
-                for component, values in by_component.items()
-            }
-        )
+        return cls({name: _config(values, where) for name, values in by_component.items()})
 
     def configs(self) -> Iterable[Config]:
         """Return all configs."""
@@ -56,6 +54,18 @@ class Metadata:
         if component in self.by_component:
             return self.by_component[component], rest
         return self.by_component.get(""), name
+
+
+def _config(values: Json, where: str) -> Config:
+    """Return what is said of a component, or raise where it says more than of LoRA's factors."""
+    config = configs.from_values({"peft_type": "LORA"} | values, where)
+    others = {key: config.get(key) for key in _OTHERS if config.get(key, "none") not in _NOTHING}
+    if config.kind != "LORA" or others:
+        raise ValueError(
+            f"{where} must be of LoRA's factors alone: got the peft_type {config.kind!r} and "
+            f"{others or 'no other'}"
+        )
+    return config
 
 
 def _object(text: str, where: str) -> Json:

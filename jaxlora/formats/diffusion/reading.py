@@ -57,8 +57,7 @@ def load(path: PathLike, *, sites: Sites, names: Names, ignore: Sequence[str] = 
         source = Source(file, sites, names.table(sites.shapes))
         modules = _modules(source, unwanted)
         said = Metadata.read(file)
-        if not unwanted:
-            _check_targets(source, modules, said)
+        _check_targets(source, modules, said, unwanted)
         found: Adapters = {
             **pieces.adapters(_piece(source, name, own, said) for name, own in modules.items())
         }
@@ -72,14 +71,21 @@ def _modules(source: Source, unwanted: Sequence[re.Pattern[str]]) -> dict[str, d
     """Return the names of each module's tensors by what they are, in the order of the tree."""
     by_spelling = spellings.spelled(source.table)
     found: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    spelled: dict[str, str] = {}
     for tensor in source.file.shapes:
         if arguments.is_among(tensor, unwanted):
             continue
         spelling, kind = keys.parsed(tensor, source.where)
         name = _meant(source, tensor, by_spelling.get(spelling, []), spelling, by_spelling)
+        for one, other in (("magnitude", "dora_scale"), ("dora_scale", "magnitude")):
+            kind = one if kind == other and one in found[name] else kind  # two names for one thing
         if (known := found[name].setdefault(kind, tensor)) != tensor:
             raise ValueError(
                 f"{source.where} has two tensors {kind} of {name!r}: {known!r} and {tensor!r}"
+            )
+        if (other := spelled.setdefault(name, spelling)) != spelling:
+            raise ValueError(
+                f"{source.where} must spell {name!r} in one way: got {other!r} and {spelling!r}"
             )
     return dict(found)
 
@@ -101,11 +107,22 @@ def _meant(
     return own[0]
 
 
-def _check_targets(source: Source, modules: Mapping[str, Tensors], said: Metadata) -> None:
+def _check_targets(
+    source: Source,
+    modules: Mapping[str, Tensors],
+    said: Metadata,
+    unwanted: Sequence[re.Pattern[str]],
+) -> None:
     """Raise if the modules that have tensors are not those that the metadata name."""
+    ignored = {
+        spellings.split(tensor)[0]
+        for tensor in source.file.shapes
+        if arguments.is_among(tensor, unwanted)
+    }
     for config in said.configs():
         own = {name for name in source.table if said.of(name)[0] is config}
-        if "target_modules" in config.values and own:
+        is_whole = ignored.isdisjoint(spellings.split(name)[0] for name in own)
+        if "target_modules" in config.values and own and is_whole:
             short = {said.of(name)[1]: source.table[name] for name in own}
             adapted = [said.of(name)[1] for name in modules if name in own]
             targets.check(Source(source.file, source.sites, short), config, adapted)

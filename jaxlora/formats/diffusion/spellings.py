@@ -5,7 +5,7 @@ kohya's scripts write dots as underscores behind a prefix for the component, so 
 taken apart: those that the tree has are spelled, and looked up.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from types import MappingProxyType
 
 # What stands for a component before a name with underscores, and before one with dots.
@@ -29,40 +29,59 @@ def split(name: str) -> tuple[str, str]:
 
 def spelled(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the names that each spelling stands for; of most it is one."""
+    names = [*names]
+    has_third = any(split(name)[0] == "text_encoder_3" for name in names)
     found: dict[str, list[str]] = {}
     for name in names:
-        for spelling in _spellings(name):
+        for spelling in _spellings(name, is_last=not has_third):
             found.setdefault(spelling, []).append(name)
     return found
 
 
-def of_kohya(names: Iterable[str]) -> Mapping[str, str]:
+def of_kohya(written: Iterable[str], known: Iterable[str]) -> Mapping[str, str]:
     """Return how kohya's scripts spell each name.
 
+    Args:
+        written: the names.
+        known: all names that the tree has.
+
     Raises:
-        ValueError: they spell two names alike.
+        ValueError: they spell a name as another is spelled.
     """
-    names = [*names]
-    components = {split(name)[0] for name in names}
-    is_first = not components.isdisjoint(("text_encoder_2", "text_encoder_3", "transformer"))
-    found: dict[str, str] = {}
-    for name in names:
-        component, rest = split(name)
-        prefixes = _UNDERSCORED.get(component, (f"lora_{component}_" if component else "lora_",))
-        prefix = prefixes[-1 if component == "text_encoder" and is_first else 0]
-        spelling = prefix + rest.replace(".", "_")
-        if (known := found.setdefault(spelling, name)) != name:
+    known = [*known]
+    components = {split(name)[0] for name in known}
+    of_all = {name: _of_kohya(name, components) for name in known}
+    meant: dict[str, str] = {}
+    for name in written:
+        spelling = of_all[name]
+        others = [other for other in known if other != name and of_all[other] == spelling]
+        if others:
             raise ValueError(
-                f"kohya's names have underscores for dots, and two are {spelling!r}: {known!r} "
-                f"and {name!r}"
+                f"kohya's names have underscores for dots, and two are {spelling!r}: {name!r} and "
+                f"{others[0]!r}"
             )
-    return {name: spelling for spelling, name in found.items()}
+        meant[name] = spelling
+    return meant
 
 
-def _spellings(name: str) -> set[str]:
+def _of_kohya(name: str, components: Container[str]) -> str:
+    """Return how kohya's scripts spell a name of a pipeline with some components."""
+    component, rest = split(name)
+    prefix = _UNDERSCORED.get(component, (f"lora_{component}_" if component else "lora_",))[0]
+    others = ("text_encoder_2", "text_encoder_3", "transformer")
+    if component == "text_encoder" and any(other in components for other in others):
+        prefix = "lora_te1_"
+    if component == "text_encoder_2" and "transformer" in components:  # the T5 of Flux
+        prefix = "lora_te2_" if "text_encoder_3" in components else "lora_te3_"
+    return prefix + rest.replace(".", "_")
+
+
+def _spellings(name: str, *, is_last: bool) -> set[str]:
     component, rest = split(name)
     flat = rest.replace(".", "_")
     default = (f"lora_{component}_" if component else "lora_",)
     dotted = {prefix + rest for prefix in _DOTTED.get(component, ())}
-    underscored = {prefix + flat for prefix in (*_UNDERSCORED.get(component, default), "lycoris_")}
-    return {name} | dotted | underscored
+    prefixes = [*_UNDERSCORED.get(component, default), "lycoris_"]
+    if component == "text_encoder_2" and is_last:
+        prefixes.append("lora_te3_")  # the T5 of Flux
+    return {name} | dotted | {prefix + flat for prefix in prefixes}

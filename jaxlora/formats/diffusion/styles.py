@@ -33,7 +33,13 @@ def diffusers(found: list[Module], names: Sequence[str], sites: Sites | None) ->
 
 def kohya(found: list[Module], names: Sequence[str], sites: Sites | None) -> Contents:
     """Return what kohya's scripts write, and LyCORIS for magnitudes; see `diffusers`."""
-    spelling = spellings.of_kohya([*names] or [module.name for module in found])
+    written = [module.name for module in found]
+    if not names and any(name.startswith("text_encoder") for name in written):
+        raise ValueError(
+            "kohya's name of a text encoder depends on what else the pipeline has: give "
+            "sites=jaxlora.find_sites(fn, params, *args)"
+        )
+    spelling = spellings.of_kohya(written, names or written)
     made = dict(_of_kohya(found, spelling, sites))
     return made, _said_by_kohya(found, made)
 

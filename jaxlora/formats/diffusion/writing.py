@@ -8,7 +8,8 @@ import jax
 
 from jaxlora.formats import arguments, tensors
 from jaxlora.formats.diffusion import keys, styles
-from jaxlora.formats.modules import Module, check_own_bases, modules
+from jaxlora.formats.diffusion.metadata import METADATA
+from jaxlora.formats.modules import Module, check_written, modules
 from jaxlora.formats.names.mapping import Names
 from jaxlora.messages import checks
 from jaxlora.storage import processes, replacing
@@ -42,7 +43,8 @@ def save(
         names: which modules are which leaves, see `load`.
         style: ``"diffusers"`` or ``"kohya"``.
         sites: where adapters can go, from `jaxlora.find_sites`. It is needed for convolutions, of
-            which only the program tells which axes are the window.
+            which only the program tells which axes are the window; for text encoders in the style
+            of kohya's scripts; and where a module's name ends as that of one that is not adapted.
         metadata: what else the header is to say, as
             ``{"ss_base_model_version": "sdxl_base_v1-0"}``.
 
@@ -65,7 +67,7 @@ def save(
     table = [*names.table(sites.shapes)] if sites is not None else []
     write = styles.kohya if style == "kohya" else styles.diffusers
     made, said = write(found, table, sites)
-    if both := said.keys() & more.keys():
+    if both := {*said, METADATA, "format"} & more.keys():
         raise ValueError(f"metadata must not have {sorted(both)}, which save writes itself")
     replacing.replace_from_first(
         "diffusion.save",
@@ -92,7 +94,7 @@ def _modules(adapters: Adapters, names: Names) -> list[Module]:
             raise ValueError(
                 f"{name!r} is replaced, and files of diffusion models have factors alone: merge it"
             )
-    check_own_bases(adapters)
+    check_written(adapters)
     found = [*modules(adapters, names)]
     for module in found:
         if module.entries > 1 or module.place.layout == "embedding":

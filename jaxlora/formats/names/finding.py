@@ -21,20 +21,28 @@ class _Target:
     """Leaves that one template makes, or the entries of one.
 
     Attributes:
-        path: template of their path.
+        group: the leaves by the template of their path.
         place: template of their place.
         counts: how many numbers each of its placeholders stands for.
         shapes: the shape of the tensor in each layout that it can have.
-        words: the words of its path.
         is_bias: whether it is called a bias.
     """
 
-    path: str
+    group: Group
     place: str
     counts: tuple[int, ...]
     shapes: Mapping[Layout, tuple[int, ...]]
-    words: frozenset[str]
     is_bias: bool
+
+    @property
+    def path(self) -> str:
+        """Template of their path."""
+        return self.group.template
+
+    @property
+    def node(self) -> str:
+        """What holds them."""
+        return self.path.rpartition("/")[0]
 
 
 def find(
@@ -47,7 +55,8 @@ def find(
 
     A tensor fits a leaf that has as many layers, whether a leaf for each or a stack, and its
     shape, as the roles of the leaf's axes tell how it lies. Where several fit, a word decides that
-    one pair alone shares, as ``query``. Where that leaves two, nothing is guessed. ``print`` shows
+    one pair alone shares, and that is all of a name on one side, as ``query``; and the bias of a
+    module is the one beside its weight. Where that leaves two, nothing is guessed. ``print`` shows
     what was found as code: look at it, and keep it.
 
     Args:
@@ -82,10 +91,13 @@ def find(
     paths = {place.path for place in told.table(sites.shapes).values()}
     open_names = {n: s for n, s in torch_names.items() if n.removesuffix(".weight") not in named}
     tensors = groups(open_names)
-    pairs, choices = _matched(tensors, [*_targets(sites, paths)])
+    is_told = any(pair[2:] == ("transposed",) for pair in known)
+    pairs, choices = _matched(tensors, [*_targets(sites, paths)], is_transposed=is_told)
     found = [_pair(*pair) for pair in sorted(pairs, key=lambda pair: tensors.index(pair[0]))]
     _refuse(tensors, found, choices)
-    return Names(*known, *found)
+    made = Names(*known, *found)
+    _check_made(made, torch_names, sites)
+    return made
 
 
 def _check(torch_names: object, sites: object, known: object) -> None:
@@ -102,8 +114,20 @@ def _check(torch_names: object, sites: object, known: object) -> None:
             raise TypeError(f"{needed}: got {checks.shown(shape)} for {checks.shown(name)}")
 
 
+def _check_made(made: Names, torch_names: Iterable[str], sites: Sites) -> None:
+    """Raise if pairs do not make the names that they are for."""
+    wanted = {name.removesuffix(".weight") for name in torch_names}
+    if wrong := wanted ^ made.table(sites.shapes).keys():
+        raise ValueError(
+            f"the pairs must make the names of the tensors and no others: they differ in "
+            f"{sorted(wrong)[:5]}; give those pairs in known: found were {made}"
+        )
+
+
 def _pair(group: Group, target: _Target, layout: Layout) -> Pair:
     name = group.template.removesuffix(".weight")
+    if name == group.template and not name.endswith(".bias") and layout in ("linear", "embedding"):
+        return (name, target.place, "tensor")
     return (name, target.place) if layout == "linear" else (name, target.place, layout)
 
 
@@ -114,8 +138,8 @@ def _targets(sites: Sites, known: Iterable[str]) -> Iterator[_Target]:
         path = re.sub(r"\{.\}", "0", group.template)
         site = sites.sites.get(path)
         stacks: list[tuple[int, ...]] = [site.roles.stack] if site is not None else [()]
-        if site is None and len(group.shape) > 1:
-            stacks.append((0,))  # vectors of a scanned model
+        if site is None and len(group.shape) > 1:  # vectors of a scanned model, along any axis
+            stacks += [(axis,) for axis in range(len(group.shape))]
         for stack in stacks:
             pieces = [":"] * ((stack[-1] + 1) if stack else 0)
             for letter, axis in zip(LETTERS[len(group.counts) :], stack, strict=False):
@@ -124,7 +148,8 @@ def _targets(sites: Sites, known: Iterable[str]) -> Iterator[_Target]:
             counts = (*group.counts, *(group.shape[axis] for axis in stack))
             shapes = _shapes(sites, path, stack)
             named_bias = site is None and _is_bias(path)
-            yield _Target(group.template, place, counts, shapes, group.words, named_bias)
+            if not stack or len({*counts}) == len(counts):  # else it is open which is which
+                yield _Target(group, place, counts, shapes, named_bias)
 
 
 def _is_bias(path: str) -> bool:
@@ -152,10 +177,10 @@ def _shapes(sites: Sites, path: str, stack: Sequence[int]) -> dict[Layout, tuple
 
 
 def _matched(
-    tensors: Sequence[Group], targets: Sequence[_Target]
+    tensors: Sequence[Group], targets: Sequence[_Target], *, is_transposed: bool
 ) -> tuple[list[tuple[Group, _Target, Layout]], dict[Group, list[_Target]]]:
     """Return the pairs that are sure, and for the other tensors what they may be."""
-    layout = _usual(tensors, targets)
+    layout = "transposed" if is_transposed else _usual(tensors, targets)
     choices = {group: [t for t in targets if _fits(group, t, layout)] for group in tensors}
     pairs: list[tuple[Group, _Target, Layout]] = []
     while sure := _sure(choices, pairs):
@@ -195,11 +220,11 @@ def _sure(
     rivals = collections.defaultdict(list)
     for group, own in choices.items():
         for target in own:
-            rivals[target.place].append(group)
+            rivals[target.path].append(group)
     alone = [
         (group, own[0])
         for group, own in choices.items()
-        if len(own) == 1 and rivals[own[0].place] == [group]
+        if len(own) == 1 and rivals[own[0].path] == [group]
     ]
     return alone or _beside(choices, pairs) or _by_words(choices, rivals)
 
@@ -208,15 +233,15 @@ def _beside(
     choices: Mapping[Group, list[_Target]], pairs: Sequence[tuple[Group, _Target, Layout]]
 ) -> list[tuple[Group, _Target]]:
     """Return biases with the one that stands beside the weight of their module in the tree."""
-    owners = {group.template.removesuffix(".weight"): target.place for group, target, _ in pairs}
+    owners = {group.template.removesuffix(".weight"): target for group, target, _ in pairs}
+    nodes = collections.Counter(target.node for target in owners.values())
     found = []
     for group, own in choices.items():
-        owner = owners.get(group.template.removesuffix(".bias"), "")
-        node = owner.partition("[")[0].rpartition("/")[0]
-        near = [
-            t for t in own if t.is_bias and t.place.partition("[")[0].rpartition("/")[0] == node
-        ]
-        if owner and len(near) == 1:
+        owner = owners.get(group.template.removesuffix(".bias"))
+        if owner is None or nodes[owner.node] > 1:
+            continue
+        near = [target for target in own if target.is_bias and target.node == owner.node]
+        if len(near) == 1:
             found.append((group, near[0]))
     return found
 
@@ -228,9 +253,10 @@ def _by_words(
     found = []
     for group, own in choices.items():
         for target in own:
-            shared = group.words & target.words
-            others = [t.words for t in own if t is not target]
-            others += [other.words for other in rivals[target.place] if other is not group]
+            one, other = group, target.group
+            shared = (one.nodes & other.words) | (one.words & other.nodes)
+            others = [t.group.words for t in own if t.path != target.path]
+            others += [rival.words for rival in rivals[target.path] if rival is not group]
             if shared - frozenset().union(*others):
                 found.append((group, target))
     counts = collections.Counter(id(x) for pair in found for x in pair)

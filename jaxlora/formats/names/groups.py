@@ -29,10 +29,16 @@ class Group:
     shape: tuple[int, ...]
 
     @property
+    def nodes(self) -> frozenset[str]:
+        """The names that dots or slashes part, those without a letter left out."""
+        pieces = re.split(r"[./]", re.sub(r"\{.\}", "", self.template).lower())
+        return frozenset(piece.strip("_") for piece in pieces if re.search("[a-z]", piece))
+
+    @property
     def words(self) -> frozenset[str]:
-        """The words of the template, and the numbers that are parts of names."""
-        text = re.sub(r"\{.\}", " ", self.template)
-        return frozenset(word.lower() for word in re.split(r"[^A-Za-z0-9]+", text) if word)
+        """The words of these names, and the names themselves."""
+        pieces = (re.split(r"[^a-z]+", node) for node in self.nodes)
+        return self.nodes | frozenset(word for words in pieces for word in words if word)
 
 
 def groups(shapes: Mapping[str, Sequence[int]]) -> list[Group]:

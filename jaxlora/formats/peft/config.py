@@ -159,7 +159,7 @@ def _as_of_lora(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], floa
     match kind:
         case "LOHA":
             return values | {"lora_alpha": values.get("alpha", 8)}, None
-        case "ADALORA":  # the rank that is left of a module does not change its scaling
+        case "ADALORA":  # neither the rank that is left of a module nor a pattern scales it
             kept = values.get("rank_pattern", {})
             rank = values.get("init_r", 12)
             ranks = {
@@ -168,7 +168,8 @@ def _as_of_lora(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], floa
                 )
                 for name, choices in kept.items()
             }
-            return values | {"r": rank, "rank_pattern": ranks}, rank + 1e-5
+            own = {key: value for key, value in values.items() if key != "alpha_pattern"}
+            return own | {"r": rank, "rank_pattern": ranks}, rank + 1e-5
         case "VERA":
             only = {"bias": "lora_only"} if values.get("bias") == "vera_only" else {}
             return {"r": 256} | values | only | {"lora_alpha": 1}, 1.0

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 
 from jaxlora.formats.peft.config import Config
-from jaxlora.formats.peft.keys import Key, parse_all
+from jaxlora.formats.peft.keys import SHARED, Key, parse_all
 from jaxlora.formats.source import Source
 
 ModuleKey = tuple[str, int]  # its name, and in how many adapted ones it stands
@@ -24,7 +24,8 @@ class Folder(Source):
         """Return the names of each module's factors by kind, the values, and rows of tokens."""
         modules: dict[ModuleKey, dict[str, str]] = collections.defaultdict(dict)
         others: dict[str, list[Key]] = {"value": [], "tokens": []}
-        for key in parse_all(self.file.shapes, self.where):
+        shared = SHARED if self.config.kind == "VERA" else ()
+        for key in parse_all(self.file.shapes, self.where, shared):
             if key.kind in others:
                 others[key.kind].append(key)
                 continue

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from types import MappingProxyType
 
 PREFIX = "base_model.model."
@@ -68,13 +68,13 @@ def parse(name: str) -> Key | None:
     return Key(name, module, kind, parts.count("base_layer") + parts.count("original_module"))
 
 
-def parse_all(names: Iterable[str], path: str) -> list[Key]:
-    """Return what the tensors of a file are.
+def parse_all(names: Iterable[str], path: str, known: Container[str] = ()) -> list[Key]:
+    """Return what the tensors of a file are, but for those that are known.
 
     Raises:
         ValueError: one is not understood.
     """
-    found = {name: parse(name) for name in names if name not in SHARED}
+    found = {name: parse(name) for name in names if name not in known}
     if wrong := [name for name, key in found.items() if key is None]:
         raise ValueError(
             f"{path} has tensors that are not understood, which would be lost: "

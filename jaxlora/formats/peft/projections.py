@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from jaxlora.formats.factorizations import wide
 from jaxlora.formats.factors import Factors, Tensors
 from jaxlora.formats.layouts import Arrangement
 from jaxlora.formats.names.mapping import Place
@@ -40,8 +41,8 @@ def read(folder: Folder, own: Tensors, place: Place, how: Arrangement) -> Factor
             f"{folder.where} has {next(iter(own.values()))!r}, and no tensor {min(lacking)} "
             "beside it"
         )
-    columns = folder.tensor(own["lambda_d"], place, (rank,))
-    rows = folder.tensor(own["lambda_b"], place, (height,))
+    columns = wide(folder.tensor(own["lambda_d"], place, (rank,)))
+    rows = wide(folder.tensor(own["lambda_b"], place, (height,)))
     a, b = how.factors(columns[:, None] * first[:, :width], rows[:, None] * second[:height], shape)
     return Factors(a.reshape(*stack, *in_, rank), b.reshape(*stack, rank, *out), rank)
 

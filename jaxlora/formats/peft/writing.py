@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxlora.formats import arguments, tensors
-from jaxlora.formats.modules import Module, arranged, check_own_bases, modules
+from jaxlora.formats.modules import Module, arranged, check_written, modules
 from jaxlora.formats.names.mapping import Names
 from jaxlora.formats.peft import experts, kept, plain
 from jaxlora.formats.peft.config import CONFIG_FILE
@@ -90,7 +90,7 @@ def _contents(
     others = {name: term for name, term in adapters.items() if isinstance(term, Replacement)}
     if not own:
         raise ValueError("adapters must have factors, without which PEFT has no config: got none")
-    check_own_bases(own)
+    check_written(own)
     found, values = [*modules(own, names)], [*kept.kept(others, names, sites)]
     kept.check_whole(values, sites, names)
     adapted = {module.name for module in found}

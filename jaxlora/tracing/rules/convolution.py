@@ -61,7 +61,10 @@ def convolution(run: Evaluation, eqn: Eqn, x: Operand, kernel: Operand) -> Value
     if not is_sought and kernel.gain is not None and _runs_back(kernel, numbers):
         return run.without_rule(eqn, [x, kernel], "it sums columns that have magnitudes")
     stack |= kernel.indexed - (in_ | out)  # entries that were picked are a stack
-    facts: Facts = {"in_": in_, "out": out, "stack": stack, "window": kernel.labels(*window)}
+    is_transpose = any(size != 1 for size in params["lhs_dilation"])
+    sides = sorted(zip(numbers.lhs_spec[2:], window, strict=True))  # as the input has them
+    sides = [] if is_transpose else [kernel.labels(dim) for _, dim in sides]
+    facts: Facts = {"in_": in_, "out": out, "stack": stack, "window": sides}
     run.record(eqn, kernel, Kind.CONTRACTED, **facts)
     y = run.product(lambda *values: compat.bind(eqn, values)[0], x, kernel.base)
     if is_sought:
