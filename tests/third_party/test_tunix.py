@@ -39,6 +39,7 @@ def module():
         norm_eps=1e-6,
     )
     try:
+        flax.config.update("flax_always_shard_variable", False)  # also where it was imported before
         with relaxed():
             module = nnx.eval_shape(lambda: qwen3.Qwen3(config, rngs=nnx.Rngs(0)))
     finally:
