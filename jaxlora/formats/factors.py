@@ -50,8 +50,7 @@ def adaptable(source: Source, place: Place, tensor: str) -> Arrangement:
             f"the leaf {place.path!r}, for which {source.where} has {tensor!r}, cannot be "
             f"adapted: {why}"
         )
-    if place.layout == "embedding":
-        check_untied(source.sites, place, source.where)
+    check_untied(source.sites, place, source.where)
     return found
 
 

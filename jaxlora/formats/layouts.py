@@ -135,8 +135,9 @@ def arrangement(sites: Sites, place: Place, shape: Sequence[int]) -> Arrangement
 
 def check_untied(sites: Sites, place: Place, where: str) -> None:
     """Raise for a leaf that is looked up and multiplied, which are two tensors in PEFT."""
-    kinds = {use.kind for use in sites[place.path].uses} if place.path in sites else set()
-    if {Kind.LOOKED_UP, Kind.CONTRACTED} <= kinds:
+    site = sites.sites.get(place.path)
+    is_multiplied = site is not None and any(use.kind == Kind.CONTRACTED for use in site.uses)
+    if site is not None and site.is_looked_up and is_multiplied:
         raise ValueError(
             f"the leaf {place.path!r} is looked up and multiplied, and PEFT changes one of the two "
             f"alone, for {where}: a leaf for each is needed"

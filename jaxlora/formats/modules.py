@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlora.formats import pieces
 from jaxlora.formats.factorizations import wide
-from jaxlora.formats.layouts import Arrangement, arrangement
+from jaxlora.formats.layouts import Arrangement, arrangement, check_untied
 from jaxlora.formats.names.mapping import Names, Place
 from jaxlora.formats.pieces import Box
 from jaxlora.messages import checks
@@ -174,6 +174,7 @@ def arranged(module: Module, sites: Sites | None) -> Arrangement:
                 "window: give sites=jaxlora.find_sites(fn, params, *args)"
             )
         return Arrangement(module.roles, place.layout)
+    check_untied(sites, place, "the file")
     found = arrangement(sites, place, shape)
     uses = {use.kind for use in sites[place.path].uses} if found else set()
     if found is None or (uses == {Kind.LOOKED_UP}) != (place.layout == "embedding"):

@@ -55,16 +55,21 @@ def test_what_is_an_embedding_and_a_head_does_not_travel(tmp_path):
     rows = {"wte.lora_embedding_A": programs.drawn(2, 9)}
     rows |= {"wte.lora_embedding_B": programs.drawn(8, 2)}
     config = {"target_modules": ["w"], "modules_to_save": ["wte"]}
-    for name, tensors, how in (
-        ("whole", whole, config),
-        ("rows", rows, {"target_modules": ["wte"]}),
+    head = Names(("lm_head", "wte"), ("w", "w"))
+    message = "'wte' is looked up and multiplied, and PEFT changes"
+    for name, tensors, how, names in (
+        ("whole", whole, config, TIED_NAMES),
+        ("rows", rows, {"target_modules": ["wte"]}, TIED_NAMES),
+        ("head", pair("lm_head", 8, 9), {"target_modules": ["lm_head"]}, head),
     ):
         folder = made(tmp_path / name, tensors, **how)
-        with pytest.raises(ValueError, match="'wte' is looked up and multiplied, and PEFT changes"):
-            peft.load(folder, sites=sites, names=TIED_NAMES)
-    adapters, sites = adapted(tied, TIED, tokens, targets=("w",), train=("wte",))
-    with pytest.raises(ValueError, match="'wte' is looked up and multiplied, and PEFT changes"):
-        peft.save(tmp_path / "ours", adapters, names=TIED_NAMES, sites=sites)
+        with pytest.raises(ValueError, match=message):
+            peft.load(folder, sites=sites, names=names)
+    for what in ({"targets": ("w",), "train": ("wte",)}, {"targets": ("wte",)}):
+        adapters, sites = adapted(tied, TIED, tokens, **what)
+        for names in (TIED_NAMES, head):
+            with pytest.raises(ValueError, match=message):
+                peft.save(tmp_path / "ours", adapters, names=names, sites=sites)
 
 
 def test_an_adapter_of_a_changed_base_is_not_written(tmp_path):
