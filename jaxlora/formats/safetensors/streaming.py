@@ -54,7 +54,7 @@ def write(
             assert (tensor.shape, tensor.dtype) == (shapes[name].shape, shapes[name].dtype), name
             if last is not None:
                 last.result()
-            last = writer.submit(file.write, tensor.reshape(-1).view(np.uint8))
+            last = writer.submit(file.write, tensor.reshape(-1).view(np.uint8).data)
         if last is not None:
             last.result()
 
