@@ -8,6 +8,8 @@ from jaxlora.formats.names.mapping import Names
 from jaxlora.messages import checks
 from jaxlora.storage import locations
 from jaxlora.targets.sites import Sites
+from jaxlora.weights import tree_checks
+from jaxlora.weights.adapters import Adapters
 
 
 def check_names(names: object) -> None:
@@ -23,6 +25,14 @@ def check_sites(sites: object, *, may_be_none: bool = False) -> None:
         raise TypeError(
             f"sites must be from jaxlora.find_sites{or_none}: got {checks.shown(sites)}"
         )
+
+
+def check_saved(call: str, adapters: Adapters, names: object, sites: object) -> None:
+    """Raise if adapters cannot be saved, or what tells their names is none."""
+    tree_checks.check_adapters(adapters, some=True)
+    tree_checks.check_untraced(call, dict(adapters))
+    check_names(names)
+    check_sites(sites, may_be_none=True)
 
 
 def local(path: locations.PathLike) -> Path:

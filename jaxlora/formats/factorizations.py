@@ -58,10 +58,7 @@ def _plain(own: Tensors) -> Pair:
 
 def _with_core(own: Tensors) -> Pair:
     """Return the factors of LoCon: ``A`` of a single element, and the window between the two."""
-    down = wide(own["A"])
-    return np.einsum("sr...,ri->si...", wide(own["core"]), down.reshape(down.shape[:2])), wide(
-        own["B"]
-    )
+    return _windowed(own["core"], own["A"]), wide(own["B"])
 
 
 def _with_latent(own: Tensors) -> Pair:
@@ -85,10 +82,15 @@ def _elementwise_with_cores(own: Tensors) -> Pair:
     """Return the factors of LoHa of convolutions, with a window in each of its products."""
     made = {}
     for x in "12":
-        core, down = wide(own[f"t{x}"]), wide(own[f"w{x}_b"])
-        made[f"w{x}_b"] = np.einsum("sr...,ri->si...", core, down).reshape(len(core), -1)
+        down = _windowed(own[f"t{x}"], own[f"w{x}_b"])
+        made[f"w{x}_b"] = down.reshape(len(down), -1)
         made[f"w{x}_a"] = own[f"w{x}_a"].T
     return _elementwise(made)
+
+
+def _windowed(core: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """Return ``(rank, in, *window)`` of a window between ranks and a factor of one element."""
+    return np.einsum("sr...,ri->si...", wide(core), wide(down).reshape(down.shape[:2]))
 
 
 def wide(array: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from jaxlora.weights import blocks
 from jaxlora.weights.roles import Roles
 
 Tensors = Mapping[str, str]  # names of the tensors of a module, by what they are of it
-BESIDE = ("magnitude", "dora_scale", "alpha")  # what may stand beside the tensors of a form
+_BESIDE = ("magnitude", "alpha")  # what may stand beside the tensors of a form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def adaptable(source: Source, place: Place, tensor: str) -> Arrangement:
 
 def form(source: Source, own: Tensors) -> Form:
     """Return the form that the tensors of a module are, or raise if one lacks."""
-    kinds = {*own} - {*BESIDE}
+    kinds = {*own} - {*_BESIDE}
     found = factorizations.form_of(kinds)
     if found is None:
         lacking = factorizations.missing(kinds)
@@ -78,7 +78,7 @@ def read(source: Source, own: Tensors, place: Place, how: Arrangement) -> Factor
     """
     made = form(source, own)
     _, shape = source.box(place)
-    stack, in_, out = how.roles.sizes(shape)
+    stack, _, _ = how.roles.sizes(shape)
     if math.prod(stack) != 1:
         raise ValueError(
             f"the place of {next(iter(own.values()))!r}, {str(place)!r}, must be one entry of its "
@@ -87,10 +87,16 @@ def read(source: Source, own: Tensors, place: Place, how: Arrangement) -> Factor
     form_rank = made.rank({kind: source.file.shapes[own[kind]] for kind in made.kinds})
     needed = made.shapes(*how.factor_shapes(shape, form_rank))
     tensors = {kind: source.tensor(own[kind], place, size) for kind, size in needed.items()}
-    first, second = made.pair(tensors)
-    shapes = how.factor_shapes(shape, len(first))
+    return of_pair(*made.pair(tensors), how, shape, form_rank)
+
+
+def of_pair(
+    first: np.ndarray, second: np.ndarray, how: Arrangement, shape: tuple[int, ...], form_rank: int
+) -> Factors:
+    """Return the factors of an entry of some shape, from the tensors ``A`` and ``B`` of PyTorch."""
+    (stack, in_, out), rank = how.roles.sizes(shape), len(first)
+    shapes = how.factor_shapes(shape, rank)
     a, b = how.factors(first.reshape(shapes[0]), second.reshape(shapes[1]), shape)
-    rank = len(first)
     return Factors(a.reshape(*stack, *in_, rank), b.reshape(*stack, rank, *out), form_rank)
 
 

@@ -185,6 +185,14 @@ def arranged(module: Module, sites: Sites | None) -> Arrangement:
     return dataclasses.replace(found, roles=module.roles)
 
 
+def norms(module: Module, first: np.ndarray) -> np.ndarray | None:
+    """Return the magnitude of a module as PEFT's layers have it, whose tensor ``A`` is given."""
+    magnitude, window = module.magnitude(), (1,) * (first.ndim - 2)
+    if magnitude is None:
+        return None
+    return magnitude.reshape((1, -1, *window) if window else (-1,))
+
+
 def check_written(adapters: Mapping[str, Adapter]) -> None:
     """Raise for an adapter that files cannot say.
 

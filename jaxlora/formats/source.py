@@ -37,6 +37,13 @@ class Source:
         """The file, as errors name it."""
         return repr(str(self.file.path))
 
+    def add(self, own: dict[str, str], kind: str, tensor: str, module: str) -> None:
+        """Put a tensor among those of its module by kind, or raise if there is one of its kind."""
+        if (known := own.setdefault(kind, tensor)) != tensor:
+            raise ValueError(
+                f"{self.where} has two tensors {kind} of {module!r}: {known!r} and {tensor!r}"
+            )
+
     def place(self, name: str, tensor: str) -> Place:
         """Return the place of a name, or raise where the tree has none for its tensor."""
         if (place := self.table.get(name)) is None:

@@ -3,6 +3,7 @@
 import re
 from types import MappingProxyType
 
+NORMS = ".dora_scale"  # behind the name of magnitudes of LyCORIS
 # What of a module a tensor is, by what stands behind the module's name.
 _ENDINGS = MappingProxyType(
     {
@@ -13,7 +14,7 @@ _ENDINGS = MappingProxyType(
         ".lora_mid.weight": "core",
         ".lora_magnitude_vector": "magnitude",
         ".lora_magnitude_vector.weight": "magnitude",
-        ".dora_scale": "dora_scale",
+        NORMS: "magnitude",
         ".alpha": "alpha",
         **{f".hada_{kind}": kind for kind in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     }

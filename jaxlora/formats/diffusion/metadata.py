@@ -9,7 +9,6 @@ from jaxlora.formats.diffusion import spellings
 from jaxlora.formats.peft import config as configs
 from jaxlora.formats.peft.config import Config
 from jaxlora.formats.tensors import TensorFile
-from jaxlora.messages import checks
 from jaxlora.types import Json
 
 METADATA = "lora_adapter_metadata"
@@ -38,8 +37,9 @@ class Metadata:
         if METADATA not in file.metadata:
             return cls({})
         where = f"{METADATA} of {str(file.path)!r}"
+        said = configs.json_object(file.metadata[METADATA], where)
         by_component: dict[str, Json] = collections.defaultdict(dict)
-        for name, value in _object(file.metadata[METADATA], where).items():
+        for name, value in said.items():
             component, key = spellings.split(name)
             by_component[component][key] = value
         return cls({name: _config(values, where) for name, values in by_component.items()})
@@ -66,16 +66,6 @@ def _config(values: Json, where: str) -> Config:
             f"{others or 'no other'}"
         )
     return config
-
-
-def _object(text: str, where: str) -> Json:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} must be an object of JSON: got {checks.shown(found)}")
-    return found
 
 
 def packed(by_component: Mapping[str, Json]) -> str:

@@ -77,12 +77,7 @@ def _modules(source: Source, unwanted: Sequence[re.Pattern[str]]) -> dict[str, d
             continue
         spelling, kind = keys.parsed(tensor, source.where)
         name = _meant(source, tensor, by_spelling.get(spelling, []), spelling, by_spelling)
-        for one, other in (("magnitude", "dora_scale"), ("dora_scale", "magnitude")):
-            kind = one if kind == other and one in found[name] else kind  # two names for one thing
-        if (known := found[name].setdefault(kind, tensor)) != tensor:
-            raise ValueError(
-                f"{source.where} has two tensors {kind} of {name!r}: {known!r} and {tensor!r}"
-            )
+        source.add(found[name], kind, tensor, name)
         if (other := spelled.setdefault(name, spelling)) != spelling:
             raise ValueError(
                 f"{source.where} must spell {name!r} in one way: got {other!r} and {spelling!r}"
@@ -120,11 +115,12 @@ def _check_targets(
         if arguments.is_among(tensor, unwanted)
     }
     for config in said.configs():
-        own = {name for name in source.table if said.of(name)[0] is config}
+        told = {name: said.of(name) for name in source.table}
+        own = {name: short for name, (found, short) in told.items() if found is config}
         is_whole = ignored.isdisjoint(spellings.split(name)[0] for name in own)
         if "target_modules" in config.values and own and is_whole:
-            short = {said.of(name)[1]: source.table[name] for name in own}
-            adapted = [said.of(name)[1] for name in modules if name in own]
+            short = {short: source.table[name] for name, short in own.items()}
+            adapted = [own[name] for name in modules if name in own]
             targets.check(Source(source.file, source.sites, short), config, adapted)
 
 
@@ -135,8 +131,8 @@ def _piece(source: Source, name: str, own: Mapping[str, str], said: Metadata) ->
     how = factors.adaptable(source, place, first)
     found = factors.read(source, own, place, how)
     magnitude = None
-    if (tensor := own.get("magnitude", own.get("dora_scale"))) is not None:
-        if "dora_scale" in own:
+    if (tensor := own.get("magnitude")) is not None:
+        if tensor.endswith(keys.NORMS):
             _check_outer(source, tensor, found.b.size // found.rank)
         magnitude = factors.magnitude(source, tensor, place, how.roles)
     alpha = found.alpha(_alpha(source, name, own, found.form_rank, said))
@@ -162,8 +158,7 @@ def _alpha(source: Source, name: str, own: Mapping[str, str], rank: int, said: M
     if "alpha" not in own:
         if config is None:
             return rank
-        has_magnitude = not own.keys().isdisjoint(("magnitude", "dora_scale"))
-        config.check(module, rank, has_magnitude, source.where)
+        config.check(module, rank, "magnitude" in own, source.where)
         return config.plain_alpha(module, rank)
     tensor = own["alpha"]
     if config is not None:

@@ -50,24 +50,23 @@ def of_kohya(written: Iterable[str], known: Iterable[str]) -> Mapping[str, str]:
     """
     known = [*known]
     components = {split(name)[0] for name in known}
-    of_all = {name: _of_kohya(name, components) for name in known}
-    meant: dict[str, str] = {}
-    for name in written:
-        spelling = of_all[name]
-        others = [other for other in known if other != name and of_all[other] == spelling]
-        if others:
+    meant = {name: _of_kohya(name, components) for name in written}
+    names: dict[str, list[str]] = {}
+    for name in known:
+        names.setdefault(_of_kohya(name, components), []).append(name)
+    for name, spelling in meant.items():
+        if others := [other for other in names[spelling] if other != name]:
             raise ValueError(
                 f"kohya's names have underscores for dots, and two are {spelling!r}: {name!r} and "
                 f"{others[0]!r}"
             )
-        meant[name] = spelling
     return meant
 
 
 def _of_kohya(name: str, components: Container[str]) -> str:
     """Return how kohya's scripts spell a name of a pipeline with some components."""
     component, rest = split(name)
-    prefix = _UNDERSCORED.get(component, (f"lora_{component}_" if component else "lora_",))[0]
+    prefix = _prefixes(component)[0]
     others = ("text_encoder_2", "text_encoder_3", "transformer")
     if component == "text_encoder" and any(other in components for other in others):
         prefix = "lora_te1_"
@@ -76,12 +75,16 @@ def _of_kohya(name: str, components: Container[str]) -> str:
     return prefix + rest.replace(".", "_")
 
 
+def _prefixes(component: str) -> tuple[str, ...]:
+    """Return what may stand for a component before a name with underscores."""
+    return _UNDERSCORED.get(component, (f"lora_{component}_" if component else "lora_",))
+
+
 def _spellings(name: str, *, is_last: bool) -> set[str]:
     component, rest = split(name)
     flat = rest.replace(".", "_")
-    default = (f"lora_{component}_" if component else "lora_",)
     dotted = {prefix + rest for prefix in _DOTTED.get(component, ())}
-    prefixes = [*_UNDERSCORED.get(component, default), "lycoris_"]
+    prefixes = [*_prefixes(component), "lycoris_"]
     if component == "text_encoder_2" and is_last:
         prefixes.append("lora_te3_")  # the T5 of Flux
     return {name} | dotted | {prefix + flat for prefix in prefixes}

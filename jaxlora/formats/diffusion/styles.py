@@ -11,7 +11,7 @@ import numpy as np
 from jaxlora.formats import tensors
 from jaxlora.formats.diffusion import spellings
 from jaxlora.formats.diffusion.metadata import METADATA, packed
-from jaxlora.formats.modules import Module, arranged
+from jaxlora.formats.modules import Module, arranged, norms
 from jaxlora.formats.peft import plain
 from jaxlora.targets.sites import Sites
 from jaxlora.types import Json
@@ -50,10 +50,8 @@ def _of_diffusers(found: list[Module], sites: Sites | None) -> _Named:
         first, second = module.tensors(arranged(module, sites))
         yield f"{module.name}.lora_A.weight", first
         yield f"{module.name}.lora_B.weight", second
-        if (magnitude := module.magnitude()) is not None:
-            window = (1,) * (first.ndim - 2)
-            shape = (1, -1, *window) if window else (-1,)
-            yield f"{module.name}.lora_magnitude_vector", magnitude.reshape(shape)
+        if (magnitude := norms(module, first)) is not None:
+            yield f"{module.name}.lora_magnitude_vector", magnitude
 
 
 def _configs(found: list[Module], names: Sequence[str]) -> dict[str, Json]:

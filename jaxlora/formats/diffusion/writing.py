@@ -15,7 +15,6 @@ from jaxlora.messages import checks
 from jaxlora.storage import processes, replacing
 from jaxlora.storage.locations import PathLike
 from jaxlora.targets.sites import Sites
-from jaxlora.weights import tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters
 
 Style = Literal["diffusers", "kohya"]
@@ -55,10 +54,7 @@ def save(
         ValueError: an adapter has no name in the file, or such files cannot say it.
         OSError: it cannot be written.
     """
-    tree_checks.check_adapters(adapters, some=True)
-    tree_checks.check_untraced("diffusion.save", dict(adapters))
-    arguments.check_names(names)
-    arguments.check_sites(sites, may_be_none=True)
+    arguments.check_saved("diffusion.save", adapters, names, sites)
     checks.check_choice(style, "style", get_args(Style))
     more = _checked(metadata)
     target = arguments.local(path)

@@ -86,9 +86,9 @@ def find(
     )
     """
     _check(torch_names, sites, known)
-    told = Names(*known)
-    named = {name.removesuffix(".weight") for name in told.table(sites.shapes)}
-    paths = {place.path for place in told.table(sites.shapes).values()}
+    told = Names(*known).table(sites.shapes)
+    named = {name.removesuffix(".weight") for name in told}
+    paths = {place.path for place in told.values()}
     open_names = {n: s for n, s in torch_names.items() if n.removesuffix(".weight") not in named}
     tensors = groups(open_names)
     is_told = any(pair[2:] == ("transposed",) for pair in known)

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxlora.formats.peft import config_keys
 from jaxlora.messages import checks
+from jaxlora.types import Json
 
 CONFIG_FILE = "adapter_config.json"
 TYPES = ("LORA", "LOHA", "ADALORA", "VERA")
@@ -128,18 +129,19 @@ def read(folder: Path) -> Config:
             f"there is no file {str(path)!r}: {str(folder)!r} must be "
             "a folder that PEFT saved an adapter to"
         )
-    return parse(path.read_bytes(), repr(str(path)))
+    where = repr(str(path))
+    return from_values(json_object(path.read_bytes(), where), where)
 
 
-def parse(text: str | bytes, where: str) -> Config:
-    """Return what a config says that is JSON, see `read`."""
+def json_object(text: str | bytes, where: str) -> Json:
+    """Return an object of JSON, or raise for what is none."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{where} must be an object of JSON: got {checks.shown(found)}")
-    return from_values(found, where)
+    return found
 
 
 def from_values(found: Mapping[str, Any], where: str) -> Config:

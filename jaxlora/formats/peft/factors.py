@@ -45,13 +45,14 @@ def read(folder: Folder, modules: Mapping[ModuleKey, Tensors]) -> Iterator[Piece
         name = of_parameters.get(module, module[0])
         if "E" in own and folder.config.rank(name) == 0:
             continue  # AdaLoRA has taken all of its rank
-        piece = _piece(folder, name, _meant(module, modules) or name, own, module in of_parameters)
-        if _meant(module, modules) is not None:
+        owner = _owner(module, modules)
+        piece = _piece(folder, name, owner or name, own, module in of_parameters)
+        if owner is not None:
             piece = dataclasses.replace(piece, alpha=piece.alpha * INNER_COUNT)
         yield piece
 
 
-def _meant(module: ModuleKey, modules: Container[ModuleKey]) -> str | None:
+def _owner(module: ModuleKey, modules: Container[ModuleKey]) -> str | None:
     """Return the adapted module that one is within, as the output of ``MultiheadAttention``."""
     owner = module[0].rpartition(".")[0]
     return owner if (owner, module[1] - 1) in modules else None

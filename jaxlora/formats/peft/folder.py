@@ -2,6 +2,9 @@
 
 import collections
 import dataclasses
+import functools
+
+import numpy as np
 
 from jaxlora.formats.peft.config import Config
 from jaxlora.formats.peft.keys import SHARED, Key, parse_all
@@ -29,10 +32,21 @@ class Folder(Source):
             if key.kind in others:
                 others[key.kind].append(key)
                 continue
-            known = modules[key.module, key.depth].setdefault(key.kind, key.name)
-            if known != key.name:
-                raise ValueError(
-                    f"{self.where} has two tensors {key.kind} of {key.module!r}: {known!r} and "
-                    f"{key.name!r}"
-                )
+            self.add(modules[key.module, key.depth], key.kind, key.name, key.module)
         return modules, others["value"], others["tokens"]
+
+    @functools.cached_property
+    def projections(self) -> tuple[np.ndarray, np.ndarray]:
+        """The matrices that all modules of VeRA share, ``(rank, in)`` and ``(out, rank)``."""
+        shapes = [self.file.shapes.get(name) for name in SHARED]
+        if None in shapes:
+            raise ValueError(
+                f"{self.where} must have {SHARED}, which torch would draw again from a key: "
+                "save it with save_projection=True in PEFT's VeraConfig"
+            )
+        first, second = (self.file[name] for name in SHARED)
+        if first.ndim != 2 or second.ndim != 2 or first.shape[0] != second.shape[1]:
+            raise ValueError(
+                f"{SHARED} of {self.where} must be (rank, in) and (out, rank): got {shapes}"
+            )
+        return first, second

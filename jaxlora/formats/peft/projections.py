@@ -6,10 +6,8 @@ matrices, as many as it has.
 
 import math
 
-import numpy as np
-
 from jaxlora.formats.factorizations import wide
-from jaxlora.formats.factors import Factors, Tensors
+from jaxlora.formats.factors import Factors, Tensors, of_pair
 from jaxlora.formats.layouts import Arrangement
 from jaxlora.formats.names.mapping import Place
 from jaxlora.formats.peft.folder import Folder
@@ -29,7 +27,7 @@ def read(folder: Folder, own: Tensors, place: Place, how: Arrangement) -> Factor
     """
     _, shape = folder.box(place)
     stack, in_, out = how.roles.sizes(shape)
-    first, second = _shared(folder)
+    first, second = folder.projections
     rank, width, height = first.shape[0], math.prod(in_), math.prod(out)
     if math.prod(stack) != 1 or first.shape[1] < width or second.shape[0] < height:
         raise ValueError(
@@ -43,21 +41,5 @@ def read(folder: Folder, own: Tensors, place: Place, how: Arrangement) -> Factor
         )
     columns = wide(folder.tensor(own["lambda_d"], place, (rank,)))
     rows = wide(folder.tensor(own["lambda_b"], place, (height,)))
-    a, b = how.factors(columns[:, None] * first[:, :width], rows[:, None] * second[:height], shape)
-    return Factors(a.reshape(*stack, *in_, rank), b.reshape(*stack, rank, *out), rank)
-
-
-def _shared(folder: Folder) -> tuple[np.ndarray, np.ndarray]:
-    """Return the matrices that all modules share, ``(rank, in)`` and ``(out, rank)``."""
-    shapes = [folder.file.shapes.get(name) for name in SHARED]
-    if None in shapes:
-        raise ValueError(
-            f"{folder.where} must have {SHARED}, which torch would draw again from a key: save it "
-            "with save_projection=True in PEFT's VeraConfig"
-        )
-    first, second = (folder.file[name] for name in SHARED)
-    if first.ndim != 2 or second.ndim != 2 or first.shape[0] != second.shape[1]:
-        raise ValueError(
-            f"{SHARED} of {folder.where} must be (rank, in) and (out, rank): got {shapes}"
-        )
-    return first, second
+    pair = columns[:, None] * first[:, :width], rows[:, None] * second[:height]
+    return of_pair(*pair, how, shape, rank)

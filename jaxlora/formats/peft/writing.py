@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxlora.formats import arguments, tensors
-from jaxlora.formats.modules import Module, arranged, check_written, modules
+from jaxlora.formats.modules import Module, arranged, check_written, modules, norms
 from jaxlora.formats.names.mapping import Names
 from jaxlora.formats.peft import experts, kept, plain
 from jaxlora.formats.peft.config import CONFIG_FILE
@@ -19,7 +19,6 @@ from jaxlora.messages import checks
 from jaxlora.storage import processes, replacing
 from jaxlora.targets.sites import Sites
 from jaxlora.types import Json
-from jaxlora.weights import tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, Replacement
 
 _VERSION = "0.21.2"  # of PEFT, whose layout this is
@@ -55,10 +54,7 @@ def save(
         ValueError: an adapter has no name in the file, or says what PEFT cannot.
         OSError: it cannot be written.
     """
-    tree_checks.check_adapters(adapters, some=True)
-    tree_checks.check_untraced("peft.save", dict(adapters))
-    arguments.check_names(names)
-    arguments.check_sites(sites, may_be_none=True)
+    arguments.check_saved("peft.save", adapters, names, sites)
     if not isinstance(base_model_name_or_path, str | None):
         raise TypeError(
             "base_model_name_or_path must be a string or None: "
@@ -126,7 +122,5 @@ def _factors(found: list[Module], sites: Sites | None) -> Iterator[tuple[str, np
         kind = "lora_embedding_{}" if layout == "embedding" else "lora_{}.weight"
         yield f"{name}.{kind.format('A')}", first
         yield f"{name}.{kind.format('B')}", second
-        if (magnitude := module.magnitude()) is not None:
-            window = (1,) * (first.ndim - 2)
-            shape = (1, -1, *window) if layout == "conv" else (-1,)
-            yield f"{name}.lora_magnitude_vector", magnitude.reshape(shape)
+        if (magnitude := norms(module, first)) is not None:
+            yield f"{name}.lora_magnitude_vector", magnitude
