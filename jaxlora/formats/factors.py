@@ -102,10 +102,10 @@ def of_pair(
 
 def magnitude(source: Source, tensor: str, place: Place, roles: Roles) -> np.ndarray:
     """Return the magnitude ``(*stack, *out)`` of a module."""
-    if not blocks.has_entries(place.part, roles.stack):
+    if not blocks.has_all_of(place.part, roles.in_):
         raise ValueError(
-            f"the magnitude {tensor!r} of {source.where} must be of a whole leaf or of entries of "
-            f"its stack: got {str(place)!r}"
+            f"the magnitude {tensor!r} of {source.where} must be of whole columns, all along the "
+            f"in axes {roles.in_} of the leaf: got {str(place)!r}"
         )
     stack, _, out = roles.sizes(source.box(place)[1])
     return source.flat(tensor, place, (*stack, *out))

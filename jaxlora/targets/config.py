@@ -58,8 +58,8 @@ class LoRAConfig:
         bias: also train biases, the leaves whose name is ``bias`` or ``b``: ``"all"``,
             ``"lora_only"`` for those beside adapted weights, or ``"none"``.
         magnitude: also train the norm of each column of the weight (DoRA, Liu et al. 2024,
-            arXiv:2402.09353), in float32 or wider; of whole weights, or with layers of entries of
-            a stack.
+            arXiv:2402.09353), in float32 or wider; of whole weights, or of parts that have all of
+            their in axes.
         dtype: floating dtype of the factors.
 
     Raises:

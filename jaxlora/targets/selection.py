@@ -65,10 +65,11 @@ def select(config: LoRAConfig, sites: Sites) -> list[Target]:
         )
     _check_patterns(config, chosen, sites.shapes)
     if config.magnitude:
-        cut = [t for t in chosen if not blocks.has_entries(t.block, sites[t.path].stack)]
+        cut = [t for t in chosen if not blocks.has_all_of(t.block, sites[t.path].in_)]
         if names := [target.name for target in cut[:3]]:
             raise ValueError(
-                f"only whole weights or entries of a stack have magnitudes: got {names}"
+                "only parts with whole columns, all along the in axes, have magnitudes: "
+                f"got {names}"
             )
     order = {path: i for i, path in enumerate(sites.shapes)}
     return sorted(chosen, key=lambda target: (order[target.path], target.name))

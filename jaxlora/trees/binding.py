@@ -187,10 +187,10 @@ def _check_shapes(path: str, adapter: Adapter | Replacement) -> None:
         shape = tuple(trained[name].shape)
         raise ValueError(f"the {name} of {path!r} must have the shape {wanted[name]}: got {shape}")
     has_magnitude = isinstance(adapter, Adapter) and adapter.magnitude is not None
-    if has_magnitude and not blocks.has_entries(adapter.block, adapter.roles.stack):
+    if has_magnitude and not blocks.has_all_of(adapter.block, adapter.roles.in_):
         raise ValueError(
-            f"the magnitude of {path!r} must be of the whole weight or of entries of its stack: "
-            f"got that of {blocks.name(path, adapter.block)!r}"
+            f"the magnitude of {path!r} must be of whole columns, all along the in axes "
+            f"{adapter.roles.in_}: got that of {blocks.name(path, adapter.block)!r}"
         )
 
 

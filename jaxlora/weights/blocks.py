@@ -110,9 +110,9 @@ def padding(part: Part | None, whole: Sequence[int]) -> list[tuple[int, int]]:
     return [(b[0], size - b[1]) if b else (0, 0) for b, size in zip(bounds, whole, strict=True)]
 
 
-def has_entries(part: Part | None, stack: Sequence[int]) -> bool:
-    """Tell whether a part has whole entries of a stack along some axes, and no part of one."""
-    return all(bounds is None or axis in stack for axis, bounds in enumerate(part or ()))
+def has_all_of(part: Part | None, axes: Sequence[int]) -> bool:
+    """Tell whether a part has all of a weight along some axes."""
+    return all(bounds is None or axis not in axes for axis, bounds in enumerate(part or ()))
 
 
 def overlap(one: Part | None, other: Part | None) -> bool:

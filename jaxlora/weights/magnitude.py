@@ -32,7 +32,7 @@ def norms(base: Leaf, term: Adapter) -> jax.Array:
 
     Args:
         base: the weight.
-        term: factors of all of it or of entries of its stack.
+        term: factors of all of it, or of a part that has all of its in axes.
 
     Returns:
         Array ``(*stack, *out)`` of what the factors are for, float32 or wider.

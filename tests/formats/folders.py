@@ -24,3 +24,12 @@ def load(folder, program):
 def equal(one, other):
     assert jax.tree.structure(one) == jax.tree.structure(other)
     jax.tree.map(assert_array_equal, one, other)
+
+
+def adapted(fn, params, x, **config):
+    """Return moved adapters, and where they can go."""
+    config = jaxlora.LoRAConfig(rank=2, **config)
+    tree = jaxlora.init(jax.random.key(0), fn, params, x, config=config)
+    adapters = jaxlora.split(tree)[1]
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
+    return moved, jaxlora.find_sites(fn, params, x)

@@ -107,6 +107,12 @@ def test_what_a_file_cannot_say_is_refused(what, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_path_of_a_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must be that of a file: got .*it/', a folder's"):
+        diffusion.save(f"{tmp_path}/it/", trained(), names=NAMES)
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_files_of_adapters_are_replaced(tmp_path):
     path, adapters = tmp_path / "it.safetensors", trained()
     for _ in range(2):

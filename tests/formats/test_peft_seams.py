@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import programs_of_files as programs
 import pytest
-from folders import CONFIG, GOLDEN, PREFIX, TENSORS, equal, load
+from folders import CONFIG, GOLDEN, PREFIX, TENSORS, adapted, equal, load
 from numpy.testing import assert_allclose
 from safetensors.numpy import load_file, save_file
 
@@ -28,15 +28,6 @@ def made(folder, tensors, **config):
 def pair(module, in_, out):
     a, b = programs.drawn(2, in_), programs.drawn(out, 2)
     return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-
-
-def adapted(fn, params, x, **config):
-    """Return moved adapters, and where they can go."""
-    config = jaxlora.LoRAConfig(rank=2, **config)
-    tree = jaxlora.init(jax.random.key(0), fn, params, x, config=config)
-    adapters = jaxlora.split(tree)[1]
-    moved = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
-    return moved, jaxlora.find_sites(fn, params, x)
 
 
 def tied(params, tokens):
@@ -122,28 +113,6 @@ def test_rows_are_different_and_there(rows, tmp_path):
     (tmp_path / "it" / CONFIG).write_text(json.dumps(about))
     with pytest.raises(ValueError, match="must be different and below 11, the rows of 'embed'"):
         load(tmp_path / "it", programs.layers())
-
-
-def fused(params, x):
-    return x @ params["qv"] + params["bias"][None]
-
-
-FUSED = {"qv": programs.drawn(8, 12), "bias": programs.drawn(12)}
-
-
-def test_all_parts_of_a_replaced_leaf_have_names(tmp_path):
-    x = programs.drawn(5, 8)
-    adapters, sites = adapted(fused, FUSED, x, targets=("qv",), train=("bias",))
-    both = [(name, f"qv[:, {at}]") for name, at in (("q", ":6"), ("v", "6:"))]
-    biases = [("q.bias", "bias[:6]"), ("v.bias", "bias[6:]")]
-    with pytest.raises(ValueError, match=r"'bias' has parts that have no name .*: got 6, with"):
-        peft.save(tmp_path / "it", adapters, names=Names(*both, biases[0]), sites=sites)
-    names = Names(*both, *biases)
-    peft.save(tmp_path / "it", adapters, names=names, sites=sites)
-    again = peft.load(tmp_path / "it", sites=sites, names=names)
-    equal(again["bias"], adapters["bias"])
-    delta = sum(term.delta(FUSED["qv"]) for name, term in again.items() if name != "bias")
-    assert_allclose(delta, adapters["qv"].delta(FUSED["qv"]), rtol=1e-6)
 
 
 def test_sites_of_another_tree_are_refused(tmp_path):

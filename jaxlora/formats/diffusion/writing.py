@@ -1,5 +1,6 @@
 """Write adapters of diffusion models to one file."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
@@ -51,13 +52,16 @@ def save(
         FileExistsError: something else is there.
         ImportError: safetensors is not installed.
         TypeError: an argument is of the wrong kind, or adapters are traced by JAX.
-        ValueError: an adapter has no name in the file, or such files cannot say it.
+        ValueError: an adapter has no name in the file, or such files cannot say it; the path ends
+            as that of a folder.
         OSError: it cannot be written.
     """
     arguments.check_saved("diffusion.save", adapters, names, sites)
     checks.check_choice(style, "style", get_args(Style))
     more = _checked(metadata)
     target = arguments.local(path)
+    if os.fspath(path).endswith("/"):
+        raise ValueError(f"the path must be that of a file: got {os.fspath(path)!r}, a folder's")
     adapters = {path: jax.tree.map(processes.whole, term) for path, term in adapters.items()}
     found = _modules(adapters, names)
     table = [*names.table(sites.shapes)] if sites is not None else []
