@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlora import (
     algebra,
+    analysis,
     calibration,
     formats,
     initializers,
@@ -64,6 +65,7 @@ __all__ = [
     "QuantizationConfig",
     "SkippedWeightWarning",
     "algebra",
+    "analysis",
     "bind",
     "calibration",
     "dequantize",

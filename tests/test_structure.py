@@ -39,7 +39,7 @@ ORDER = (
         "jaxlora.reports",
         "jaxlora.storage",
     ),
-    ("jaxlora.formats",),
+    ("jaxlora.analysis", "jaxlora.formats"),
     ("jaxlora.nnx",),
     ("jaxlora",),
 )

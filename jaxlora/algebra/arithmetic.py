@@ -147,7 +147,11 @@ def truncate(adapters: Adapters, rank: int) -> Adapters:
 
 
 def _truncated(adapter: Adapter, rank: int) -> Adapter:
-    if adapter.rank <= rank:
-        return adapter
-    decomposed = svd.of_product(*matrices.factors(adapter), rank)
-    return matrices.adapter_of_svd(adapter, decomposed, adapter.scaling)
+    """Return the nearest adapter of a smaller rank, or the adapter itself."""
+
+    def nearest(adapters):
+        (whole,) = adapters
+        decomposed = svd.of_product(*matrices.factors(whole), rank)
+        return matrices.adapter_of_svd(whole, decomposed, whole.scaling)
+
+    return matrices.from_adapters(nearest, [adapter]) if adapter.rank > rank else adapter

@@ -80,11 +80,18 @@ def combine(
             ones, scales = found.setdefault(path, ([], []))
             ones.append(_summed(path, several))
             scales.append(weight)
-    return {path: method.adapter(path, ones, scales) for path, (ones, scales) in found.items()}
+    return {path: _as_one(path, *several, method) for path, several in found.items()}
+
+
+def _as_one(
+    path: str, adapters: Sequence[Adapter], weights: Sequence[float], method: Method
+) -> Adapter:
+    """Return the one adapter that a method makes of several."""
+    return matrices.from_adapters(lambda several: method.adapter(path, several, weights), adapters)
 
 
 def _summed(path: str, adapters: Sequence[Adapter]) -> Adapter:
     """Return the sum of the adapters that one set has for what is one block in another."""
-    return (
-        adapters[0] if len(adapters) == 1 else _EXACT.adapter(path, adapters, [1.0] * len(adapters))
-    )
+    if len(adapters) == 1:
+        return adapters[0]
+    return _as_one(path, adapters, [1.0] * len(adapters), _EXACT)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from jaxlora.algebra.methods import Method, concatenated
 from jaxlora.algebra.pruning import Rule
 from jaxlora.linalg import matrices, svd
+from jaxlora.linalg.precise import matmul
 from jaxlora.messages import checks
 from jaxlora.weights.adapters import Adapter
 
@@ -42,6 +43,6 @@ class Svd(Method):
             decomposed = svd.of_product(*concatenated(adapters, weights), rank)
         else:
             factors = [(x, *matrices.factors(x)) for x in adapters]
-            products = [x.scaling * (a @ b) for x, a, b in factors]
+            products = [x.scaling * matmul(a, b) for x, a, b in factors]
             decomposed = svd.truncated(self.rule.summed(products, weights, path), rank)
         return matrices.adapter_of_svd(adapters[0], decomposed)

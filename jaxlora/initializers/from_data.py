@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxlora.initializers.from_weight import FromWeight
 from jaxlora.linalg import svd
+from jaxlora.linalg.precise import matmul
 from jaxlora.messages import checks
 from jaxlora.weights import tree_checks
 
@@ -96,7 +97,7 @@ def corda(moments: Mapping[str, jax.Array], *, keep: bool = False) -> FromWeight
         del key
         mean = jnp.trace(moments) / len(moments)
         damped = moments / mean + 0.01 * jnp.eye(len(moments))
-        u, s, v = jnp.linalg.svd(damped @ weight, full_matrices=False)
+        u, s, v = jnp.linalg.svd(matmul(damped, weight), full_matrices=False)
         kept = slice(-rank, None) if keep else slice(rank)
         a, b = svd.factors((u[:, kept], s[kept], v[kept]), scaling)
         return jnp.linalg.solve(damped, a), b

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora.linalg import svd
+from jaxlora.linalg import meshes, svd
 from jaxlora.types import Leaf
 from jaxlora.weights import sharding, tree_checks
 from jaxlora.weights.adapters import Adapter, Replacement
@@ -32,17 +32,39 @@ def check_linear(adapters: Mapping[str, Adapter | Replacement]) -> dict[str, Ada
 
 def factors(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
     """Return ``a (stack, in, rank)`` and ``b (stack, rank, out)`` in float32."""
-    count = len(adapter.roles.stack)
-    stack = math.prod(adapter.a.shape[:count])
-    a = adapter.a.reshape(stack, -1, adapter.rank).astype(jnp.float32)
-    return a, adapter.b.reshape(stack, adapter.rank, -1).astype(jnp.float32)
+    a, b = factors_by_entry(adapter)
+    return a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+
+
+def factors_by_entry(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
+    """Return ``a (*stack, in, rank)`` and ``b (*stack, rank, out)`` in float32."""
+    stack, rank = adapter.a.shape[: len(adapter.roles.stack)], adapter.rank
+    in_, out = (math.prod(x.shape) // (math.prod(stack) * rank) for x in (adapter.a, adapter.b))
+    a = adapter.a.reshape(*stack, in_, rank).astype(jnp.float32)
+    return a, adapter.b.reshape(*stack, rank, out).astype(jnp.float32)
 
 
 def of_weight(weight: jax.Array, roles: Roles) -> jax.Array:
     """Return a weight ``(stack, in, out)`` in float32."""
-    sizes = [math.prod(group) for group in roles.sizes(weight.shape)]
+    found = by_entry(weight, roles)
+    return found.reshape(-1, *found.shape[-2:])
+
+
+def by_entry(weight: jax.Array, roles: Roles) -> jax.Array:
+    """Return a weight ``(*stack, in, out)`` in float32."""
+    stack, in_, out = roles.sizes(weight.shape)
     order = (*roles.stack, *roles.in_, *roles.out)
-    return weight.astype(jnp.float32).transpose(order).reshape(sizes)
+    whole = weight.astype(jnp.float32).transpose(order)
+    return whole.reshape(*stack, math.prod(in_), math.prod(out))
+
+
+def from_adapters(make: Callable[..., Adapter], adapters: Sequence[Adapter]) -> Adapter:
+    """Return the adapter that a function makes of a sequence of them, on a mesh of any kind.
+
+    It is where the first of them is.
+    """
+    made, first = meshes.run(make, ([*adapters],)), adapters[0]
+    return dataclasses.replace(made, a=_placed(made.a, first.a), b=_placed(made.b, first.b))
 
 
 def adapter_of(adapter: Adapter, a: jax.Array, b: jax.Array) -> Adapter:

@@ -7,6 +7,9 @@ All take stacks of matrices, and return ``u (..., m, k)``, ``s (..., k)`` in fal
 import jax
 import jax.numpy as jnp
 
+from jaxlora.linalg import tall
+from jaxlora.linalg.precise import matmul
+
 SVD = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -30,16 +33,13 @@ def randomized(key: jax.Array, matrix: jax.Array, rank: int, iterations: int) ->
     """
     count = min(2 * rank, *matrix.shape)
 
-    def times(x, y):
-        return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
-
     def closer(_, q):
-        return jnp.linalg.qr(times(matrix, jnp.linalg.qr(times(matrix.mT, q))[0]))[0]
+        return jnp.linalg.qr(matmul(matrix, jnp.linalg.qr(matmul(matrix.mT, q))[0]))[0]
 
     start = jax.random.normal(key, (matrix.shape[1], count), matrix.dtype)
-    q = jax.lax.fori_loop(0, iterations, closer, jnp.linalg.qr(times(matrix, start))[0])
-    u, s, v = truncated(times(q.mT, matrix), rank)
-    return times(q, u), s, v
+    q = jax.lax.fori_loop(0, iterations, closer, jnp.linalg.qr(matmul(matrix, start))[0])
+    u, s, v = truncated(matmul(q.mT, matrix), rank)
+    return matmul(q, u), s, v
 
 
 def factors(decomposed: SVD, scaling: float) -> tuple[jax.Array, jax.Array]:
@@ -55,7 +55,15 @@ def of_product(a: jax.Array, b: jax.Array, rank: int) -> SVD:
     With ``a = q p`` and ``b^T = t w`` the product is ``q (p w^T) t^T``: what is decomposed is of
     size ``(r, r)``.
     """
-    q, p = jnp.linalg.qr(a)
-    t, w = jnp.linalg.qr(b.mT)
-    u, s, v = truncated(p @ w.mT, rank)
-    return q @ u, s, v @ t.mT
+    q, p = tall.qr(a)
+    t, w = tall.qr(b.mT)
+    u, s, v = truncated(matmul(p, w.mT), rank)
+    return matmul(q, u), s, matmul(v, t.mT)
+
+
+def values_of_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the singular values ``(..., r)`` of ``a b``, see `of_product`, without vectors."""
+    p, w = (tall.r(x) for x in (a, b.mT))
+    values = jnp.linalg.svd(matmul(p, w.mT), compute_uv=False)
+    lacking = a.shape[-1] - values.shape[-1]  # where r is more than a side
+    return jnp.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, lacking)])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.linalg import matrices
+from jaxlora.linalg.precise import matmul
 from jaxlora.messages import checks
 from jaxlora.optim.factor_names import check_has_params, init_stateless
 from jaxlora.weights import paths
@@ -59,8 +60,8 @@ def precondition(damping: float = 1e-6) -> optax.GradientTransformation:
         a, b = matrices.factors(leaf)
         da, db = matrices.factors(gradient)
         identity = damping * jnp.eye(leaf.rank)[None]
-        da = jnp.linalg.solve(b @ b.mT + identity, da.mT).mT
-        db = jnp.linalg.solve(a.mT @ a + identity, db)
+        da = jnp.linalg.solve(matmul(b, b.mT) + identity, da.mT).mT
+        db = jnp.linalg.solve(matmul(a.mT, a) + identity, db)
         shaped = {"a": da.reshape(leaf.a.shape), "b": db.reshape(leaf.b.shape)}
         cast = {name: x.astype(getattr(gradient, name).dtype) for name, x in shaped.items()}
         return dataclasses.replace(gradient, **cast)
