@@ -14,15 +14,18 @@ import jax
 import optax
 import pytest
 import typed_script
+from matplotlib.axes import Axes
 
 import jaxlora
 import jaxlora.nnx
+from jaxlora import analysis
 from jaxlora.formats import diffusion, models, names, peft, safetensors
 
 approx = functools.partial(pytest.approx, abs=1e-4)
 pytestmark = pytest.mark.once
 
 NAMESPACES = [
+    analysis.plot,
     jaxlora,
     *(value for name in jaxlora.__all__ if inspect.ismodule(value := getattr(jaxlora, name))),
     diffusion,
@@ -78,7 +81,7 @@ def test_name_that_is_not_there_is_told_where_it_is(name, words):
         getattr(jaxlora, name)
 
 
-LATER = {"optax": optax}  # what is imported where it is used
+LATER = {"optax": optax, "Axes": Axes}  # what is imported where it is used
 
 
 def types_in(hint):
@@ -130,7 +133,7 @@ def test_script_of_a_user_gets_the_values(tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32
         summed, started = typed_script.summed(), typed_script.started()
         stored, module = typed_script.stored(tmp_path), typed_script.module()
-        travelled = typed_script.travelled(tmp_path)
+        travelled, looked_at = typed_script.travelled(tmp_path), typed_script.looked_at()
     assert summed == {"difference": approx(0), "energy": approx(1), "sets": 8}
     assert (started["ranks"], started["rebased"]) == (4, 4)
     assert 0 < started["loftq"] < started["quantized"] < 0.1
@@ -144,6 +147,9 @@ def test_script_of_a_user_gets_the_values(tmp_path):
     assert (stored["back"], stored["error"]) == (approx(0), approx(0))
     assert module == {"module": approx(0)}
     assert travelled == {"places": 3, "loaded": 0, "merged": 0}
+    assert (looked_at["taken off"], looked_at["pictures"]) == (0, 4)
+    assert 0 < looked_at["phi"] <= 1
+    assert looked_at["kept"] == approx(1)
 
 
 def test_script_of_a_user_calls_every_function():

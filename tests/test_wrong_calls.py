@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import wrong_analyses
+import wrong_calls
 from flax import linen as nn
 from wrong_calls import (
     ADAPTED,
     ADAPTERS,
-    CALLS,
     CODES,
     CONFIG,
-    FITTING,
     KEY,
     PARAMS,
     SAVED,
@@ -38,6 +38,8 @@ from jaxlora.formats import peft, safetensors
 
 pytestmark = pytest.mark.once
 
+CALLS = wrong_calls.CALLS | wrong_analyses.CALLS
+FITTING = wrong_calls.FITTING | wrong_analyses.FITTING
 PACKAGE = str(pathlib.Path(jaxlora.__file__).parent)
 
 
@@ -80,7 +82,7 @@ def test_every_function_has_a_row():
     inner = (jaxlora.algebra, jaxlora.initializers, jaxlora.optim)
     modules = dict.fromkeys((jaxlora, *inner), "")
     modules |= {jaxlora.calibration: "calibration.", jaxlora.nnx: "nnx.", peft: "peft."}
-    modules |= {safetensors: "safetensors."}
+    modules |= {safetensors: "safetensors.", jaxlora.analysis: "", jaxlora.analysis.plot: "plot."}
     found = set()
     for module, prefix in modules.items():
         public = {name for name in module.__all__ if inspect.isfunction(getattr(module, name))}

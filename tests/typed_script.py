@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 
 import jaxlora
-from jaxlora import algebra, calibration, initializers, optim
+from jaxlora import algebra, analysis, calibration, initializers, optim
+from jaxlora.analysis import plot
 from jaxlora.formats import Names, Place, diffusion, models, peft, safetensors
 from jaxlora.formats import names as formats_names
 
@@ -197,3 +198,26 @@ def module() -> dict[str, float]:
     same = jaxlora.nnx.Adapted(linear, adapted.adapters())
     merged: flax.nnx.Linear = jaxlora.nnx.merge(same)
     return {"module": float(jnp.abs(merged(X) - linear(X)).max())}
+
+
+def looked_at() -> dict[str, float]:
+    """Call what looks at adapters, and draw it."""
+    base, one = trained(0)
+    two, tree = trained(1)[1], jaxlora.bind(base, one)
+    found: analysis.Spectra = analysis.spectrum(tree)
+    alike: analysis.Similarity = analysis.similarity(one, two, side="out", of="factor")
+    stronger: analysis.Amplification = analysis.amplification(base, one)
+    strange: analysis.Intruders = analysis.intruders(base, one, k=3, epsilon=0.9)
+    left = analysis.without_intruders(base, one, k=3, epsilon=0.9)
+    tuned: Params = jaxlora.merge(tree)
+    change = analysis.explained(tuned, (1, 2), base=base)
+    axes = [plot.spectra(found), plot.energy(found), plot.similarity(alike["up"])]
+    axes.append(plot.training({"lora": [2.0, 1.0]}))
+    return {
+        "values": float(found["up"].values.size),
+        "phi": float(alike["up"][-1, -1]),
+        "stronger": float(stronger["up"]),
+        "taken off": float(left["up"].rank - one["up"].rank - strange["up"].count),
+        "kept": float(change["up"].energy[-1]),
+        "pictures": float(len(axes)),
+    }

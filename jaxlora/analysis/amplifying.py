@@ -12,6 +12,7 @@ from jaxlora.analysis.spectra import DEAD, norm, over
 from jaxlora.linalg import svd
 from jaxlora.linalg.precise import matmul
 from jaxlora.types import PyTree
+from jaxlora.weights import tree_checks
 from jaxlora.weights.adapters import Adapters
 
 
@@ -80,7 +81,8 @@ def amplification(base: PyTree, adapters: Adapters) -> Amplification:
         TypeError: base is no tree of weights, or adapters no adapters.
         ValueError: there are none with factors, or they do not fit the base.
     """
-    found, left_out = operands.read(adapters, base, "amplification(base, adapters)")
+    tree_checks.check_adapters(adapters, some=True)
+    found, left_out = operands.on_base(adapters, base, "amplification(base, adapters)")
     norms = {path: operands.run(_norms, operand) for path, operand in found.items()}
     factors = {path: _factor(each) for path, each in norms.items()}
     return Amplification(factors, left_out, norms)

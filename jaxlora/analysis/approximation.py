@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,26 @@ class Approximations(Findings[Explained]):
         ]
         norms = told(found.spectrum.norm), told(found.spectrum.effective_rank)
         return (*norms, told(found.rank_for(0.9), ".0f"), ", ".join(kept))
+
+
+@overload
+def explained(  # pyright: ignore[reportOverlappingOverload]  trees have no narrower type
+    weight: jax.Array | np.ndarray,
+    ranks: Sequence[int],
+    *,
+    base: PyTree | None = None,
+    sites: Sites | None = None,
+) -> Explained: ...
+
+
+@overload
+def explained(
+    weight: PyTree,
+    ranks: Sequence[int],
+    *,
+    base: PyTree | None = None,
+    sites: Sites | None = None,
+) -> Approximations: ...
 
 
 def explained(

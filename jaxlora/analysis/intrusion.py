@@ -116,9 +116,10 @@ def without_intruders(
 def _read(
     base: PyTree, adapters: Adapters, call: str, k: int, epsilon: float
 ) -> tuple[dict[str, Operand], tuple[str, ...]]:
+    tree_checks.check_adapters(adapters, some=True)
     checks.check_count(k, "k")
     checks.check_number(epsilon, "epsilon", "in (0, 1]")
-    return operands.read(adapters, base, call)
+    return operands.on_base(adapters, base, call)
 
 
 def _look(operand: Operand, k: int, epsilon: float) -> tuple[Intrusion, jax.Array, jax.Array]:

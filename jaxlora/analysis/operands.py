@@ -105,6 +105,15 @@ def run(compute: Function, *operands: Operand, **static: object) -> Any:
     return meshes.run(compute, operands, stack=stack, **static)
 
 
+def on_base(
+    given: PyTree, base: PyTree, call: str, names: tuple[str, str] = ("adapters", "base")
+) -> tuple[dict[str, Operand], tuple[str, ...]]:
+    """Return what `read` does, of adapters whose base must be there."""
+    leaves = tree_checks.check_tree(base, call, names[1])
+    tree_checks.check_plain(leaves, call.partition("(")[0])
+    return read(given, base, call, names[0])
+
+
 def _operand(term: Adapter, leaf: Leaf | None) -> Operand:
     """Return an adapter as one of all of a weight, without what is known of the leaf it is for."""
     index, shape = blocks.slices(term.block), blocks.shape(term.block, term.shape)

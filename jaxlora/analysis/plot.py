@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxlora.analysis.spectra import Spectra
 from jaxlora.messages import checks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+__all__ = ["energy", "similarity", "spectra", "training"]
 
 _MOST = 12  # lines that a legend names one by one
 
@@ -45,7 +48,7 @@ def spectra(found: Spectra, ax: "Axes | None" = None) -> "Axes":
         ImportError: matplotlib is not installed.
         TypeError: found or ax is no such thing.
     """
-    ax, entries = _axes(ax), _entries(found)
+    entries, ax = _entries(found), _axes(ax)
     kinds, layers = _kinds(entries), sorted({entry.layer for entry in entries})
     colors = _pyplot().get_cmap("viridis")(np.linspace(0, 0.85, len(layers)))
     for entry in entries:
@@ -73,7 +76,7 @@ def energy(found: Spectra, ax: "Axes | None" = None) -> "Axes":
         ImportError: matplotlib is not installed.
         TypeError: found or ax is no such thing.
     """
-    ax, entries = _axes(ax), _entries(found)
+    entries, ax = _entries(found), _axes(ax)
     kinds, layers = _kinds(entries), sorted({entry.layer for entry in entries})
     image = np.full((len(kinds), len(layers)), np.nan)
     for entry in entries:
@@ -86,7 +89,7 @@ def energy(found: Spectra, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def similarity(phi: jax.Array, ax: "Axes | None" = None) -> "Axes":
+def similarity(phi: jax.Array | np.ndarray, ax: "Axes | None" = None) -> "Axes":
     """Draw the similarity of subspaces as a heat map (figure 3 of arXiv:2106.09685).
 
     Args:
@@ -112,7 +115,7 @@ def similarity(phi: jax.Array, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def training(losses: Mapping[str, Sequence[float]], ax: "Axes | None" = None) -> "Axes":
+def training(losses: Mapping[str, Sequence[float] | ArrayLike], ax: "Axes | None" = None) -> "Axes":
     """Draw the losses of training runs, each faint and its running mean on top.
 
     Args:

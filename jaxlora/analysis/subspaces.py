@@ -79,9 +79,10 @@ def similarity(
     checks.check_choice(side, "side", get_args(Side))
     checks.check_choice(of, "of", get_args(Of))
     one, left_out = operands.read(first, None, _CALL, "first")
-    is_weights = not operands.is_trained(second)
-    base = second if is_weights else None
-    other, more = operands.read(first if is_weights else second, base, _CALL, "second")
+    if is_weights := not operands.is_trained(second):
+        other, more = operands.on_base(first, second, _CALL, ("first", "second"))
+    else:
+        other, more = operands.read(second, None, _CALL, "second")
     alone = tuple(path for path in (*one, *other) if not (path in one and path in other))
     both = [path for path in one if path in other]
     if not both:

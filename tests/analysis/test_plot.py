@@ -1,5 +1,7 @@
 """Pictures hold what was found: the numbers drawn are read from the axes."""
 
+from typing import Any
+
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -13,12 +15,23 @@ from jaxlora.analysis import plot
 
 pytestmark = pytest.mark.once
 mpl.use("agg")
+wrongly: Any = plot
 
 
 @pytest.fixture(autouse=True)
 def _closed():
     yield
     pyplot.close("all")
+
+
+def image(ax):
+    """Return what a heat map shows."""
+    return np.asarray(ax.images[0].get_array(), float)
+
+
+def drawn(line):
+    """Return the heights of a line."""
+    return np.asarray(line.get_ydata(), float)
 
 
 def layers():
@@ -33,7 +46,7 @@ def layers():
 
 
 def _nested(leaves):
-    tree = {}
+    tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         block, name = path.split("/")
         tree.setdefault(block, {})[name] = leaf
@@ -43,9 +56,9 @@ def _nested(leaves):
 def test_spectra_are_a_line_each():
     found, _ = layers()
     ax = plot.spectra(found)
-    drawn = {line.get_label(): line.get_ydata() for line in ax.lines}
-    assert drawn.keys() == {f"block_*/{n}, layer {i}" for n in ("up", "down") for i in range(2)}
-    assert_allclose(drawn["block_*/down, layer 1"], found["block_1/down"].values)
+    lines = {line.get_label(): drawn(line) for line in ax.lines}
+    assert lines.keys() == {f"block_*/{n}, layer {i}" for n in ("up", "down") for i in range(2)}
+    assert_allclose(lines["block_*/down, layer 1"], found["block_1/down"].values)
     assert ax.get_legend() is not None
 
 
@@ -53,18 +66,18 @@ def test_spectra_are_a_line_each():
 def test_energy_is_a_row_for_each_kind(with_base):
     found = layers()[with_base]
     ax = plot.energy(found)
-    image = ax.images[0].get_array()
+    rows = image(ax)
     kinds = [text.get_text() for text in ax.get_yticklabels()]
     assert sorted(kinds) == ["block_*/down", "block_*/up"]
     for row, kind in enumerate(kinds):
         each = [found[kind.replace("*", f"{i}")] for i in range(2)]
-        assert_allclose(image[row], [x.share if with_base else x.norm for x in each])
+        assert_allclose(rows[row], [x.share if with_base else x.norm for x in each])
 
 
 def test_entries_of_a_stack_are_layers_unless_the_path_has_some():
     stack = adapter(normal(0, 3, 8, 2), normal(1, 3, 2, 6))
     ax = plot.energy(analysis.spectrum({"layers/up": stack}))
-    assert ax.images[0].get_array().shape == (1, 3)
+    assert image(ax).shape == (1, 3)
     ax = plot.energy(analysis.spectrum({"layer_4/experts": stack}))
     assert [text.get_text() for text in ax.get_yticklabels()] == [
         f"layer_*/experts[{i}]" for i in range(3)
@@ -77,7 +90,7 @@ def test_similarity_is_a_heat_map_from_0_to_1():
     phi = analysis.similarity(one, other)["w"]
     _, ax = pyplot.subplots()
     assert plot.similarity(phi, ax) is ax
-    assert_allclose(ax.images[0].get_array(), phi)
+    assert_allclose(image(ax), phi)
     assert ax.images[0].get_clim() == (0, 1)
 
 
@@ -85,23 +98,37 @@ def test_training_is_drawn_with_its_running_mean():
     losses = np.linspace(2, 1, 40)
     ax = plot.training({"lora": losses, "full": [1.0]})
     mean, raw = ax.lines[:2]
-    assert_allclose(raw.get_ydata(), losses)
-    assert_allclose(mean.get_ydata(), (losses[1:] + losses[:-1]) / 2)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["lora", "full"]
+    assert_allclose(drawn(raw), losses)
+    assert_allclose(drawn(mean), (losses[1:] + losses[:-1]) / 2)
+    legend = ax.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["lora", "full"]
 
 
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: plot.spectra({}), TypeError, "must be from jaxlora.analysis.spectrum: got dict"),
-        (lambda: plot.energy(None), TypeError, "must be from jaxlora.analysis.spectrum: got None"),
-        (lambda: plot.similarity([[1.0]]), TypeError, r"phi must be an array \(r1, r2\)"),
-        (lambda: plot.similarity(normal(0, 2, 2, 2)), ValueError, r"of one weight, \(r1, r2\)"),
-        (lambda: plot.similarity(normal(0, 2, 2), 3), TypeError, "ax must be an Axes"),
-        (lambda: plot.training([1.0]), TypeError, "losses must be numbers by the name of the run"),
-        (lambda: plot.training({}), ValueError, "at least one run: got none"),
-        (lambda: plot.training({"a": []}), ValueError, r"losses\['a'\] must have at least one"),
-        (lambda: plot.training({"a": ["x"]}), TypeError, r"losses\['a'\]\[0\] must be a number"),
+        (
+            lambda: wrongly.spectra({}),
+            TypeError,
+            "must be from jaxlora.analysis.spectrum: got dict",
+        ),
+        (
+            lambda: wrongly.energy(None),
+            TypeError,
+            "must be from jaxlora.analysis.spectrum: got None",
+        ),
+        (lambda: wrongly.similarity([[1.0]]), TypeError, r"phi must be an array \(r1, r2\)"),
+        (lambda: wrongly.similarity(normal(0, 2, 2, 2)), ValueError, r"of one weight, \(r1, r2\)"),
+        (lambda: wrongly.similarity(normal(0, 2, 2), 3), TypeError, "ax must be an Axes"),
+        (
+            lambda: wrongly.training([1.0]),
+            TypeError,
+            "losses must be numbers by the name of the run",
+        ),
+        (lambda: wrongly.training({}), ValueError, "at least one run: got none"),
+        (lambda: wrongly.training({"a": []}), ValueError, r"losses\['a'\] must have at least one"),
+        (lambda: wrongly.training({"a": ["x"]}), TypeError, r"losses\['a'\]\[0\] must be a number"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(call, kind, message):

@@ -1,6 +1,7 @@
 """Singular values of adapters, against NumPy's of the dense products."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
 from jaxlora import analysis
+from jaxlora.analysis import spectra
 
 pytestmark = pytest.mark.once
 
@@ -54,8 +56,8 @@ def test_share_is_of_the_weight():
     for path in ("out", "query"):
         delta = adapters[path].delta(base[path])
         wanted = np.linalg.norm(delta) / np.linalg.norm(base[path])
-        assert_allclose(found[path].share, wanted, rtol=1e-5)
-    assert found["experts"].share.shape == (3,)
+        assert_allclose(np.asarray(found[path].share), wanted, rtol=1e-5)
+    assert np.shape(np.asarray(found["experts"].share)) == (3,)
 
 
 @settings(max_examples=20, deadline=None)
@@ -120,7 +122,7 @@ def test_parts_and_what_is_trained_itself():
     assert found.left_out == ("bias",)
     assert "not looked at: bias" in str(found)
     weight = np.linalg.norm(base["qkv"][:, 8:12])
-    assert_allclose(found["qkv[:, 8:12]"].weight_norm, weight, rtol=1e-6)
+    assert_allclose(np.asarray(found["qkv[:, 8:12]"].weight_norm), weight, rtol=1e-6)
 
 
 def test_table_folds_layers_and_a_path_that_is_not_there_is_told():
@@ -151,8 +153,8 @@ def test_one_program_serves_adapters_of_one_shape():
     other = dataclasses.replace(one, a=one.a + 1)
     base, adapters = {"u": normal(2, 8, 6), "v": normal(3, 8, 6)}, {"u": one, "v": other}
     _, known = jaxlora.split(jaxlora.bind(base, adapters))  # each knows its own base
+    compiled: Any = spectra._spectrum
     analysis.spectrum({"u": known["u"]})
-    with jax.log_compiles(), jax.check_tracer_leaks(False):
-        before = analysis.spectra._spectrum._cache_size()
-        analysis.spectrum({"v": known["v"]})
-        assert analysis.spectra._spectrum._cache_size() == before
+    before = compiled._cache_size()
+    analysis.spectrum({"v": known["v"]})
+    assert compiled._cache_size() == before

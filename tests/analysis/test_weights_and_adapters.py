@@ -38,7 +38,9 @@ def test_amplification_is_its_definition():
             (np.linalg.norm(d), np.linalg.norm(w), within(w, d, 2), within(w, w, 2))
             for d, w in zip(products, weights, strict=True)
         ]
-        product, weight, inside, own = (by_entry(np.array(x), adapters[path]) for x in zip(*rows))
+        product, weight, inside, own = (
+            by_entry(np.array(x), adapters[path]) for x in zip(*rows, strict=True)
+        )
         norms = found.norms[path]
         assert_allclose(found[path], product / inside, rtol=1e-4)
         assert_allclose(norms.product, product, rtol=1e-5)
@@ -144,5 +146,5 @@ def test_numbers_of_intruders_are_checked():
         analysis.intruders(base, adapters, k=0)
     with pytest.raises(ValueError, match=r"epsilon must be in \(0, 1\]: got 2"):
         analysis.without_intruders(base, adapters, epsilon=2)
-    with pytest.raises(TypeError, match="inside of jax.jit"):
+    with pytest.raises(TypeError, match=r"inside of jax\.jit"):
         jax.jit(analysis.without_intruders)(base, adapters)
