@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_INSIDE = tuple(  # this library, and JAX where it traces what this library hands to it
+    os.path.dirname(path) + os.sep for path in (os.path.dirname(__file__), jax.__file__)
+)
 _RANGES: Mapping[str, Callable[[float], bool]] = MappingProxyType(
     {
         "finite": math.isfinite,
@@ -34,7 +36,7 @@ _RANGES: Mapping[str, Callable[[float], bool]] = MappingProxyType(
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line outside of this library that called into it."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
 

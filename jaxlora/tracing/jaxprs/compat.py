@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.extend import core, source_info_util
 from jax.extend.core import Jaxpr, Literal, Var
+from jax.interpreters import partial_eval
 
 JIT = ("jit", "pjit")
 REMAT = ("checkpoint", "remat", "remat2")
@@ -101,6 +102,13 @@ def inner_jaxprs(eqn: Eqn) -> list[Traced]:
     """Return the programs among the parameters of an equation."""
     values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else [p])]
     return [v for v in values if hasattr(opened(v), "eqns")]
+
+
+def alive(jaxpr: Traced) -> Jaxpr:
+    """Return a program without the equations that its outputs do not need."""
+    program = opened(jaxpr)
+    kept, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+    return kept
 
 
 def varying(x: object) -> frozenset[str]:
