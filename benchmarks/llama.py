@@ -62,16 +62,30 @@ def block(x: jax.Array, w: Any, heads: int) -> jax.Array:
     return x + (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
 
 
+def forward(params: Any, tokens: jax.Array, heads: int) -> jax.Array:
+    """Return logits ``(batch, time, vocabulary)`` for ids ``(batch, time)``."""
+
+    @jax.checkpoint
+    def layer(x, w):
+        return block(x, w, heads), None
+
+    x, _ = jax.lax.scan(layer, params["embed"][tokens], params["layers"])
+    return normed(x, params["norm"]) @ params["head"]
+
+
+def next_tokens(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Return the mean loss of the tokens after those that the logits are of."""
+    found = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), tokens[:, 1:]
+    )
+    return jnp.mean(found)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return the bytes of the step for each kind of base."""
 
     def model(params, tokens):
-        @jax.checkpoint
-        def layer(x, w):
-            return block(x, w, options.heads), None
-
-        x, _ = jax.lax.scan(layer, params["embed"][tokens], params["layers"])
-        return normed(x, params["norm"]) @ params["head"]
+        return forward(params, tokens, options.heads)
 
     tokens = jax.ShapeDtypeStruct((options.batch, options.time), jnp.int32)
     config = jaxlora.LoRAConfig(rank=options.rank)
@@ -98,10 +112,7 @@ def bytes_of_step(model: Any, params: Any, tokens: Any) -> dict[str, float]:
 
     def loss(adapters, base, tokens):
         logits = jaxlora.lora(model, strict=True)(jaxlora.bind(base, adapters), tokens[:, :-1])
-        found = optax.softmax_cross_entropy_with_integer_labels(
-            logits.astype(jnp.float32), tokens[:, 1:]
-        )
-        return jnp.mean(found)
+        return next_tokens(logits, tokens)
 
     state = jax.eval_shape(tx.init, adapters)
     step = models.training_step(loss, tx)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.messages.checks import shown
@@ -26,7 +26,7 @@ def abstract(tree: PyTree) -> PyTree:
 
 
 def _abstract(leaf: Leaf) -> jax.ShapeDtypeStruct:
-    dtype = jnp.result_type(leaf.dtype) if hasattr(leaf, "flags") else leaf.dtype  # of NumPy
+    dtype = jax.typeof(leaf).dtype if isinstance(leaf, np.ndarray) else leaf.dtype
     weak = bool(getattr(leaf, "weak_type", False))
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding.concrete(leaf), weak_type=weak)
 
@@ -119,7 +119,7 @@ def _entries(
 
 def _entry(path: str, leaf: Leaf, entry: object, mesh: Mesh | None) -> NamedSharding | None:
     """Return the sharding that an entry means for a leaf."""
-    if not _is_entry(entry):
+    if not isinstance(entry, NamedSharding | PartitionSpec | None):
         raise TypeError(
             f"shardings must hold NamedSharding, PartitionSpec or None: got {shown(entry)} for "
             f"{path!r}"
@@ -134,6 +134,7 @@ def _entry(path: str, leaf: Leaf, entry: object, mesh: Mesh | None) -> NamedShar
     spec = entry.spec if isinstance(entry, NamedSharding) else entry or PartitionSpec()
     try:
         known = NamedSharding(mesh, spec)
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=known)  # refuses too long a spec
         known.shard_shape(tuple(leaf.shape))
     except ValueError as error:
         raise ValueError(

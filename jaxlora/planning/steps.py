@@ -97,8 +97,8 @@ def loss_of(result: PyTree) -> jax.Array:
         raise ValueError(f"fn must return a loss or floating arrays: got {shown(result)}")
     if len(leaves) == 1 and not floating[0].shape:
         return floating[0]
-    squares = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in floating)
-    return squares / sum(x.size for x in floating)
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in floating]
+    return jnp.sum(jnp.stack(squares)) / sum(x.size for x in floating)
 
 
 def check_traces(fn: Function, params: PyTree, args: Args) -> None:

@@ -1,0 +1,301 @@
+"""Plans, against the steps that a user compiles and against XLA's own counts."""
+
+import functools
+import importlib.util
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import planned_models
+import pytest
+from planned_models import OPTIMIZER, check_near, shape
+
+import jaxlora
+from jaxlora.planning import plan
+
+PARAMS = {"up": shape(64, 256), "down": shape(256, 64)}
+X = shape(8, 64)
+CONFIG = jaxlora.LoRAConfig(rank=4)
+HAS_QWIX = importlib.util.find_spec("qwix") is not None
+needs_qwix = pytest.mark.skipif(not HAS_QWIX, reason="qwix is not installed")
+
+
+@pytest.fixture(autouse=True)
+def as_a_user():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def model(params, x):
+    return jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+def loss(params, x):
+    return jnp.mean(model(params, x) ** 2)
+
+
+def planned(fn=loss, params=PARAMS, *args, **kwargs):
+    settings = {"config": CONFIG, "optimizer": OPTIMIZER} | kwargs
+    return plan(fn, params, *(args or (X,)), **settings)
+
+
+def of_model(case):
+    return plan(case.loss, case.params, *case.args, config=case.config, optimizer=OPTIMIZER)
+
+
+MODELS = {
+    "benchmark": planned_models.benchmark,
+    "minilm": planned_models.minilm,
+    "scanned": planned_models.scanned,
+}
+
+
+class Case:
+    """A model, its plan, and the bytes of the arrays that planning it made."""
+
+    def __init__(self, name):
+        self.model = MODELS[name]()
+        before = {id(array) for array in jax.live_arrays()}
+        self.plan = of_model(self.model)
+        new = [array for array in jax.live_arrays() if id(array) not in before]
+        self.made_bytes = sum(array.nbytes for array in new)
+        self.is_unrolled = name != "scanned"
+
+    @functools.cached_property
+    def full(self):
+        """The step of full fine-tuning, as a user compiles it."""
+        made = self.model
+        state = jax.eval_shape(OPTIMIZER.init, made.params)
+        step = planned_models.full_step(made.loss)
+        return step.lower(made.params, state, *made.args).compile()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield Case(request.param)
+
+
+def test_bytes_are_those_of_the_step_that_a_user_compiles(case):
+    made, found = case.model, case.plan
+    check_near(found, planned_models.user_memory(made, made.params))
+
+
+def test_bytes_of_full_fine_tuning_are_those_of_its_step(case):
+    check_near(case.plan.full, planned_models.memory(case.full))
+
+
+@needs_qwix
+def test_bytes_of_qlora_are_those_of_its_step(case):
+    made, found = case.model, case.plan
+    nf4 = jaxlora.QuantizationConfig("nf4")
+    base = jaxlora.quantize(made.loss, made.params, *made.args, config=nf4)
+    check_near(found.qlora, planned_models.user_memory(made, base))
+    assert found.qlora.base_bytes == jaxlora.summary(base).total_bytes
+
+
+def test_terms_add_up_to_the_arguments(case):
+    found = case.plan
+    for step in filter(None, (found.lora, found.full, found.qlora)):
+        terms = step.base_bytes + step.trained_bytes + step.state_bytes + step.data_bytes
+        assert terms == step.argument_bytes
+
+
+def test_parameters_are_those_that_init_makes(case):
+    made, found = case.model, case.plan
+    sites = jaxlora.find_sites(made.loss, made.params, *made.args)
+    total = sum(leaf.size for leaf in jax.tree.leaves(made.params))
+    assert found.trained == jaxlora.planning.count(sites, made.config)
+    assert found.trained == sum(row.trainable for row in found.targets)
+    assert found.total == total + found.trained
+    assert (found.full.trained, found.full.total) == (total, total)
+    assert found.lora.state_bytes == 2 * found.lora.trained_bytes + 4  # two moments and a count
+
+
+def test_operations_are_nearly_those_of_xla_where_nothing_is_scanned(case):
+    found, xla = case.plan.full.flops, case.full.cost_analysis()["flops"]
+    if case.is_unrolled:
+        assert 0.9 * xla < found < xla  # which counts elementwise operations too
+    else:
+        assert found > 10 * xla  # which counts one of 32 layers
+
+
+def test_plan_makes_no_weights(case):
+    assert case.made_bytes < 10_000
+
+
+def test_operations_are_those_of_products_counted_by_hand():
+    found = planned()
+    product = 2 * 8 * 64 * 256
+    assert found.full.flops == (2 + 2 + 1) * product  # forward, both gradients but that of x
+    terms = 2 * 8 * 4 * (64 + 256)
+    assert (
+        found.flops == 2 * product + product + (2 * terms) + (2 * terms) + terms + 2 * 8 * 4 * 256
+    )
+
+
+def looped(params, x):
+    return jnp.mean(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0])
+
+
+def unrolled(params, x):
+    for i in range(5):
+        x = jnp.tanh(x @ params["w"][i])
+    return jnp.mean(x)
+
+
+def test_operations_of_a_scan_are_those_of_its_layers_unrolled():
+    # the scan also has the gradient of the input of its first layer
+    weights, product = {"w": shape(5, 64, 64)}, 2 * 8 * 64 * 64
+    found, wanted = (planned(fn, weights).full.flops for fn in (looped, unrolled))
+    assert (found, wanted) == (15 * product, 14 * product)
+
+
+def test_plan_takes_arrays_for_their_shapes():
+    arrays = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), PARAMS)
+    assert planned(loss, arrays, np.ones(X.shape)) == planned()
+
+
+def test_function_that_is_no_loss_is_trained_on_the_mean_of_its_squares():
+    def both(params, x):
+        return model(params, x), {"hidden": x @ params["up"], "step": 3}
+
+    def mean(params, x):
+        y, h = model(params, x), x @ params["up"]
+        return (jnp.sum(y**2) + jnp.sum(h**2)) / (y.size + h.size)
+
+    assert planned(both).flops == planned(mean).flops
+    check_near(planned(model), {"argument_bytes": planned().argument_bytes}, 0)
+
+
+def test_arguments_that_are_no_arrays_are_handed_on():
+    def switched(params, x, flags):
+        return loss(params, x) if flags["train"] else x
+
+    assert planned(switched, PARAMS, X, {"train": True}).flops == planned().flops
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        jaxlora.LoRAConfig(rank=4, initializer="pissa"),
+        jaxlora.LoRAConfig(rank=4, magnitude=True),
+        jaxlora.LoRAConfig(rank=4, targets=("up",), train=("down",)),
+        jaxlora.LoRAConfig(rank=4, targets=("up[:, 0:64]", "up[:, 64:256]")),
+        jaxlora.LoRAConfig(rank=4, targets=("up",), rows={"down": (0, 3)}),
+    ],
+)
+def test_every_kind_of_adapters_is_planned(config):
+    arrays = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), PARAMS)
+    made = jaxlora.init(jax.random.key(0), loss, arrays, jnp.ones(X.shape), config=config)
+    found = planned(config=config)
+    assert found.trained == jaxlora.summary(made).trainable
+    sites = jaxlora.find_sites(loss, PARAMS, X)
+    assert found.trained == jaxlora.planning.count(sites, config)
+
+
+def test_frozen_factors_cost_no_gradient():
+    alone = planned(optimizer=jaxlora.freeze(optax.sgd(1.0), train=("b",)))
+    assert alone.flops < planned(optimizer=optax.sgd(1.0)).flops
+    assert "no factors to train" in alone.missing["full"]
+    assert "no full fine-tuning: the state of the optimizer" in str(alone)
+
+
+@needs_qwix
+def test_weights_that_are_quantized_already_are_planned_as_they_are():
+    nf4 = jaxlora.QuantizationConfig("nf4")
+    base = jaxlora.quantize(loss, PARAMS, X, config=nf4)
+    found, plain = planned(loss, base), planned()
+    assert found.lora == plain.qlora
+    assert (found.full, found.qlora) == (None, None)
+    assert "'down' is quantized, and has no gradient" in found.missing["full"]
+    assert "quantized already" in found.missing["qlora"]
+
+
+def test_step_that_cannot_be_made_is_told_in_the_table():
+    table = {"table": shape(100, 16)}
+    config = jaxlora.LoRAConfig(rank=4, targets=("table",))
+    tokens = shape(8, dtype=jnp.int32)
+    found = planned(lambda p, t: p["table"][t], table, tokens, config=config)
+    assert found.qlora is None
+    words = "nothing to adapt" if HAS_QWIX else "qwix"
+    assert words in found.missing["qlora"]
+    assert f"no QLoRA (nf4): {found.missing['qlora']}" in str(found)
+
+
+def test_weights_that_are_left_out_are_told_where_plan_is_called():
+    params = PARAMS | {"table": shape(100, 64)}
+
+    def fn(params, x):
+        return loss(params, x) + jnp.sum(params["table"][jnp.arange(3)])
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        planned(fn, params)
+    assert [w.category for w in told] == [jaxlora.SkippedWeightWarning]
+    assert told[0].filename == __file__
+
+
+def branching(params, x):
+    return loss(params, x) if x[0, 0] > 0 else x[0, 0]
+
+
+class Stateful:
+    def init(self, params):
+        return float(params["up"].a[0, 0])
+
+    def update(self, grads, state, params):
+        return grads, state
+
+
+MESH = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+OTHER = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("model",))
+P, Named = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
+REPLICATED = {"up": None, "down": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"optimizer": optax.adam}, "with init and update, .*: got the function 'adam'"),
+        ({"optimizer": None}, "optimizer must be an Optax transform .* got None"),
+        ({"optimizer": Stateful()}, "state of the optimizer .* abstract: it said: Concretization"),
+        (
+            {"optimizer": optax.contrib.reduce_on_plateau()},
+            "the optimizer must update from gradients, .* it said: ",
+        ),
+        ({"fn": branching}, "fn cannot be traced from shapes: .* JAX said: TracerBoolConversion"),
+        ({"fn": lambda p, x: 3}, "fn must return a loss or floating arrays: got 3"),
+        ({"mesh": 8}, "mesh must be a jax.sharding.Mesh: got 8"),
+        (
+            {"shardings": {"up": None}},
+            "shardings must be a tree like params: .* nothing for 'down'",
+        ),
+        ({"shardings": REPLICATED | {"u": None}}, "it has 'u', which is no leaf; nearest: 'up'"),
+        ({"shardings": REPLICATED | {"up": P("data")}}, "without a mesh: pass mesh as well"),
+        ({"shardings": REPLICATED | {"up": "data"}}, "got 'data' for 'up'"),
+        (
+            {"shardings": REPLICATED | {"up": P("x")}, "mesh": MESH},
+            "of 'up' does not fit its shape",
+        ),
+        ({"shardings": REPLICATED | {"up": P(None, None, "data")}, "mesh": MESH}, "does not fit"),
+        (
+            {"shardings": REPLICATED | {"up": Named(OTHER, P())}, "mesh": MESH},
+            r"mesh is on \(data=1\) .* 'up' in shardings on \(model=1\)",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_told(change, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        planned(change.pop("fn", loss), **change)
+
+
+def test_arrays_of_another_mesh_are_refused():
+    x = X.update(sharding=Named(OTHER, P()))
+    with pytest.raises(ValueError, match=r"all must be on one mesh: mesh .* '0' in args on"):
+        planned(loss, PARAMS, x, mesh=MESH)
+    adapted = jaxlora.init(jax.random.key(0), loss, PARAMS, X, config=CONFIG)
+    with pytest.raises(ValueError, match="is adapted already: plan needs a plain tree"):
+        planned(loss, adapted)
