@@ -108,6 +108,18 @@ def user_memory(model, params):
     return memory(user_step(model.loss).lower(adapters, state, base, *model.args).compile())
 
 
+def full_flops(plan):
+    """Return the operations of a step of full fine-tuning, which there has to be."""
+    assert plan.full is not None, plan.missing
+    return plan.full.flops
+
+
+def xla_flops(compiled):
+    """Return XLA's own count of operations."""
+    cost: Any = compiled.cost_analysis()
+    return cost["flops"]
+
+
 def memory(compiled):
     found = compiled.memory_analysis()
     return {

@@ -134,6 +134,7 @@ def test_script_of_a_user_gets_the_values(tmp_path):
         summed, started = typed_script.summed(), typed_script.started()
         stored, module = typed_script.stored(tmp_path), typed_script.module()
         travelled, looked_at = typed_script.travelled(tmp_path), typed_script.looked_at()
+        planned = typed_script.planned()
     assert summed == {"difference": approx(0), "energy": approx(1), "sets": 8}
     assert (started["ranks"], started["rebased"]) == (4, 4)
     assert 0 < started["loftq"] < started["quantized"] < 0.1
@@ -146,6 +147,7 @@ def test_script_of_a_user_gets_the_values(tmp_path):
     assert stored["extra"] > 0
     assert (stored["back"], stored["error"]) == (approx(0), approx(0))
     assert module == {"module": approx(0)}
+    assert planned == {"trained": 56, "full": 96, "sites": 56, "shapes": 56, "rank": 4}
     assert travelled == {"places": 3, "loaded": 0, "merged": 0}
     assert (looked_at["taken off"], looked_at["pictures"]) == (0, 4)
     assert 0 < looked_at["phi"] <= 1

@@ -39,7 +39,7 @@ ORDER = (
         "jaxlora.reports",
         "jaxlora.storage",
     ),
-    ("jaxlora.analysis", "jaxlora.formats"),
+    ("jaxlora.analysis", "jaxlora.formats", "jaxlora.planning"),
     ("jaxlora.nnx",),
     ("jaxlora",),
 )

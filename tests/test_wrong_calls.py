@@ -83,6 +83,7 @@ def test_every_function_has_a_row():
     modules = dict.fromkeys((jaxlora, *inner), "")
     modules |= {jaxlora.calibration: "calibration.", jaxlora.nnx: "nnx.", peft: "peft."}
     modules |= {safetensors: "safetensors.", jaxlora.analysis: "", jaxlora.analysis.plot: "plot."}
+    modules |= {jaxlora.planning: "planning."}
     found = set()
     for module, prefix in modules.items():
         public = {name for name in module.__all__ if inspect.isfunction(getattr(module, name))}

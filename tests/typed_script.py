@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxlora
-from jaxlora import algebra, analysis, calibration, initializers, optim
+from jaxlora import algebra, analysis, calibration, initializers, optim, planning
 from jaxlora.analysis import plot
 from jaxlora.formats import Names, Place, diffusion, models, peft, safetensors
 from jaxlora.formats import names as formats_names
@@ -220,4 +220,28 @@ def looked_at() -> dict[str, float]:
         "taken off": float(left["up"].rank - one["up"].rank - strange["up"].count),
         "kept": float(change["up"].energy[-1]),
         "pictures": float(len(axes)),
+    }
+
+
+def planned() -> dict[str, float]:
+    """Plan a run, count what it trains, and ask where to start."""
+    params = weights(0)
+    shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    rules = planning.Rules(alpha=4.0)
+    start: planning.Recommendation = planning.recommend(
+        parameters=7e9, tokens=1e6, examples=500, task="simple", rules=rules
+    )
+    config = jaxlora.LoRAConfig(rank=2, alpha=start.config().alpha)
+    found: planning.Plan = planning.plan(
+        loss, params, shape, config=config, optimizer=optax.adam(start.learning_rate.value)
+    )
+    full: planning.Step | None = found.full
+    sites = jaxlora.find_sites(loss, params, shape)
+    rank: planning.Choice = start.rank
+    return {
+        "trained": float(found.trained),
+        "full": float(full.trained) if full else 0.0,
+        "sites": float(planning.count(sites, config)),
+        "shapes": float(planning.count({"up": (8, 6), "down": (6, 8)}, 2)),
+        "rank": float(rank.value),
     }

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import wrong_calls_of_planning
 from cases import normal
 from flax import linen as nn
 from flax import nnx
@@ -112,6 +113,7 @@ CALLS = {
         {"fn": loss, "params": PARAMS, "batches": [(X,)]},
         {"config": CONFIG},
     ),
+    **wrong_calls_of_planning.CALLS,
     "dropout": (jaxlora.dropout, {"params": ADAPTED, "key": KEY, "rate": 0.1}, {}),
     "freeze": (freeze, {"tx": optax.sgd(1.0), "train": ("a", "b")}, {}),
     "scale_rates": (jaxlora.optim.scale_rates, {}, {"a": 1.0, "b": 1.0, "magnitude": 1.0}),
@@ -225,6 +227,7 @@ CALLS = {
 }
 FITTING = {
     "key": {"a key"},
+    **wrong_calls_of_planning.FITTING,
     "fn": FUNCTIONS,
     "params": TREES,
     "config": {"a config", "a quantization"},  # the other kind has a test of its own

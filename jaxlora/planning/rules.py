@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from jaxlora.messages import checks
-from jaxlora.targets.config import ALL_LINEAR, Targets
+from jaxlora.targets.config import ALL_LINEAR, LoRAConfig, Targets
 
 _PRACTICE = "practice: a rule of thumb of those who fine-tune, of no paper"
 _REGRET = "Schulman et al. 2025, LoRA Without Regret, Thinking Machines Lab"
 _TASKS = ("simple", "medium", "complex")
+_POSITIVE = (
+    *("alpha", "rate_ratio", "bits_per_parameter", "bits_per_token"),
+    *("width_power", "width_divisor"),
+)
 
 
 def _ranks() -> Mapping[str, tuple[int, ...]]:
@@ -82,10 +86,9 @@ class Rules:
     def __post_init__(self) -> None:
         for name in ("few_examples", "many_examples", "rank_step"):
             checks.check_count(getattr(self, name), name)
-        for name in ("alpha", "rate_ratio", "width_power", "width_divisor"):
+        for name in _POSITIVE:
             checks.check_number(getattr(self, name), name, "finite and positive")
-        for name in ("bits_per_parameter", "bits_per_token"):
-            checks.check_number(getattr(self, name), name, "finite and positive")
+        object.__setattr__(self, "targets", LoRAConfig(targets=self.targets).targets)
         _check_column("sizes", self.sizes, len(checks.check_numbers(self.sizes, "sizes")))
         _check_column("full_rates", self.full_rates, len(self.sizes))
         _check_keys("ranks", self.ranks, _TASKS)
