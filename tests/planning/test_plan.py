@@ -149,9 +149,8 @@ def numbers(text):
 
 @pytest.mark.once
 @needs_qwix
+@pytest.mark.parametrize("case", ["scanned"], indirect=True)
 def test_guide_shows_the_plan_of_7_billion_parameters(case):
-    if case.is_unrolled:
-        return
     page = pathlib.Path(__file__).parents[2] / "docs/guides/planning.md"
     (shown,) = [
         numbers(text)
