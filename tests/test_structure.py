@@ -42,6 +42,8 @@ ORDER = (
     ("jaxlora.analysis", "jaxlora.formats", "jaxlora.planning"),
     ("jaxlora.nnx",),
     ("jaxlora",),
+    ("jaxlora.cli",),
+    ("jaxlora.__main__",),
 )
 
 

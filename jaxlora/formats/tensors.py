@@ -14,6 +14,16 @@ import numpy as np
 
 from jaxlora.messages import checks
 
+DTYPES = MappingProxyType(  # what files call each dtype, by its name
+    {
+        **{"bool": "BOOL", "complex64": "C64"},
+        **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+        **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+        **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+        **{"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"},
+    }
+)
+_NAMES = MappingProxyType({code: name for name, code in DTYPES.items()})
 # of these safetensors makes no arrays of NumPy
 _EIGHT_BITS = MappingProxyType({"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2})
 
@@ -39,15 +49,19 @@ class TensorFile:
             try:
                 return self._opened.get_tensor(name)
             except AttributeError as error:
-                raise ValueError(
-                    f"the tensor {name!r} of {str(self.path)!r} has the dtype {kind}, which is not "
-                    "read"
-                ) from error
+                raise ValueError(_unread(self.path, name, kind)) from error
         start, stop = self._header[name]["data_offsets"]
         self._file.seek(0)
         self._file.seek(8 + int.from_bytes(self._file.read(8), "little") + start)
         data = self._file.read(stop - start)
         return np.frombuffer(data, _EIGHT_BITS[kind]).reshape(self.shapes[name])
+
+    def dtype(self, name: str) -> np.dtype:
+        """Return the dtype of a tensor, which is not read."""
+        kind = self._opened.get_slice(name).get_dtype()
+        if kind not in _NAMES:
+            raise ValueError(_unread(self.path, name, kind))
+        return jnp.dtype(_NAMES[kind])
 
 
 @contextlib.contextmanager
@@ -93,6 +107,10 @@ def data(tensors: Mapping[str, np.ndarray]) -> bytes:
 
     file = save({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()})
     return file[8 + int.from_bytes(file[:8], "little") :]
+
+
+def _unread(path: Path, name: str, kind: str) -> str:
+    return f"the tensor {name!r} of {str(path)!r} has the dtype {kind}, which is not read"
 
 
 def _header(path: Path, file: BinaryIO) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,8 @@ from jaxlora.trees.binding import bind, changed_hint, split
 from jaxlora.types import Json, Leaf, Leaves, PyTree
 from jaxlora.weights import blocks, fingerprints, modules, paths, tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, Replacement
+
+T = TypeVar("T")
 
 
 def save_adapters(path: PathLike, adapters: Adapters, *, base: PyTree = None) -> None:
@@ -94,13 +98,49 @@ def load_adapters(path: PathLike, *, base: PyTree) -> Adapters:
         TypeError: base is no tree of weights, or it is called in `jax.jit`.
     """
     tree_checks.check_untraced("load_adapters", base)
-    target = together("load_adapters", lambda: locations.resolve(path))
     leaves = tree_checks.check_tree(base, "load_adapters(path, base=base)", "base")
+    return _settled(path, lambda place, target: _load(place, target, leaves))
+
+
+def load_unbound(path: PathLike) -> Adapters:
+    """Read the factors from a directory without their base, for what needs the products alone.
+
+    They are damaged or as they were saved, as for `load_adapters`. What they know of the base is
+    what was written of it, so `jaxlora.bind` refuses another.
+
+    Args:
+        path: a directory written by `save_adapters`, or a path as that takes it.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: it holds no adapters, or damaged ones.
+    """
+    return _settled(path, lambda place, target: _load(place, target, None))
+
+
+def describe_saved(path: PathLike) -> Json:
+    """Return what a directory of adapters says of itself, see `jaxlora.storage.description`.
+
+    Args:
+        path: a directory written by `save_adapters`, or a path as that takes it.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: it holds no adapters, or a damaged description.
+    """
+    return _settled(
+        path, lambda place, target: _description(checkpoints.about_of(place, target), target)
+    )
+
+
+def _settled(path: PathLike, read: Callable[[Place, Place], T]) -> T:
+    """Return what a function reads, given where the directory is and where it should be."""
+    target = together("load_adapters", lambda: locations.resolve(path))
     if not locations.is_local(target):
-        return _load(target, target, leaves)
+        return read(target, target)
     return directories.settled(
         target,
-        lambda place: _load(place, target, leaves),
+        lambda place: read(place, target),
         agree=lambda flag: "1" in processes.gathered("load_adapters", str(int(flag))),
     )
 
@@ -137,18 +177,19 @@ def _is_finite(array: Leaf) -> jax.Array:
     return jnp.isfinite(array).all()
 
 
-def _load(place: Place, target: Place, leaves: Leaves) -> Adapters:
-    """Return the adapters in a directory; errors name where it should be."""
+def _load(place: Place, target: Place, leaves: Leaves | None) -> Adapters:
+    """Return the adapters in a directory, for leaves of a base; errors name where it should be."""
     call = "load_adapters"
     about = together(call, lambda: _description(checkpoints.about_of(place, target), target))
     said = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     if len(set(processes.gathered(call, said))) > 1:  # it is replaced just now, or not shared
         raise ValueError(f"the processes of the program do not read the same adapters at {target}")
     try:
-        adapters = {e["path"]: description.abstract(e, leaves) for e in about["adapters"]}
+        known = leaves if leaves is not None else description.leaves(about)
+        adapters = {e["path"]: description.abstract(e, known) for e in about["adapters"]}
     except ValueError as error:
         raise ValueError(f"the adapters at {target} are damaged: {error}") from error
-    if problems := _differences(adapters, leaves):
+    if leaves is not None and (problems := _differences(adapters, leaves)):
         more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
         listed = "\n  ".join([*problems[:5], *more])
         raise ValueError(f"the adapters at {target} are for another base:\n  {listed}")
@@ -166,10 +207,9 @@ def _load(place: Place, target: Place, leaves: Leaves) -> Adapters:
     sums = fingerprints.checksums(arrays)
     if bad := [name for name in sums if sums[name] != about["checksums"][name]]:
         raise ValueError(f"the adapters at {target} are damaged: {bad} are not as they were saved")
-    return {
-        name: dataclasses.replace(_known_by(name, adapter, leaves), **arrays[name])
-        for name, adapter in adapters.items()
-    }
+    if leaves is not None:
+        adapters = {name: _known_by(name, found, leaves) for name, found in adapters.items()}
+    return {name: dataclasses.replace(found, **arrays[name]) for name, found in adapters.items()}
 
 
 def _differences(adapters: Adapters, leaves: Leaves) -> list[str]:

@@ -143,7 +143,7 @@ def read(place: Place, like: dict[str, Leaves]) -> dict[str, dict[str, jax.Array
     """
     if locations.is_local(place) and jax.process_count() == 1 and (stores := _stores(place)):
         return _read_alone(stores, like)
-    return _restored(place, like)
+    return restored(place, like)
 
 
 def _stores(place: Place) -> dict[str, Leaves]:
@@ -187,7 +187,7 @@ def _read_alone(stores: dict[str, Leaves], like: dict[str, Leaves]) -> PyTree:
     return jax.tree.map(placed, reading, like)
 
 
-def _restored(place: Place, like: PyTree) -> PyTree:
+def restored(place: Place, like: PyTree) -> PyTree:
     """Return arrays read by Orbax, each process for itself, so that none waits for another."""
     import orbax.checkpoint as ocp
 
@@ -199,12 +199,19 @@ def _restored(place: Place, like: PyTree) -> PyTree:
         return checkpointer.restore(place, args=ocp.args.StandardRestore(like))
 
 
+def structure(place: Place) -> PyTree:
+    """Return what Orbax tells of each leaf of a checkpoint, in the place of the leaf."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.metadata(place).item_metadata.tree
+
+
 def shapes(place: Place) -> dict[KeyPath, object]:
     """Return the shape and dtype of each array of a checkpoint, by the keys that lead to it."""
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        found = ocp.tree.to_flat_dict(checkpointer.metadata(place).item_metadata.tree)
+    found = ocp.tree.to_flat_dict(structure(place))
     return {keys: (tuple(x.shape), str(x.dtype)) for keys, x in found.items()}
 
 

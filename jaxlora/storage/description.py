@@ -108,6 +108,15 @@ def abstract(entry: Json, leaves: Json) -> Adapter | Replacement:
     return dataclasses.replace(adapter, fingerprint=known_base)
 
 
+def leaves(about: Json) -> Json:
+    """Return stand-ins for leaves of the base, as far as names of adapters are paths of whole ones.
+
+    Others are parts of a leaf, as `jaxlora.weights.blocks.locate` takes them.
+    """
+    names = [entry["path"] for entry in about["adapters"]]
+    return {name: None for name in names if not blocks.is_part(name)}
+
+
 def _kind(entry: Json) -> type[Adapter | Replacement]:
     """Return the type of what an entry describes."""
     return Adapter if "roles" in entry else Replacement

@@ -29,14 +29,24 @@ def save_merged(path: PathLike, params: PyTree) -> None:
     instead = "save adapted.params(), or with Orbax what jaxlora.nnx.merge(adapted) returns"
     modules.refuse_adapted("params", params, instead)
     tree_checks.check_untraced("save_merged", params)
-    plain = merge(params)
+    write("save_merged", path, merge(params))
+
+
+def write(call: str, path: PathLike, plain: PyTree) -> None:
+    """Write plain weights as `save_merged` does.
+
+    Args:
+        call: name of the public function, for errors.
+        path: a directory, as `save_merged` takes it.
+        plain: a tree of arrays.
+    """
     about = {"format": checkpoints.MERGED, "jaxlora": __version__}
     wanted = checkpoints.shapes_of(plain)
 
     def check(place):
-        found = together("save_merged", lambda: checkpoints.shapes(place))
+        found = together(call, lambda: checkpoints.shapes(place))
         fits = all(wanted[keys] in (None, found.get(keys)) for keys in wanted)
         if not fits or set(found) != set(wanted):
             raise ValueError(checkpoints.NOT_WRITTEN)
 
-    checkpoints.write("save_merged", path, plain, about, check)
+    checkpoints.write(call, path, plain, about, check)

@@ -28,6 +28,7 @@ class Config:
             words of LoRA's configs.
         version: the version of PEFT that wrote it, empty if it does not tell.
         divisor: what alpha is divided by, None for the rank of each module.
+        is_transposed: whether the weights of linear layers lie as those of ``Conv1D`` of GPT-2.
     """
 
     where: str
@@ -35,6 +36,7 @@ class Config:
     values: Mapping[str, Any]
     version: tuple[int, ...]
     divisor: float | None = None
+    is_transposed: bool = False
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return what it says of a key."""
@@ -153,7 +155,8 @@ def from_values(found: Mapping[str, Any], where: str) -> Config:
     _check_start(where, values.get("init_lora_weights"))
     _check_expressions(where, values)
     values, divisor = _as_of_lora(kind, values)
-    return Config(where, kind, values, _version(found.get("peft_version")), divisor)
+    version = _version(found.get("peft_version"))
+    return Config(where, kind, values, version, divisor, found.get("fan_in_fan_out") is True)
 
 
 def _as_of_lora(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], float | None]:

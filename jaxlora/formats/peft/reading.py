@@ -1,6 +1,7 @@
 """Read a folder that PEFT saved an adapter to."""
 
 import os
+from pathlib import Path
 
 from jaxlora.formats import arguments, pieces, tensors
 from jaxlora.formats.names.mapping import Names
@@ -40,16 +41,22 @@ def load(folder: str | os.PathLike[str], *, sites: Sites, names: Names) -> Adapt
     arguments.check_sites(sites)
     arguments.check_names(names)
     place = directories.standing(arguments.local(folder))
-    config, path = configs.read(place), place / TENSORS_FILE
+    config = configs.read(place)
+    table = names.table(sites.shapes)
+    with tensors.opened(tensors_path(place)) as file:
+        return _adapters(Folder(file, sites, table, config))
+
+
+def tensors_path(place: Path) -> Path:
+    """Return the path of the tensors of a folder, or raise if they are a pickle."""
+    path = place / TENSORS_FILE
     pickled = path.with_suffix(".bin")
     if pickled.is_file() and not path.is_file():
         raise ValueError(
             f"{str(pickled)!r} is a pickle, which can run any code when it is read: load it with "
             f"PEFT and save it again, with save_pretrained(folder), as {TENSORS_FILE!r}"
         )
-    table = names.table(sites.shapes)
-    with tensors.opened(path) as file:
-        return _adapters(Folder(file, sites, table, config))
+    return path
 
 
 def _adapters(folder: Folder) -> Adapters:

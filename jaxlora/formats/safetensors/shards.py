@@ -37,6 +37,10 @@ class Checkpoint:
     def __getitem__(self, name: str) -> np.ndarray:
         return self._files[name][name]
 
+    def dtype(self, name: str) -> np.dtype:
+        """Return the dtype of a tensor, which is not read."""
+        return self._files[name].dtype(name)
+
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Checkpoint]:

@@ -9,23 +9,13 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxlora.formats.tensors import DTYPES
 from jaxlora.types import Json
-
-_DTYPES = MappingProxyType(
-    {
-        **{"bool": "BOOL", "complex64": "C64"},
-        **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-        **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
-        **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
-        **{"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"},
-    }
-)
 
 
 def write(
@@ -64,13 +54,13 @@ def _header(shapes: Mapping[str, jax.ShapeDtypeStruct], order: list[str]) -> Jso
     start = 0
     for name in order:
         shape, dtype = shapes[name].shape, np.dtype(shapes[name].dtype)
-        if dtype.name not in _DTYPES:
+        if dtype.name not in DTYPES:
             raise ValueError(
                 f"the tensor {name!r} must have a dtype that files of safetensors name, as "
-                f"{tuple(_DTYPES)}: got {dtype}"
+                f"{tuple(DTYPES)}: got {dtype}"
             )
         stop = start + shapes[name].size * dtype.itemsize
-        entry = {"dtype": _DTYPES[dtype.name], "shape": [*shape], "data_offsets": [start, stop]}
+        entry = {"dtype": DTYPES[dtype.name], "shape": [*shape], "data_offsets": [start, stop]}
         header[name] = entry
         start = stop
     return header

@@ -100,22 +100,22 @@ class _Weights:
     def gather(self) -> None:
         """Merge and gather all of them, where several processes have to do that together."""
         if jax.process_count() > 1:
-            self._leaves = {path: _whole(path, leaf) for path, leaf in self._leaves.items()}
+            self._leaves = {path: merged(path, leaf) for path, leaf in self._leaves.items()}
 
     def __getitem__(self, path: str) -> jax.Array | np.ndarray:
         if self._last is None or self._last[0] != path:
-            self._last = (path, _whole(path, self._leaves[path]))
+            self._last = (path, merged(path, self._leaves[path]))
         return self._last[1]
 
 
-def _whole(path: str, leaf: Leaf) -> jax.Array | np.ndarray:
+def merged(path: str, leaf: Leaf) -> jax.Array | np.ndarray:
     """Return all of a leaf, merged; gathered on the host if it is not all in this process."""
     if isinstance(leaf, QuantizedWeight):
         leaf = jax.jit(quantized.values)(leaf)
     elif isinstance(leaf, LoRAWeight):
-        merged = merge({path: leaf})[path]
-        _warn_of_rounding(path, leaf, merged)
-        leaf = merged
+        plain = merge({path: leaf})[path]
+        _warn_of_rounding(path, leaf, plain)
+        leaf = plain
     elif paths.is_node(leaf):
         leaf = merge({path: leaf})[path]
     is_here = isinstance(leaf, jax.Array) and jax.process_count() == 1

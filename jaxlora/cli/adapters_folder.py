@@ -1,0 +1,108 @@
+"""Folders of adapters of any kind, read and written alike."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+from jaxlora.cli import matrices, output
+from jaxlora.formats import peft
+from jaxlora.formats.peft import config as peft_config
+from jaxlora.formats.peft import described
+from jaxlora.formats.peft.described import Described
+from jaxlora.storage import adapters as saved
+from jaxlora.storage import checkpoints
+from jaxlora.types import Json
+from jaxlora.weights.adapters import Adapters
+
+Kind = Literal["jaxlora", "peft"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptersFolder:
+    """A folder that was read.
+
+    Attributes:
+        path: where it is.
+        kind: who wrote it.
+        adapters: what it holds, by path; of PEFT by the paths that follow from its modules.
+        about: what it says of itself: our description, or PEFT's config.
+        described: what a folder of PEFT tells of its modules.
+    """
+
+    path: Path
+    kind: Kind
+    adapters: Adapters
+    about: Json
+    described: Described | None = None
+
+    def __or__(self, other: "AdaptersFolder") -> "AdaptersFolder":
+        """Return this folder with the modules of another beside its own."""
+        if self.described is None or other.described is None:
+            return self
+        return dataclasses.replace(self, described=self.described | other.described)
+
+    @property
+    def base_name(self) -> str | None:
+        """What PEFT loads the base from, None where it is not said."""
+        return self.about.get("base_model_name_or_path")
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """The size of its files."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+
+def kind_of(path: Path) -> Kind:
+    """Return who wrote a folder of adapters, or raise if it is none."""
+    if not path.exists():
+        raise FileNotFoundError(f"no adapters at {path}: there is no such folder")
+    if (path / peft_config.CONFIG_FILE).is_file():
+        return "peft"
+    if (path / checkpoints.MARK).is_file():
+        return "jaxlora"
+    raise ValueError(
+        f"no adapters at {path}: a folder that jaxlora.save_adapters or PEFT wrote is needed"
+    )
+
+
+def read(path: Path) -> AdaptersFolder:
+    """Return what a folder of adapters holds, without their base.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no adapters, or damaged ones, or needs the program to be read.
+    """
+    path = path.expanduser()
+    kind = kind_of(path)
+    with output.working(f"reading {path}"):
+        if kind == "jaxlora":
+            found = saved.load_unbound(path)
+            return AdaptersFolder(path, kind, found, saved.describe_saved(path))
+        tree = described.described(path)
+        found = peft.load(path, sites=tree.sites, names=tree.names)
+        about = json.loads((path / peft_config.CONFIG_FILE).read_bytes())
+        return AdaptersFolder(path, kind, found, about, tree)
+
+
+def check_finite(found: AdaptersFolder) -> None:
+    """Raise if an adapter holds NaN or inf, of which nothing can be computed."""
+    for path, term in found.adapters.items():
+        if bad := matrices.not_finite(term):
+            raise ValueError(
+                f"the adapter of {path!r} in {found.path} must be finite: {' and '.join(bad)} "
+                "hold NaN or inf"
+            )
+
+
+def write(path: Path, adapters: Adapters, like: AdaptersFolder) -> None:
+    """Write adapters to a folder of the kind of another, whose modules they are for."""
+    with output.working(f"writing {path}"):
+        if like.described is None:
+            saved.save_adapters(path.expanduser(), adapters)
+            return
+        names, base = like.described.names, like.base_name
+        sites = like.described.sites
+        peft.save(
+            path.expanduser(), adapters, names=names, sites=sites, base_model_name_or_path=base
+        )

@@ -1,0 +1,81 @@
+"""The factors of an adapter as matrices of float64, and what is computed of them alone."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from jaxlora.weights.adapters import Adapter, Replacement
+
+_ROUNDING = 1e-12  # of float64, beside a share
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """The factors of an adapter, one pair for each entry of its stack.
+
+    Attributes:
+        a: ``(stack, in, rank)``.
+        b: ``(stack, rank, out)``, times the scaling.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+
+    @classmethod
+    def from_adapter(cls, adapter: Adapter) -> "Matrices":
+        """Return the matrices of an adapter, whose scaling ``b`` takes."""
+        a, b = (np.asarray(x).astype(np.float64) for x in (adapter.a, adapter.b))
+        stack = math.prod(a.shape[: len(adapter.roles.stack)])
+        a, b = a.reshape(stack, -1, adapter.rank), b.reshape(stack, adapter.rank, -1)
+        return cls(a, b * adapter.scaling)
+
+    def minus(self, other: "Matrices") -> "Matrices":
+        """Return the factors of the difference of two products, of the sum of their ranks."""
+        a = np.concatenate([self.a, other.a], -1)
+        return Matrices(a, np.concatenate([self.b, -other.b], -2))
+
+    def core(self) -> np.ndarray:
+        """Return ``p w^T (stack, rank, rank)`` with ``a = q p`` and ``b^T = t w``.
+
+        It has the norm and the singular values of the product, which is not formed.
+        """
+        p, w = (np.linalg.qr(x, mode="r") for x in (self.a, self.b.mT))
+        return p @ w.mT
+
+    def norm(self) -> float:
+        """Return the Frobenius norm of the product."""
+        return float(np.linalg.norm(self.core()))
+
+    def kept(self) -> np.ndarray:
+        """Return for each entry and rank the share of the squared norm that the rank keeps.
+
+        Returns:
+            ``(stack, ranks)`` from rank 1 on; 1 where the product is zero.
+        """
+        squares = np.linalg.svd(self.core(), compute_uv=False) ** 2
+        total = squares.sum(-1, keepdims=True)
+        shares = squares.cumsum(-1) / np.where(total > 0, total, 1)
+        return np.where(total > 0, shares, 1.0)
+
+    def rank_of_energy(self, share: float) -> int:
+        """Return the least rank that keeps a share of the squared norm of every product."""
+        shares = self.kept().min(0)
+        is_enough = shares >= share * (1 - _ROUNDING)
+        return int(is_enough.argmax()) + 1 if is_enough.any() else len(shares)
+
+    def energy(self, rank: int) -> float:
+        """Return the least share of the squared norm of a product that a rank keeps."""
+        shares = self.kept().min(0)
+        return float(shares[min(rank, len(shares)) - 1])
+
+    def dead(self) -> int:
+        """Return how many directions, of all entries, add nothing: ``a`` or ``b`` is zero there."""
+        is_alive = (self.a != 0).any(-2) & (self.b != 0).any(-1)
+        return int((~is_alive).sum())
+
+
+def not_finite(term: Adapter | Replacement) -> list[str]:
+    """Return the names of the arrays that hold NaN or inf."""
+    arrays = {name: np.asarray(x).astype(np.float64) for name, x in term.trained().items()}
+    return [name for name, array in arrays.items() if not np.isfinite(array).all()]

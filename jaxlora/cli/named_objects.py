@@ -1,0 +1,73 @@
+"""Objects of the user's own code, named on the command line as ``module:object``."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+from jaxlora.formats import Names
+from jaxlora.messages import checks
+from jaxlora.targets.sites import Sites, find_sites
+from jaxlora.types import Leaf
+
+
+def load(text: str) -> Leaf:
+    """Return an object from its name.
+
+    Args:
+        text: ``package.module:object``, of a module that can be imported here, or
+            ``path/to/file.py:object``.
+
+    Raises:
+        ValueError: it is no such name, or there is no such module or object.
+    """
+    where, colon, name = text.rpartition(":")
+    if not (colon and where and name):
+        raise ValueError(f"module:object or file.py:object is needed: got {text!r}")
+    module = _from_file(Path(where)) if where.endswith(".py") else _imported(where)
+    if not hasattr(module, name):
+        raise ValueError(f"{where!r} has no {name!r}: module:object is needed: got {text!r}")
+    return getattr(module, name)
+
+
+def names(text: str) -> Names:
+    """Return the `jaxlora.formats.Names` of a name."""
+    found = load(text)
+    if not isinstance(found, Names):
+        raise ValueError(f"{text!r} must be a jaxlora.formats.Names: got {checks.shown(found)}")
+    return found
+
+
+def sites(text: str) -> Sites:
+    """Return where adapters can go in a model.
+
+    Args:
+        text: names a function without arguments that returns ``(fn, params, *args)``, what
+            `jaxlora.find_sites` takes; parameters may be shapes.
+    """
+    make = load(text)
+    found = make() if callable(make) else None
+    if not isinstance(found, tuple) or len(found) < 2:
+        raise ValueError(
+            f"{text!r} must be a function without arguments that returns (fn, params, *args): "
+            f"got {checks.shown(make)}"
+        )
+    return find_sites(*found)
+
+
+def _imported(name: str) -> Leaf:
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"the module {name!r} cannot be imported: {error}") from error
+
+
+def _from_file(path: Path) -> Leaf:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
