@@ -1,5 +1,6 @@
 """The commands, and what all of them have in common: each is a function of its own file."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (
+COMMANDS: tuple[Callable[..., None], ...] = (
     inspecting.inspect,
     comparing.diff,
     merging.merge,
@@ -33,7 +34,9 @@ for command in (
     combining.combine,
     truncating.truncate,
     benchmarking.bench,
-):
+)
+
+for command in COMMANDS:
     text, _, example = (command.__doc__ or "").partition("Example:")
     app.command(help=text, epilog=f"Example: {example.strip()}")(told(command))
 

@@ -8,6 +8,7 @@ import typer
 from jaxlora.cli import adapters_folder, named_objects, output
 from jaxlora.cli.adapters_folder import AdaptersFolder
 from jaxlora.formats import Names, peft
+from jaxlora.formats.names.pairs import Layout
 from jaxlora.formats.peft import described
 from jaxlora.storage import adapters as saved
 from jaxlora.targets.sites import Sites
@@ -102,5 +103,5 @@ def names_of(adapters: Adapters) -> Names:
             )
         name = module.replace("/", ".")
         paths[leaf][f"{name}.bias" if leaf == "bias" else name] = path
-    layouts = {"kernel": "linear", "embedding": "embedding", "bias": "linear"}
+    layouts: dict[str, Layout] = {"kernel": "linear", "embedding": "embedding", "bias": "linear"}
     return Names(*(described.pair(found, layouts[leaf]) for leaf, found in paths.items() if found))

@@ -85,10 +85,6 @@ def described(folder: str | os.PathLike[str]) -> Described:
         if tokens:
             raise ValueError(_untold(opened, f"how many rows {tokens[0].module!r} has"))
         found = {module: _weight(opened, own) for (module, _), own in modules.items()}
-        if config.is_transposed:
-            found = {
-                module: (_transposed(layout), shape) for module, (layout, shape) in found.items()
-            }
         whole = {key.module: file.shapes[key.name] for key in values}
     return Described(found, _others(whole, found))
 
@@ -104,10 +100,6 @@ def _others(
         layout: Layout = "embedding" if is_module else "linear" if what == "bias" else "tensor"
         found[tensor.replace(".", "/")] = (layout, module if is_module else tensor, shape)
     return found
-
-
-def _transposed(layout: Layout) -> Layout:
-    return "transposed" if layout == "linear" else layout
 
 
 def path_of(module: str, layout: Layout) -> str:
@@ -145,13 +137,13 @@ def _weight(folder: Folder, own: Tensors) -> tuple[Layout, Shape]:
         in_, out, window = shapes["w1_b"][1], shapes["w1_a"][0], ()
     else:
         in_, out, window = shapes["A"][1], shapes["B"][0], shapes["A"][2:]
-    return ("conv" if window else "linear"), (*window, in_, out)
+    layout = "conv" if window else "transposed" if folder.config.is_transposed else "linear"
+    return layout, (*window, in_, out)
 
 
 def _site(path: str, layout: Layout, shape: Shape) -> Site:
     *in_, out = range(len(shape))
     kind = Kind.LOOKED_UP if layout == "embedding" else Kind.CONTRACTED
     window = tuple(in_[:-1]) if layout == "conv" else ()
-    axes = {"in_": frozenset(in_), "out": frozenset({out})}
-    use = Use(path, "", "", kind, window=window, **axes)
+    use = Use(path, "", "", kind, in_=frozenset(in_), out=frozenset({out}), window=window)
     return Site(path, shape, jnp.float32, Roles((), tuple(in_), (out,)), (use,))
