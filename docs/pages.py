@@ -10,6 +10,7 @@ import importlib.util
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -76,11 +77,11 @@ def read_blocks(text: str) -> Iterator[Block]:
 
 
 def read_steps(text: str) -> list[Step]:
-    """Pair the blocks of Python with the blocks of text right after them."""
+    """Pair the blocks of code with the blocks of text right after them."""
     lines, blocks = text.splitlines(), list(read_blocks(text))
     steps = []
     for number, block in enumerate(blocks):
-        if block.language != "python":
+        if block.language not in ("python", "console"):
             continue
         after = blocks[number + 1] if number + 1 < len(blocks) else None
         is_output = (
@@ -93,7 +94,11 @@ def read_steps(text: str) -> list[Step]:
 
 
 def _message(kind: type, message: object) -> str:
-    lines = f"{kind.__name__}: {message}".replace(os.getcwd(), "/home/you").splitlines()
+    return _wrapped(f"{kind.__name__}: {message}")
+
+
+def _wrapped(message: str) -> str:
+    lines = message.replace(os.getcwd(), "/home/you").splitlines()
     wrap = textwrap.TextWrapper(COLUMNS, break_long_words=False, break_on_hyphens=False)
     return "\n".join(map(wrap.fill, lines))
 
@@ -123,6 +128,34 @@ def _as_a_user() -> Iterator[None]:
             os.chdir(before)
 
 
+def _run(code: Block, file: str, namespace: dict[str, object]) -> None:
+    """Run a block; where an error names a line of Python, it is of this file."""
+    if code.language == "console":
+        for words in _commands(code.content):
+            _print_command(words)
+    else:
+        exec(compile(code.content, file, "exec"), namespace)
+
+
+def _commands(content: str) -> Iterator[list[str]]:
+    """Yield the arguments of each line of a block of commands, ``$ jaxlora ...``."""
+    for line in content.splitlines():
+        if not line.startswith("$ jaxlora "):
+            raise ValueError(f"a command must begin with '$ jaxlora': got {line!r}")
+        yield shlex.split(line)[2:]
+
+
+def _print_command(words: Sequence[str]) -> None:
+    """Run the command line of the library and print what it prints, messages as those of errors."""
+    from typer.testing import CliRunner
+
+    from jaxlora.cli.application import app
+
+    for line in CliRunner().invoke(app, words, catch_exceptions=False).output.splitlines():
+        message = re.fullmatch(r"(jaxlora: \w+): (.*)", line)
+        print(_wrapped(f"{message[1]}: {message[2]}") if message else line)
+
+
 def run_steps(page: Path, steps: Sequence[Step]) -> list[str | None]:
     """Run the code of a page in order.
 
@@ -145,11 +178,10 @@ def run_steps(page: Path, steps: Sequence[Step]) -> list[str | None]:
             if session not in namespaces:
                 namespaces[session] = dict(namespaces.get("", {"__name__": "__main__"}))
             namespace = namespaces[session]
-            code = compile(step.code.content, f"{page.stem}.py", "exec")
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
                 try:
-                    exec(code, namespace)
+                    _run(step.code, f"{page.stem}.py", namespace)
                 except Exception as error:
                     message = _message(type(error), error)
                     shown = step.output.content if step.output else ""

@@ -181,6 +181,19 @@ def test_runner_leaves_out_what_needs_a_module_that_is_not_there(tmp_path):
     assert pages.compare(page(text, tmp_path)) == []
 
 
+def test_runner_runs_commands_of_the_command_line(tmp_path):
+    path = page("```console\n$ jaxlora --version\n$ jaxlora inspect run\n```\n", tmp_path)
+    pages.write(path)
+    shown = f"{jaxlora.__version__}\njaxlora: error: no adapters at run: there is no such folder"
+    assert path.read_text().endswith(f"```text\n{shown}\n```\n")
+    assert pages.compare(path) == []
+
+
+def test_runner_refuses_other_commands(tmp_path):
+    (fault,) = pages.compare(page("```console\n$ ls\n```\n", tmp_path))
+    assert "ValueError: a command must begin with '$ jaxlora': got '$ ls'" in fault
+
+
 @pytest.mark.parametrize(
     ("one", "other", "agrees"),
     [

@@ -131,7 +131,7 @@ def _print(report: Json) -> None:
 def _cells(report: Json) -> Iterator[tuple[str, ...]]:
     for row in report["weights"]:
         rank = _pair(row["rank"])
-        alpha = "" if None in row["alpha"] else _pair([*map(output.number, row["alpha"])])
+        alpha = "" if None in row["alpha"] else _pair([f"{alpha:g}" for alpha in row["alpha"]])
         shown = "" if row["difference"] is None else output.number(row["difference"])
         yield (row["path"], rank, alpha, shown, row["why"])
     for name, folder in (("only_a", report["a"]), ("only_b", report["b"])):

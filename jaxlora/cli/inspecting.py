@@ -44,12 +44,14 @@ def describe(folder: AdaptersFolder) -> Json:
     return {
         "folder": str(folder.path),
         "kind": folder.kind,
-        "written_by": _written_by(folder),
+        "form": _form(folder),
+        "version": folder.about.get("jaxlora" if folder.kind == "jaxlora" else "peft_version"),
         "base": _base(folder),
         "adapters": [row for row in rows if "rank" in row],
         "replaced": [row for row in rows if "rank" not in row],
         "parameters": sum(row["parameters"] for row in rows),
-        "bytes": folder.bytes_on_disk,
+        "bytes": sum(row["bytes"] for row in rows),
+        "bytes_on_disk": folder.bytes_on_disk,
         "not_finite": [row["path"] for row in rows if row["not_finite"]],
     }
 
@@ -61,6 +63,7 @@ def _row(path: str, term: Adapter | Replacement) -> Row:
         "path": path,
         "shape": [*term.shape],
         "parameters": sum(array.size for array in arrays.values()),
+        "bytes": sum(array.nbytes for array in term.trained().values()),
         "not_finite": matrices.not_finite(term),
         "base": term.fingerprint.digest,
         **{f"norm_{name}": float(np.linalg.norm(array)) for name, array in arrays.items()},
@@ -82,12 +85,11 @@ def _row(path: str, term: Adapter | Replacement) -> Row:
     }
 
 
-def _written_by(folder: AdaptersFolder) -> str:
+def _form(folder: AdaptersFolder) -> str:
+    """Return in which of its forms the writer of a folder has written it."""
     if folder.kind == "jaxlora":
-        about = folder.about
-        return f"jaxlora {about['jaxlora']}, format {about['format_version']}"
-    version = folder.about.get("peft_version") or "of an unknown version"
-    return f"PEFT {version}, {folder.about['peft_type']}"
+        return f"jaxlora, format {folder.about['format_version']}"
+    return f"PEFT, {folder.about['peft_type']}"
 
 
 def _base(folder: AdaptersFolder) -> Json:
@@ -102,12 +104,11 @@ def _base(folder: AdaptersFolder) -> Json:
 
 
 def _print(report: Json) -> None:
-    print(f"{report['folder']}: adapters, written by {report['written_by']}")
+    print(f"{report['folder']}: adapters of {report['form']}")
     print(f"base: {_said_of_base(report)}\n")
     columns = ("path", "shape", "rank", "alpha", "norm", "norm of a", "norm of b", "dead", "")
     output.print_table(columns, [*_cells(report)])
-    count = output.count
-    print(f"\n{count(report['parameters'])} parameters, {count(report['bytes'])} bytes on disk")
+    print(f"\n{report['parameters']:,} parameters, {report['bytes']:,} bytes")
     if report["not_finite"]:
         print(f"NaN or inf in {len(report['not_finite'])} of them")
 
@@ -128,7 +129,7 @@ def _cells(report: Json) -> Iterator[tuple[str, ...]]:
         notes += ["with magnitude"] if "norm_magnitude" in row else []
         notes += [f"the base was changed by {row['changed']}"] if row["changed"] else []
         first = (row["path"], output.shape(row["shape"]), str(row["rank"]))
-        yield (*first, output.number(row["alpha"]), *norms, dead, ", ".join(notes))
+        yield (*first, f"{row['alpha']:g}", *norms, dead, ", ".join(notes))
     for row in report["replaced"]:
         rows = "replaced" if row["rows"] is None else f"{len(row['rows'])} rows replaced"
         note = f"{rows}, not finite" if row["not_finite"] else rows

@@ -56,12 +56,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def number(value: float) -> str:
     """Return a number with four digits."""
-    return f"{value:.4g}"
-
-
-def count(value: int) -> str:
-    """Return a number with commas between its thousands."""
-    return f"{value:,}"
+    return f"{value:#.4g}"
 
 
 def spread(values: Iterable[int]) -> str:

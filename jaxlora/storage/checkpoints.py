@@ -141,12 +141,12 @@ def read(place: Place, like: dict[str, Leaves]) -> dict[str, dict[str, jax.Array
         place: where it is.
         like: shapes and shardings by path and name.
     """
-    if locations.is_local(place) and jax.process_count() == 1 and (stores := _stores(place)):
-        return _read_alone(stores, like)
+    if locations.is_local(place) and jax.process_count() == 1 and (found := stores(place)):
+        return _read_alone(found, like)
     return restored(place, like)
 
 
-def _stores(place: Place) -> dict[str, Leaves]:
+def stores(place: Place) -> dict[str, Leaves]:
     """Return how TensorStore opens each array of a checkpoint, by the name that Orbax gives it."""
     import tensorstore as ts
 
@@ -158,7 +158,7 @@ def _stores(place: Place) -> dict[str, Leaves]:
     return {n: {"driver": "zarr", "kvstore": {**database, "path": f"{n}/"}} for n in names}
 
 
-def _read_alone(stores: dict[str, Leaves], like: dict[str, Leaves]) -> PyTree:
+def _read_alone(found: dict[str, Leaves], like: dict[str, Leaves]) -> PyTree:
     """Return arrays as they are stored, without Orbax.
 
     When one cannot be read, because it is damaged or just replaced, threads of Orbax that read
@@ -167,16 +167,16 @@ def _read_alone(stores: dict[str, Leaves], like: dict[str, Leaves]) -> PyTree:
     import tensorstore as ts
 
     wanted = {f"{path}.{name}" for path in like for name in like[path]}
-    if missing := sorted(wanted - set(stores)):
+    if missing := sorted(wanted - set(found)):
         raise ValueError(f"the arrays {missing} are missing")
     opening = {
-        path: {name: ts.open(stores[f"{path}.{name}"], read=True) for name in like[path]}
+        path: {name: ts.open(found[f"{path}.{name}"], read=True) for name in like[path]}
         for path in like
     }
     reading = jax.tree.map(lambda opened: opened.result().read(), opening)
 
-    def placed(found, shape):
-        array = found.result()
+    def placed(pending, shape):
+        array = pending.result()
         if (array.shape, array.dtype) != (shape.shape, shape.dtype):
             raise ValueError(
                 f"an array must be {shape.dtype}{list(shape.shape)}: "

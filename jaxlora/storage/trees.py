@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxlora.storage import checkpoints, directories, locations
-from jaxlora.storage.locations import PathLike
+from jaxlora.storage.locations import PathLike, Place
 from jaxlora.types import Leaf, PyTree
 from jaxlora.weights import sharding
 
@@ -45,20 +45,54 @@ def read(path: PathLike) -> PyTree:
     if not (place / _STRUCTURE).is_file():
         raise ValueError(f"no weights at {target}: it is no tree that Orbax saved")
     try:
-        found = checkpoints.restored(place, jax.tree.map(_like, checkpoints.structure(place)))
+        found = _read(place)
     except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
         raise ValueError(f"the weights at {target} are damaged: {error}") from error
     return _boxed(found) if _is_boxed(found) else found
 
 
-def _like(found: Any) -> Any:
+def _read(place: Place) -> PyTree:
+    """Return the tree of a checkpoint.
+
+    Arrays are opened before Orbax is asked for the structure, and read without it: of damaged ones
+    its threads print errors that nobody can catch.
+    """
+    import tensorstore as ts
+
+    stores = checkpoints.stores(place) if locations.is_local(place) else {}
+    opening = {name: ts.open(store, read=True) for name, store in stores.items()}
+    opened = {name: found.result() for name, found in opening.items()}
+    told = checkpoints.structure(place)
+    if {leaf.name for leaf in jax.tree.leaves(told)} - {*opened}:
+        return checkpoints.restored(place, jax.tree.map(_like, told))
+    # one after the other, so that no more than one is in memory twice
+    return jax.tree.map(lambda leaf: _made(leaf, opened[leaf.name].read().result()), told)
+
+
+def _is_scalar(leaf: Any) -> bool:
+    """Tell whether Orbax says of a leaf that it was a number of Python."""
+    return type(leaf).__name__ == "ScalarMetadata"
+
+
+def _is_of_jax(leaf: Any) -> bool:
+    """Tell whether JAX can have the dtype of a leaf; others stay as NumPy has them."""
+    return jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
+
+
+def _made(leaf: Any, array: np.ndarray) -> Leaf:
+    """Return what was saved as an array, of which Orbax tells."""
+    if _is_scalar(leaf):
+        return array.item()
+    return jax.device_put(array, sharding.default()) if _is_of_jax(leaf) else array
+
+
+def _like(leaf: Any) -> Any:
     """Return what Orbax is to restore for what it tells of a leaf."""
-    dtype = np.dtype(found.dtype)
-    if type(found).__name__ == "ScalarMetadata":
+    dtype = np.dtype(leaf.dtype)
+    if _is_scalar(leaf):
         return dtype.type(0).item()
-    is_of_jax = jax.dtypes.canonicalize_dtype(dtype) == dtype  # others stay as NumPy has them
-    place = sharding.default() if is_of_jax else None
-    return jax.ShapeDtypeStruct(found.shape, dtype, sharding=place)
+    place = sharding.default() if _is_of_jax(leaf) else None
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
 
 
 def _is_box(tree: PyTree) -> bool:

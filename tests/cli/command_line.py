@@ -9,6 +9,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
+import programs_of_files
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import jaxlora
@@ -48,10 +51,37 @@ def saved(path, found):
     return path
 
 
+def written(path, tree):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+    return path
+
+
+def hub(path, dtype):
+    """Write a checkpoint of the weights that the golden folders are for, as PyTorch has them."""
+    program = programs_of_files.layers()
+    tensors = {"embed.weight": program.params["embed"]}
+    for i in range(3):
+        tensors[f"layers.{i}.up.weight"] = program.params["up"][i].T
+        tensors[f"layers.{i}.up.bias"] = program.params["up_bias"][i]
+        tensors[f"layers.{i}.down.weight"] = program.params["down"][i].T
+    tensors["head.weight"] = program.params["head"]["kernel"].T
+    tensors["head.bias"] = program.params["head"]["bias"]
+    path.mkdir()
+    tensors = {name: np.ascontiguousarray(x.astype(dtype)) for name, x in tensors.items()}
+    save_file(tensors, path / "model.safetensors")
+    return tensors
+
+
 def dense(adapter):
     """Return what an adapter of a matrix adds to it, in float64."""
     a, b = (np.asarray(x).astype(np.float64) for x in (adapter.a, adapter.b))
     return adapter.alpha / adapter.rank * a @ b
+
+
+def equal(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def run(*words):

@@ -4,12 +4,12 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import programs_of_files
 import pytest
 from command_line import GOLDEN, PARAMS, X, adapters, dense, model, refused, run, saved, told
-from pytest import approx
 from safetensors.numpy import load_file, save_file
 
 import jaxlora
@@ -23,6 +23,7 @@ def test_inspect_tells_what_a_folder_of_ours_holds(tmp_path):
     found = adapters()
     report = told("inspect", saved(tmp_path / "run", found))
     assert (report["kind"], report["not_finite"], report["replaced"]) == ("jaxlora", [], [])
+    assert (report["form"], report["version"]) == ("jaxlora, format 2", jaxlora.__version__)
     assert report["base"] == {
         "name": None,
         "dtypes": ["float32"],
@@ -31,14 +32,15 @@ def test_inspect_tells_what_a_folder_of_ours_holds(tmp_path):
     }
     assert report["parameters"] == 4 * (12 + 20) + 4 * (20 + 5)
     files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
-    assert report["bytes"] == sum(file.stat().st_size for file in files)
+    assert report["bytes"] == 4 * report["parameters"]
+    assert report["bytes_on_disk"] == sum(file.stat().st_size for file in files)
     by_path = {row["path"]: row for row in report["adapters"]}
     assert by_path.keys() == found.keys()
     for path, adapter in found.items():
         row = by_path[path]
         assert (row["rank"], row["alpha"], row["scaling"]) == (4, 8, 2)
-        assert row["norm"] == approx(np.linalg.norm(dense(adapter)), rel=1e-12)
-        assert row["norm_a"] == approx(float(jnp.linalg.norm(adapter.a)), rel=1e-6)
+        assert row["norm"] == pytest.approx(np.linalg.norm(dense(adapter)), rel=1e-12)
+        assert row["norm_a"] == pytest.approx(float(jnp.linalg.norm(adapter.a)), rel=1e-6)
         assert row["base"] == adapter.fingerprint.digest
 
 
@@ -66,21 +68,19 @@ def test_inspect_tells_of_stacks_parts_magnitudes_and_replaced_leaves(tmp_path):
     x = jnp.ones((2, 6))
     for name, targets in {"whole": ("layers",), "part": ("layers[:, :, 0:2]",)}.items():
         config = jaxlora.LoRAConfig(rank=2, targets=targets, train=("bias",), magnitude=True)
-        tree = jaxlora.init(jax_key(), stacked, params, x, config=config)
+        tree = jaxlora.init(jax.random.key(0), stacked, params, x, config=config)
         jaxlora.save_adapters(tmp_path / name, jaxlora.split(tree)[1])
         report = told("inspect", tmp_path / name)
         (row,), (bias,) = report["adapters"], report["replaced"]
         assert (row["path"], row["shape"], row["stack"]) == (targets[0], [3, 6, 6], [0])
         assert (row["dead"], row["directions"]) == (6, 6)  # b is zero
         width = 6 if name == "whole" else 2
-        assert row["norm_magnitude"] == approx(np.sqrt(3 * width * 6), rel=1e-6)
-        assert (bias["path"], bias["rows"], bias["norm_value"]) == ("bias", None, approx(6**0.5))
-
-
-def jax_key():
-    import jax
-
-    return jax.random.key(0)
+        assert row["norm_magnitude"] == pytest.approx(np.sqrt(3 * width * 6), rel=1e-6)
+        assert (bias["path"], bias["rows"], bias["norm_value"]) == (
+            "bias",
+            None,
+            pytest.approx(6**0.5),
+        )
 
 
 @pytest.mark.parametrize("name", sorted(programs_of_files.CASES.keys() - UNTOLD))
@@ -89,9 +89,9 @@ def test_inspect_reads_folders_of_peft_without_a_model(name):
     report = told("inspect", GOLDEN / name)
     tensors = load_file(GOLDEN / name / TENSORS)
     assert report["kind"] == "peft"
-    assert report["written_by"].startswith("PEFT 0.21.2, ")
+    assert report["version"] == "0.21.2"
     own = {key: x for key, x in tensors.items() if "base_layer.weight" not in key}
-    if report["written_by"].endswith("LORA"):
+    if report["form"] == "PEFT, LORA":
         assert report["parameters"] == sum(tensor.size for tensor in own.values())
     assert all(row["norm"] > 0 for row in report["adapters"])
 
@@ -104,7 +104,7 @@ def test_inspect_of_peft_has_the_norms_that_numpy_finds():
     for row in report["adapters"]:
         module = row["path"].removesuffix("/kernel").replace("/", ".")
         a, b = (tensors[f"base_model.model.{module}.lora_{x}.weight"] for x in "AB")
-        assert row["norm"] == approx(np.linalg.norm(scaling * b @ a), rel=1e-5)
+        assert row["norm"] == pytest.approx(np.linalg.norm(scaling * b @ a), rel=1e-5)
         assert row["shape"] == [a.shape[1], b.shape[0]]
 
 
@@ -153,7 +153,7 @@ def test_diff_is_the_relative_norm_that_numpy_finds(tmp_path):
     for row in told("diff", a, b, code=1)["weights"]:
         left, right = dense(one[row["path"]]), dense(two[row["path"]])
         wanted = np.linalg.norm(left - right) / max(map(np.linalg.norm, (left, right)))
-        assert row["difference"] == approx(wanted, rel=1e-9)
+        assert row["difference"] == pytest.approx(wanted, rel=1e-9)
     assert told("diff", a, b, "--tolerance", 2)["differs"] is False
     assert [row["difference"] for row in told("diff", a, a)["weights"]] == [0, 0]
 
@@ -185,12 +185,12 @@ def test_diff_compares_magnitudes_and_what_is_replaced(tmp_path):
         moved = dataclasses.replace(one[path], **{field: getattr(one[path], field) * 1.5})
         a, b = saved(tmp_path / "a", one), saved(tmp_path / "b", one | {path: moved})
         rows = {row["path"]: row["difference"] for row in told("diff", a, b, code=1)["weights"]}
-        assert rows == {p: approx(1 / 3 if p == path else 0, abs=1e-6) for p in one}
+        assert rows == {p: pytest.approx(1 / 3 if p == path else 0, abs=1e-6) for p in one}
 
 
 def test_formats_of_earlier_versions_are_read():
     folder = GOLDEN.parent / "adapters_format_1"
     report = told("inspect", folder)
-    assert report["written_by"].endswith("format 1")
+    assert report["form"] == "jaxlora, format 1"
     assert report["adapters"]
     told("diff", folder, folder)
