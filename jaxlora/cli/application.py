@@ -36,9 +36,15 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     benchmarking.bench,
 )
 
-for command in COMMANDS:
+
+def _add(command: Callable[..., None]) -> None:
+    """Add a command, whose docstring is its help, with an example at the end."""
     text, _, example = (command.__doc__ or "").partition("Example:")
     app.command(help=text, epilog=f"Example: {example.strip()}")(told(command))
+
+
+for each in COMMANDS:
+    _add(each)
 
 
 def _print_version(is_wanted: bool) -> None:

@@ -40,7 +40,7 @@ class Matrices:
 
         It has the norm and the singular values of the product, which is not formed.
         """
-        p, w = (np.linalg.qr(x, mode="r") for x in (self.a, self.b.mT))
+        p, w = (np.asarray(np.linalg.qr(x, mode="r")) for x in (self.a, self.b.mT))
         return p @ w.mT
 
     def norm(self) -> float:

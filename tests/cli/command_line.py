@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def model(params, x):
 
 def adapters(seed=0, rank=4, **config):
     """Return adapters of the model that change it."""
-    given = {"targets": ("kernel",)} | config
+    given: dict[str, Any] = {"targets": ("kernel",)} | config
     found = jaxlora.LoRAConfig(rank=rank, alpha=2 * rank, **given)
     tree = jaxlora.init(jax.random.key(seed), model, PARAMS, X, config=found)
     key = jax.random.key(seed + 100)
