@@ -11,7 +11,7 @@ from jaxlora.formats.peft import config as peft_config
 from jaxlora.formats.peft import described
 from jaxlora.formats.peft.described import Described
 from jaxlora.storage import adapters as saved
-from jaxlora.storage import checkpoints
+from jaxlora.storage import checkpoints, directories
 from jaxlora.types import Json
 from jaxlora.weights.adapters import Adapters
 
@@ -55,11 +55,12 @@ class AdaptersFolder:
 
 def kind_of(path: Path) -> Kind:
     """Return who wrote a folder of adapters, or raise if it is none."""
-    if not path.exists():
+    place = directories.standing(path.resolve())
+    if not place.exists():
         raise FileNotFoundError(f"no adapters at {path}: there is no such folder")
-    if (path / peft_config.CONFIG_FILE).is_file():
+    if (place / peft_config.CONFIG_FILE).is_file():
         return "peft"
-    if (path / checkpoints.MARK).is_file():
+    if (place / checkpoints.MARK).is_file():
         return "jaxlora"
     raise ValueError(
         f"no adapters at {path}: a folder that jaxlora.save_adapters or PEFT wrote is needed"

@@ -37,6 +37,8 @@ def merge(
     Example: jaxlora merge base run merged
     """
     base, out = base.expanduser(), out.expanduser()
+    if out.resolve() == (base.parent if base.is_file() else base).resolve():
+        raise ValueError(f"out must be another folder than that of the base: got {out} for both")
     kind = adapters_folder.kind_of(adapters.expanduser())
     is_of_hub = _is_of_hub(base)
     if is_of_hub != (kind == "peft"):

@@ -1,8 +1,10 @@
 """Objects of the user's own code, named on the command line as ``module:object``."""
 
 import importlib
-import importlib.util
+import importlib.machinery
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxlora.formats import Names
@@ -24,7 +26,8 @@ def load(text: str) -> Leaf:
     where, colon, name = text.rpartition(":")
     if not (colon and where and name):
         raise ValueError(f"module:object or file.py:object is needed: got {text!r}")
-    module = _from_file(Path(where)) if where.endswith(".py") else _imported(where)
+    find = _from_file if where.endswith(".py") else _imported
+    module = _called(find, where, name=where)
     if not hasattr(module, name):
         raise ValueError(f"{where!r} has no {name!r}: module:object is needed: got {text!r}")
     return getattr(module, name)
@@ -46,7 +49,7 @@ def sites(text: str) -> Sites:
             `jaxlora.find_sites` takes; parameters may be shapes.
     """
     make = load(text)
-    found = make() if callable(make) else None
+    found = _called(make, name=text) if callable(make) else None
     if not isinstance(found, tuple) or len(found) < 2:
         raise ValueError(
             f"{text!r} must be a function without arguments that returns (fn, params, *args): "
@@ -55,19 +58,23 @@ def sites(text: str) -> Sites:
     return find_sites(*found)
 
 
+def _called(function: Callable[..., Leaf], *args: str, name: str) -> Leaf:
+    """Return what a function of the user's code returns, or raise in one line what it raises."""
+    try:
+        return function(*args)
+    except Exception as error:
+        raise ValueError(f"{name!r} cannot be used: {type(error).__name__}: {error}") from error
+
+
 def _imported(name: str) -> Leaf:
     if "" not in sys.path:
         sys.path.insert(0, "")
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"the module {name!r} cannot be imported: {error}") from error
+    return importlib.import_module(name)
 
 
-def _from_file(path: Path) -> Leaf:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def _from_file(name: str) -> Leaf:
+    path = Path(name).expanduser()
+    module = types.ModuleType(path.stem)
+    sys.modules.setdefault(path.stem, module)  # where Flax looks the types of its fields up
+    importlib.machinery.SourceFileLoader(path.stem, str(path)).exec_module(module)
     return module

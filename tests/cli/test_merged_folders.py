@@ -166,6 +166,9 @@ def test_merge_never_replaces_what_is_something_else(tmp_path):
     assert "no checkpoint" in refused("merge", base, run_, tmp_path / "notes")
     assert "holds adapters" in refused("merge", base, run_, run_)
     hub(tmp_path / "hub", np.float32)
+    for folder in (tmp_path / "hub", tmp_path / "hub/model.safetensors"):
+        said = refused("merge", folder, GOLDEN / "lora", tmp_path / "hub")
+        assert "must be another folder than that of the base" in said
     said = refused("merge", tmp_path / "hub", GOLDEN / "lora", tmp_path / "notes")
     assert "todo.txt, which would be lost" in said
     assert [x.name for x in (tmp_path / "notes").iterdir()] == ["todo.txt"]

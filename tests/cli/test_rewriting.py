@@ -78,8 +78,20 @@ def test_convert_says_what_it_needs(tmp_path):
     )
     assert "has no 'other'" in refused("convert", lora, out, "--names", f"{file}:other")
     assert "module:object" in refused("convert", lora, out, "--names", "names")
-    assert "there is no file" in refused("convert", lora, out, "--names", "no.py:x")
-    assert "cannot be imported" in refused("convert", lora, out, "--names", "no_such:x")
+    assert "'no.py' cannot be used: FileNotFoundError" in refused(
+        "convert", lora, out, "--names", "no.py:x"
+    )
+    assert "cannot be used: ModuleNotFoundError" in refused(
+        "convert", lora, out, "--names", "no_such:x"
+    )
+    (tmp_path / "wrong.py").write_text("def example(:\n")
+    assert "cannot be used: SyntaxError" in refused(
+        "convert", lora, out, "--names", f"{tmp_path / 'wrong.py'}:example"
+    )
+    (tmp_path / "fails.py").write_text("def example():\n    return 1 / 0\n")
+    assert "cannot be used: ZeroDivisionError: division by zero" in refused(
+        "convert", lora, out, "--model", f"{tmp_path / 'fails.py'}:example"
+    )
     assert "returns (fn, params, *args)" in refused(
         "convert", lora, out, "--model", f"{file}:example"
     )
