@@ -12,13 +12,16 @@ from jaxlora.cli import (
     converting,
     inspecting,
     merging,
+    plans,
+    similarities,
+    spectra,
     truncating,
 )
 from jaxlora.cli.errors import told
 from jaxlora.version import __version__
 
 app = typer.Typer(
-    help="Look at, merge, convert and combine adapters in folders.",
+    help="Look at, merge, convert and combine adapters in folders, and plan runs.",
     epilog="Exit codes: 0 done; 1 what was asked about is not well or differs; 2 it could not be "
     "done, and nothing was written.",
     no_args_is_help=True,
@@ -33,6 +36,9 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     converting.convert,
     combining.combine,
     truncating.truncate,
+    spectra.spectrum,
+    similarities.similarity,
+    plans.plan,
     benchmarking.bench,
 )
 
@@ -62,4 +68,4 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Look at, merge, convert and combine adapters in folders."""
+    """Look at, merge, convert and combine adapters in folders, and plan runs."""

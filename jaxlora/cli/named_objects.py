@@ -42,11 +42,15 @@ def names(text: str) -> Names:
 
 
 def sites(text: str) -> Sites:
-    """Return where adapters can go in a model.
+    """Return where adapters can go in a model, see `model`."""
+    return find_sites(*model(text))
+
+
+def model(text: str) -> tuple[Leaf, ...]:
+    """Return ``(fn, params, *args)`` of a model, what `jaxlora.find_sites` takes.
 
     Args:
-        text: names a function without arguments that returns ``(fn, params, *args)``, what
-            `jaxlora.find_sites` takes; parameters may be shapes.
+        text: names a function without arguments that returns it; parameters may be shapes.
     """
     make = load(text)
     found = _called(make, name=text) if callable(make) else None
@@ -55,7 +59,7 @@ def sites(text: str) -> Sites:
             f"{text!r} must be a function without arguments that returns (fn, params, *args): "
             f"got {checks.shown(make)}"
         )
-    return find_sites(*found)
+    return found
 
 
 def _called(function: Callable[..., Leaf], *args: str, name: str) -> Leaf:
