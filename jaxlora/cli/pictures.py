@@ -3,7 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -40,5 +40,6 @@ def write(ax: "Axes", path: Path) -> None:
     target = path.expanduser()
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        ax.figure.savefig(made, dpi=150)
+        figure: Any = ax.figure
+        figure.savefig(made, dpi=150)
         os.replace(made, target)

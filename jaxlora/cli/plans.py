@@ -1,7 +1,7 @@
 """``jaxlora plan``: what a training run will cost."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,7 +55,7 @@ def _optimizer(name: str) -> object:
     """Return a transform of optax from its name; its learning rate does not change the cost."""
     import optax
 
-    make = getattr(optax, name, None)
+    make: Any = getattr(optax, name, None)
     needed = "--optimizer must be a function of optax that takes a learning rate, as adamw"
     if not checks.is_function(make):
         raise ValueError(f"{needed}: got {name!r}")
