@@ -10,6 +10,7 @@ from jaxlora.formats import arguments
 from jaxlora.formats.names.mapping import Names, module_and_tensor
 from jaxlora.formats.safetensors import entries, shards
 from jaxlora.formats.safetensors.entries import Entry
+from jaxlora.linalg import meshes
 from jaxlora.messages import checks
 from jaxlora.storage import processes, replacing
 from jaxlora.storage.locations import PathLike
@@ -124,7 +125,7 @@ def merged(path: str, leaf: Leaf) -> jax.Array | np.ndarray:
 
 def _warn_of_rounding(path: str, leaf: LoRAWeight, merged: jax.Array) -> None:
     """Warn if rounding has undone what an adapter changes."""
-    if int(_moved_of_few(leaf, merged)) >= _SWALLOWED * merged.size:
+    if int(meshes.run(_moved_of_few, (leaf, merged))) >= _SWALLOWED * merged.size:
         return  # as nearly always, and soon told
     meant, moved = (int(count) for count in jax.device_get(_counts(leaf, merged)))
     if moved < _SWALLOWED * meant:
