@@ -36,6 +36,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|jnp|np|numpy|optax|flax|nn|nnx|orbax|qwix|etils)\..*"),
     ("py:.*", r"(collections|os|pathlib|re|typing|weakref)\..*"),
+    ("py:class", "Axes"),  # of matplotlib, which the pictures import when they are drawn
     ("py:class", r"(.*\.)?[A-Z]"),  # type variables
 ]
 
