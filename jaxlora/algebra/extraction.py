@@ -79,7 +79,7 @@ def extract(base: PyTree, finetuned: PyTree, rank: int, *, sites: Sites | None =
         if change.roles is None:
             left[change.path] = change.largest
         else:
-            found = _adapter(change.before, change.value(), change.roles, rank)
+            found = _adapter(change.leaf, change.value(), change.roles, rank)
             adapters[change.path], energy[change.path] = found
     if not adapters:
         raise ValueError(f"no weight that an adapter is for has changed; others: {sorted(left)}")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.analysis.findings import Findings, register, told
-from jaxlora.analysis.spectra import Spectrum
+from jaxlora.analysis.spectra import MOST, Spectrum
 from jaxlora.linalg import matrices, meshes
 from jaxlora.messages import checks
 from jaxlora.targets.sites import Sites
@@ -64,7 +64,7 @@ class Approximations(Findings[Explained]):
             f"{rank}: {told(found.energy[..., i], '.1%')}" for i, rank in enumerate(found.ranks)
         ]
         norms = told(found.spectrum.norm), told(found.spectrum.effective_rank)
-        return (*norms, told(found.rank_for(0.9), ".0f"), ", ".join(kept))
+        return (*norms, told(found.rank_for(MOST), ".0f"), ", ".join(kept))
 
 
 @overload

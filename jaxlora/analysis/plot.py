@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxlora.analysis.spectra import Spectra
+from jaxlora.analysis.spectra import Spectra, Spectrum
 from jaxlora.messages import checks
 
 if TYPE_CHECKING:
@@ -158,13 +158,16 @@ def _entries(found: object) -> list[_Entry]:
     if not isinstance(found, Spectra):
         needed = "found must be from jaxlora.analysis.spectrum"
         raise TypeError(f"{needed}: got {checks.shown(found)}")
-    return [entry for path in found for entry in _of_path(path, found)]
+    of_share = _has_shares(found)
+    return [
+        entry
+        for path, each in found.items()
+        for entry in _of_path(path, each, each.share if of_share else each.norm)
+    ]
 
 
-def _of_path(path: str, found: Spectra) -> Iterator[_Entry]:
-    each = found[path]
+def _of_path(path: str, each: Spectrum, size: jax.Array | None) -> Iterator[_Entry]:
     stack = each.values.shape[:-1]
-    size = each.share if _has_shares(found) and each.share is not None else each.norm
     values = np.asarray(each.values).reshape(math.prod(stack), -1)
     number = re.search(r"\d+", path)
     for i, (row, one) in enumerate(zip(values, np.asarray(size).reshape(-1), strict=True)):
@@ -180,7 +183,7 @@ def _kinds(entries: Sequence[_Entry]) -> list[str]:
 
 
 def _has_shares(found: Spectra) -> bool:
-    return all(each.share is not None for each in found.values())
+    return all(each.weight_norm is not None for each in found.values())
 
 
 def _axes(ax: "Axes | None") -> "Axes":

@@ -20,22 +20,23 @@ class Change:
 
     Attributes:
         path: its path.
-        before: the leaf before, which may be quantized.
-        after: the leaf after.
+        leaf: the leaf before, as it stands in the tree, which may be quantized.
+        before: its values.
+        after: the values after.
         roles: roles of its axes, None where it is no weight that an adapter is for.
         largest: the largest change of an element; of what is not floating, 1.
     """
 
     path: str
-    before: Leaf
-    after: Leaf
+    leaf: Leaf
+    before: jax.Array
+    after: jax.Array
     roles: Roles | None
     largest: float
 
     def value(self) -> jax.Array:
         """Return the change, in float32."""
-        was, now = quantized.values(self.before), quantized.values(self.after)
-        return now.astype(jnp.float32) - was.astype(jnp.float32)
+        return self.after.astype(jnp.float32) - self.before.astype(jnp.float32)
 
 
 def changes(
@@ -66,7 +67,7 @@ def changes(
     for path, leaf in before.items():
         was, now = quantized.values(leaf), quantized.values(after[path])
         if largest := _largest(path, was, now):
-            yield Change(path, leaf, after[path], roles_of(path, was, sites), largest)
+            yield Change(path, leaf, was, now, roles_of(path, was, sites), largest)
 
 
 def check_sites(sites: object) -> None:
