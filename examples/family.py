@@ -109,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := {*options.variants} - {*VARIANTS, FULL}:
         parser.error(f"no such variants: {sorted(unknown)}; there are {[*VARIANTS, FULL]}")
-    fetch.everything()
+    fetch.everything(fetch.minilm, fetch.reviews)
     params, tokenizer = sentiment.load_pretrained()
     data = reviews.read_sentences(tokenizer, options.seed, options.sentences)
     right, params["params"]["head"] = sentiment.probe(params, *data)

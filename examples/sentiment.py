@@ -201,7 +201,7 @@ def main() -> None:
     begun = time.perf_counter()
     folder = runs.Folder(options.out)
     history = folder.history(options) if options.resume else None
-    fetch.everything()
+    fetch.everything(fetch.minilm, fetch.reviews)
     params, tokenizer = load_pretrained()
     train_set, held_out = reviews.read_sentences(tokenizer, options.seed, options.sentences)
     print(f"{len(train_set.labels):,} sentences to train on, {len(held_out.labels):,} held out")

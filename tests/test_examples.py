@@ -33,7 +33,7 @@ pytestmark = pytest.mark.once
 ROOT = Path(__file__).parent.parent
 
 needs_weights = pytest.mark.skipif(
-    not all((fetch.CACHE / name).is_file() for name in fetch.SHA256),
+    not fetch.has("model.safetensors", "tokenizer.json", fetch.RATINGS),
     reason="the weights and sentences are not in the cache: run examples/sentiment.py once",
 )
 

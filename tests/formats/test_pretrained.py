@@ -19,7 +19,7 @@ FOLDER = ROOT / "tests/golden/peft_minilm"
 pytestmark = [
     pytest.mark.once,
     pytest.mark.skipif(
-        not all((fetch.CACHE / name).is_file() for name in fetch.SHA256),
+        not fetch.has("model.safetensors", "tokenizer.json", fetch.RATINGS),
         reason="the weights and sentences are not in the cache: run examples/sentiment.py once",
     ),
 ]
