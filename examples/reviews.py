@@ -35,15 +35,26 @@ def read_sentences(
     """Return training and held-out sentences with a clear rating, four to one, shuffled."""
     rows = [line.split("\t") for line in fetch.reviews().read_text("latin-1").splitlines()]
     rows = [(float(score), text) for _, score, text in rows if abs(float(score)) >= 0.5]
+    ratings = np.array([score > 0 for score, _ in rows])
+    sentences = encoded(tokenizer_path, [text for _, text in rows], ratings)
+    return divided(sentences.take(np.random.default_rng(seed).permutation(len(rows))[:count]))
+
+
+def encoded(tokenizer_path: Path, texts: list[str], labels: np.ndarray) -> Sentences:
+    """Return texts as token ids, all padded or cut to the last of `LENGTHS`."""
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     tokenizer.enable_truncation(LENGTHS[-1])
     tokenizer.enable_padding(length=LENGTHS[-1])
-    encoded = tokenizer.encode_batch([text for _, text in rows])
-    sentences = Sentences(
-        np.array([e.ids for e in encoded], np.int32),
-        np.array([e.attention_mask for e in encoded], bool),
-        np.array([score > 0 for score, _ in rows]),
-    ).take(np.random.default_rng(seed).permutation(len(rows))[:count])
+    found = tokenizer.encode_batch(texts)
+    return Sentences(
+        np.array([e.ids for e in found], np.int32),
+        np.array([e.attention_mask for e in found], bool),
+        labels,
+    )
+
+
+def divided(sentences: Sentences) -> tuple[Sentences, Sentences]:
+    """Return four fifths of sentences, to train on, and the rest, held out."""
     held_out = len(sentences.labels) // 5
     return sentences.take(slice(held_out, None)), sentences.take(slice(held_out))
 

@@ -29,17 +29,11 @@ class Cache(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """What the positions of the tokens decide, the same in all layers.
+    """What the positions of the tokens decide, the same in all layers."""
 
-    Attributes:
-        first: position of the first token.
-        rotation: angles of the rotary embedding, ``(time, head width / 2)``.
-        mask: which positions each token sees, bool ``(1, 1, time, positions)``.
-    """
-
-    first: Any
-    rotation: Any
-    mask: Any
+    first: Any  # of the first token
+    angles: Any  # of the rotary embedding, (time, head width / 2)
+    mask: Any  # which positions each token sees, bool (1, 1, time, positions)
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
@@ -50,14 +44,7 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 class Layer(nn.Module):
-    """Causal self-attention and a gated feed-forward network, each after a normalization.
-
-    Attributes:
-        heads: heads of the queries.
-        groups: heads of keys and values, each for ``heads / groups`` queries.
-        hidden: width of the feed-forward network.
-        epsilon: of the normalizations.
-    """
+    """Causal self-attention and a gated feed-forward network, with `LanguageModel`'s attributes."""
 
     heads: int
     groups: int
@@ -76,8 +63,8 @@ class Layer(nn.Module):
             y = dense(heads * width // self.heads, name=name)(h)
             return y.reshape(*y.shape[:-1], heads, -1)
 
-        q = rotate(project("query", self.heads), positions.rotation)
-        k = rotate(project("key", self.groups), positions.rotation)
+        q = rotate(project("query", self.heads), positions.angles)
+        k = rotate(project("key", self.groups), positions.angles)
         v = project("value", self.groups)
         if cache is not None:
             start = (0, positions.first, 0, 0)
@@ -98,7 +85,7 @@ class LanguageModel(nn.Module):
         layers: number of layers.
         width: width of the stream.
         heads: heads of the queries.
-        groups: heads of keys and values.
+        groups: heads of keys and values, each for ``heads / groups`` queries.
         hidden: width of the feed-forward network.
         vocabulary: number of token ids.
         rotary_base: base of the rotary embedding's wavelengths.
@@ -159,11 +146,7 @@ MODEL = LanguageModel()
 
 @functools.partial(jax.jit, static_argnames=("fn", "steps", "model"))
 def generate(
-    params: Any,
-    fn: Callable[..., Any],
-    prompt: jax.Array,
-    steps: int,
-    model: LanguageModel = MODEL,
+    params: Any, fn: Callable[..., Any], prompt: jax.Array, steps: int, model: LanguageModel = MODEL
 ) -> jax.Array:
     """Return the likeliest next tokens one after another, ``(batch, steps)``.
 
@@ -190,21 +173,27 @@ def generate(
 
 
 _OF_LAYER = {
-    "attn_norm": ("attention_norm", "scale"),
-    "attn_q": ("query", "kernel"),
-    "attn_k": ("key", "kernel"),
-    "attn_v": ("value", "kernel"),
-    "attn_output": ("attention_out", "kernel"),
-    "ffn_norm": ("norm", "scale"),
-    "ffn_gate": ("gate", "kernel"),
-    "ffn_up": ("up", "kernel"),
-    "ffn_down": ("down", "kernel"),
+    "attn_norm": "attention_norm/scale",
+    "attn_q": "query/kernel",
+    "attn_k": "key/kernel",
+    "attn_v": "value/kernel",
+    "attn_output": "attention_out/kernel",
+    "ffn_norm": "norm/scale",
+    "ffn_gate": "gate/kernel",
+    "ffn_up": "up/kernel",
+    "ffn_down": "down/kernel",
 }
+
+
+@functools.lru_cache(maxsize=1)
+def opened(path: Path) -> gguf.GGUFReader:
+    """Return what reads a file (GGUF); the last one is kept, for it takes seconds to open."""
+    return gguf.GGUFReader(path)
 
 
 def load(path: Path) -> Any:
     """Return the parameters of a `LanguageModel` from a file of llama.cpp (GGUF), in float32."""
-    reader = _opened(path)
+    reader = opened(path)
     count, heads, groups = (
         reader.fields[f"llama.{name}"].contents()
         for name in ("block_count", "attention.head_count", "attention.head_count_kv")
@@ -215,25 +204,21 @@ def load(path: Path) -> Any:
         tensor = tensors.pop(f"{name}.weight")
         return dequantize(tensor.data, tensor.tensor_type)
 
-    def stacked(name, leaf):
+    stacks: dict[str, Any] = {}
+    for name, place in _OF_LAYER.items():
         weights = np.stack([read(f"blk.{i}.{name}") for i in range(count)])
         if name in ("attn_q", "attn_k"):
             weights = _halves(weights, heads if name == "attn_q" else groups)
-        return jnp.asarray(weights.swapaxes(1, 2) if leaf == "kernel" else weights)
-
+        ours, leaf = place.split("/")
+        stacks[ours] = {leaf: jnp.asarray(weights.swapaxes(1, 2) if leaf == "kernel" else weights)}
     params = {
         "word": {"embedding": jnp.asarray(read("token_embd"))},
-        "layers": {ours: {leaf: stacked(name, leaf)} for name, (ours, leaf) in _OF_LAYER.items()},
+        "layers": stacks,
         "norm": {"scale": jnp.asarray(read("output_norm"))},
     }
     if tensors:
         raise ValueError(f"tensors that a LanguageModel has no place for: {', '.join(tensors)}")
     return {"params": params}
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(path: Path) -> gguf.GGUFReader:
-    return gguf.GGUFReader(path)  # which takes seconds, for the tokenizer alone
 
 
 def _halves(weights: np.ndarray, heads: int) -> np.ndarray:
@@ -249,7 +234,7 @@ def _halves(weights: np.ndarray, heads: int) -> np.ndarray:
 
 def tokenizer(path: Path) -> tokenizers.Tokenizer:
     """Return the tokenizer that a file of SmolLM2 (GGUF) describes."""
-    fields = _opened(path).fields
+    fields = opened(path).fields
     words, kinds, merges = (
         fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges")
     )
@@ -261,7 +246,5 @@ def tokenizer(path: Path) -> tokenizers.Tokenizer:
     found.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
     found.decoder = decoders.ByteLevel()
     control = gguf.TokenType.CONTROL
-    found.add_special_tokens(
-        [word for word, kind in zip(words, kinds, strict=True) if kind == control]
-    )
+    found.add_special_tokens([words[i] for i, kind in enumerate(kinds) if kind == control])
     return found
