@@ -64,10 +64,10 @@ def _synset(line: str) -> Synset:
 def read_glosses(
     tokenizer_path: Path, seed: int, count: int | None = 16000
 ) -> tuple[Sentences, Sentences]:
-    """Return training and held-out glosses with the numbers of their classes, four to one."""
+    """Return training and held-out definitions with the numbers of their classes, four to one."""
     synsets = read_synsets()
     chosen = [synsets[i] for i in np.random.default_rng(seed).permutation(len(synsets))[:count]]
-    texts = [synset.gloss for synset in chosen]
+    texts = [synset.definition for synset in chosen]
     labels = np.array([synset.label for synset in chosen], np.int32)
     return reviews.divided(reviews.encoded(tokenizer_path, texts, labels))
 
