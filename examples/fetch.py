@@ -85,9 +85,10 @@ def fashion() -> tuple[Path, ...]:
 
 
 def everything(*wanted: Callable[[], object]) -> None:
-    """Download what is not in the cache, all at once."""
+    """Download what is not in the cache, at once: what these functions give, or all there is."""
     with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(part) for part in wanted]:
+        parts = wanted or (minilm, reviews, smollm, efficientnet, wordnet, fashion)
+        for done in [pool.submit(part) for part in parts]:
             done.result()
 
 

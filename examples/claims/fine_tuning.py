@@ -1,0 +1,71 @@
+"""Does LoRA do as well as full fine-tuning, and what do both cost and forget?
+
+Hu et al. 2021 (arXiv:2106.09685), table 2, with BitFit (Zaken et al. 2021, arXiv:2106.10199), a
+head alone and a probe beside them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from .arms import BIASES, FULL, HEAD, lora
+from .lab import Lab
+from .rates import FULL_RATES, LORA_RATES
+from .report import Report, as_dicts, figure, mean_and_error, nats, percent
+from .training import Run, seconds_of_steps
+
+ARMS = (lora(8), FULL, BIASES, HEAD)
+_OF_CLASSES = (LORA_RATES[1:], FULL_RATES[1:], (1.5e-3, 5e-3, 1.5e-2), (5e-3, 1.5e-2, 5e-2))
+RATES = {  # of each arm
+    "sentiment": (LORA_RATES, FULL_RATES, *_OF_CLASSES[2:]),
+    "glosses": _OF_CLASSES,
+    "definitions": ((5e-4, 1.5e-3), (5e-5, 1.5e-4), (1.5e-3, 5e-3), (1.5e-4, 5e-4)),
+    "fashion": (LORA_RATES[2:], FULL_RATES[2:], (5e-3, 1.5e-2), (5e-3, 1.5e-2)),
+}
+COLUMNS = (
+    *("task", "trained", "rate", "held out", "other data before", "other data after"),
+    *("parameters", "MB of a step", "s a step"),
+)
+
+
+def run(lab: Lab) -> Report:
+    """Train each arm on each task, at the best of a few rates."""
+    rows, figures = [], {}
+    picture, axes = figure(len(RATES))
+    for name, ax in zip(RATES, axes, strict=True):
+        task = lab.task(name)
+        told = percent if task.higher_is_better else nats
+        before, probed = task.general(task.params), task.probe()
+        found = {
+            arm.name: lab.runs(name, arm, lab.best_rate(name, arm, rates))
+            for arm, rates in lab.some(tuple(zip(ARMS, RATES[name], strict=True)))
+        }
+        seconds = seconds_of_steps(task, lab.some(ARMS), 2 if lab.quick else 15)
+        if probed is not None:
+            rows.append([name, "probe", "", f"{100 * probed:.1f}", *[""] * 5])
+        rows += [
+            [name, arm, *_told(runs, before, told), f"{seconds[arm]:.2f}"]
+            for arm, runs in found.items()
+        ]
+        figures[name] = {"probe": probed, "other data before": before, "seconds": seconds}
+        figures[name] |= {arm: as_dicts(runs) for arm, runs in found.items()}
+        scale = 100 if task.higher_is_better else 1
+        means = [mean_and_error([scale * run.held_out for run in runs]) for runs in found.values()]
+        ax.errorbar(list(found), *zip(*means, strict=True), marker="o", capsize=3, linestyle="")
+        if probed is not None:
+            ax.axhline(100 * probed, color="0.4", linestyle="--", label="probe")
+            ax.legend()
+        ax.tick_params("x", rotation=20)
+        ax.set(title=name, ylabel="held out (%)" if task.higher_is_better else "nats a token")
+    return Report(COLUMNS, rows, figures, picture)
+
+
+def _told(runs: list[Run], before: float, told: Callable[..., str]) -> list[str]:
+    first = runs[0]
+    return [
+        f"{first.rate:g}",
+        told(runs),
+        told([dataclasses.replace(first, general=before)], "general"),
+        told(runs, "general"),
+        f"{first.trained:,}",
+        f"{first.bytes / 1e6:,.0f}",
+    ]
