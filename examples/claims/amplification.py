@@ -9,7 +9,8 @@ from jaxlora import analysis
 
 from .arms import lora
 from .lab import Lab
-from .rates import LORA_RATES, TASK
+from .ranks_and_weights import RATES
+from .rates import TASK
 from .report import Report, figure
 
 PAPER = {  # norms of ΔW, of W, and of W in directions of ΔW, in its own and in random ones
@@ -21,7 +22,7 @@ COLUMNS = ("ΔW", "W", "W in directions of ΔW", "in its own", "in random ones",
 
 def run(lab: Lab) -> Report:
     """Measure the norms of table 7 for adapters of rank 4 and 64 on query and value."""
-    rate = lab.best_rate(TASK, lora(8, "q,v"), LORA_RATES[1:])
+    rate = lab.best_rate(TASK, lora(8, "q,v"), RATES)
     params = lab.task(TASK).params
     rows, figures, amplified = [], {}, {}
     for rank in lab.some(tuple(PAPER)):

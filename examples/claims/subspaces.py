@@ -9,7 +9,8 @@ from jaxlora import analysis
 
 from .arms import lora
 from .lab import Lab
-from .rates import LORA_RATES, TASK
+from .ranks_and_weights import RATES
+from .rates import TASK
 from .report import Report, figure
 
 RANKS = (8, 64)
@@ -18,7 +19,7 @@ DRAWN = "layer_2"  # the layer of the heat maps; the table has the median of all
 
 def run(lab: Lab) -> Report:
     """Compare adapters on query and value by the directions of their factors a, as the paper."""
-    rate = lab.best_rate(TASK, lora(8, "q,v"), LORA_RATES[1:])
+    rate = lab.best_rate(TASK, lora(8, "q,v"), RATES)
     small, large = (2, 3) if lab.quick else RANKS
 
     def adapters(rank, seed):
