@@ -1,5 +1,7 @@
 """The decoder of the examples against a forward pass in NumPy, and with adapters."""
 
+from typing import Any
+
 import fetch
 import gguf
 import jax
@@ -151,7 +153,7 @@ def test_a_tensor_without_a_place_is_an_error(tmp_path):
 
 def test_layers_that_are_computed_anew_have_the_same_gradients(params):
     def gradients(remat):
-        fn = TINY.clone(remat=remat).apply
+        fn: Any = TINY.clone(remat=remat).apply
         return jax.jit(jax.grad(lambda params: jnp.square(fn(params, TOKENS)).mean()))(params)
 
     jax.tree.map(

@@ -123,6 +123,7 @@ class TestDefinitions:
             start, end = np.flatnonzero(np.diff(mask, prepend=False, append=False))
             decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)  # noqa: E731
             word = re.fullmatch(r"Word: (.+)\nDefinition:", decode(tokens[:start]))
+            assert word
             assert (word[1], decode(tokens[start:end])) in known
             assert set(tokens[end:]) <= {tokenizer.token_to_id(smollm.END)}
 
