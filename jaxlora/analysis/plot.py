@@ -5,9 +5,10 @@ Each function draws into an ``Axes`` and returns it, for titles and for saving:
 """
 
 import dataclasses
+import importlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["energy", "similarity", "spectra", "training"]
 
-_MOST = 12  # lines that a legend names one by one
+_MOST = 12  # kinds of weights that styles of lines can tell apart, and names along an axis
+_STYLES, _MARKERS = ("-", "--", ":", "-."), ("", ".", "x")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +37,35 @@ class _Entry:
     size: float
 
 
+@dataclasses.dataclass(frozen=True)
+class _Entries:
+    """All of them, with the kinds of weights in order and the layers from the first on."""
+
+    all: Sequence[_Entry]
+    kinds: Sequence[str]
+    layers: Sequence[int]
+
+    @classmethod
+    def of(cls, found: object) -> "_Entries":
+        """Return every adapter, or each entry of its stack, or raise for what has none."""
+        if not isinstance(found, Spectra):
+            needed = "found must be from jaxlora.analysis.spectrum"
+            raise TypeError(f"{needed}: got {checks.shown(found)}")
+        has_shares = _has_shares(found)
+        entries = [
+            entry
+            for path, each in found.items()
+            for entry in _of_path(path, each, each.share if has_shares else each.norm)
+        ]
+        kinds = [*dict.fromkeys(entry.kind for entry in entries)]
+        return cls(entries, kinds, sorted({entry.layer for entry in entries}))
+
+
 def spectra(found: Spectra, ax: "Axes | None" = None) -> "Axes":
     """Draw the singular values of each adapter, a line for each weight of each layer.
 
-    The layer is the first number in a path, or else the entry of the stack.
+    The layer is the first number in a path, or else the entry of the stack. The color tells it,
+    and the style of the line the kind of weight; where there is one layer, the color does both.
 
     Args:
         found: from `jaxlora.analysis.spectrum`.
@@ -48,18 +75,27 @@ def spectra(found: Spectra, ax: "Axes | None" = None) -> "Axes":
         ImportError: matplotlib is not installed.
         TypeError: found or ax is no such thing.
     """
-    entries, ax = _entries(found), _axes(ax)
-    kinds, layers = _kinds(entries), sorted({entry.layer for entry in entries})
-    colors = _pyplot().get_cmap("viridis")(np.linspace(0, 0.85, len(layers)))
-    for entry in entries:
-        style = ("-", "--", ":", "-.")[kinds.index(entry.kind) % 4]
-        label = f"{entry.kind}, layer {entry.layer}" if len(layers) > 1 else entry.kind
-        color = colors[layers.index(entry.layer)]
-        ranks = np.arange(1, len(entry.values) + 1)
-        ax.semilogy(ranks, entry.values, label=label, color=color, linestyle=style)
-    ax.set(xlabel="direction", ylabel="singular value of the product")
-    if len(entries) <= _MOST:
-        ax.legend(frameon=False, fontsize="small")
+    entries, ax = _Entries.of(found), _axes(ax)
+    colors = _matplotlib("cm").ScalarMappable(cmap="viridis")
+    colors.set_clim(entries.layers[0], entries.layers[-1])
+    has_layers = len(entries.layers) > 1
+    for entry in entries.all:
+        style = _style(entries.kinds.index(entry.kind))
+        label = f"{entry.kind}, layer {entry.layer}" if has_layers else entry.kind
+        if has_layers:
+            style["color"] = colors.to_rgba(entry.layer)
+        ax.plot(np.arange(1, len(entry.values) + 1), entry.values, label=label, **style)
+    is_trained = any(entry.values.any() for entry in entries.all)  # else nothing has a logarithm
+    scale = "log" if is_trained else "linear"
+    ax.set(xlabel="direction", ylabel="singular value of the product", yscale=scale)
+    _count(ax.xaxis)
+    if has_layers:
+        _count(ax.figure.colorbar(colors, ax=ax, label="layer").ax.yaxis)
+    if len(entries.kinds) <= _MOST:
+        styles = [_style(i) | ({"color": "0.3"} if has_layers else {}) for i in range(_MOST)]
+        line = _matplotlib("lines").Line2D
+        handles = [line([], [], label=x, **y) for x, y in zip(entries.kinds, styles, strict=False)]
+        ax.legend(handles=handles, fontsize="small")
     return ax
 
 
@@ -76,16 +112,19 @@ def energy(found: Spectra, ax: "Axes | None" = None) -> "Axes":
         ImportError: matplotlib is not installed.
         TypeError: found or ax is no such thing.
     """
-    entries, ax = _entries(found), _axes(ax)
-    kinds, layers = _kinds(entries), sorted({entry.layer for entry in entries})
-    image = np.full((len(kinds), len(layers)), np.nan)
-    for entry in entries:
-        image[kinds.index(entry.kind), layers.index(entry.layer)] = entry.size
+    entries, ax = _Entries.of(found), _axes(ax)
+    image = np.full((len(entries.kinds), len(entries.layers)), np.nan)
+    for entry in entries.all:
+        image[entries.kinds.index(entry.kind), entries.layers.index(entry.layer)] = entry.size
     drawn = ax.imshow(image, aspect="auto", cmap="viridis")
-    ax.set(xlabel="layer", xticks=range(len(layers)), xticklabels=layers)
-    ax.set(yticks=range(len(kinds)), yticklabels=kinds)
-    what = "norm of the product over that of the weight" if _has_shares(found) else "norm"
-    ax.figure.colorbar(drawn, ax=ax, label=what)
+    ax.set_xlabel("layer")
+    _names(ax.set_xticks, entries.layers)
+    _names(ax.set_yticks, entries.kinds)
+    if _has_shares(found):
+        percent = _matplotlib("ticker").PercentFormatter(1)
+        ax.figure.colorbar(drawn, ax=ax, format=percent, label="norm, share of the weight's")
+    else:
+        ax.figure.colorbar(drawn, ax=ax, label="norm of the product")
     return ax
 
 
@@ -110,7 +149,9 @@ def similarity(phi: jax.Array | np.ndarray, ax: "Axes | None" = None) -> "Axes":
     rows, columns = phi.shape
     extent = (0.5, columns + 0.5, rows + 0.5, 0.5)  # directions count from 1
     drawn = ax.imshow(np.asarray(phi), vmin=0, vmax=1, aspect="auto", extent=extent, cmap="magma")
-    ax.set(xlabel="directions j of the second", ylabel="directions i of the first")
+    ax.set(xlabel="first j directions of the second", ylabel="first i directions of the first")
+    _count(ax.xaxis)
+    _count(ax.yaxis)
     ax.figure.colorbar(drawn, ax=ax, label="φ(i, j)")
     return ax
 
@@ -141,6 +182,7 @@ def training(losses: Mapping[str, Sequence[float] | ArrayLike], ax: "Axes | None
         (line,) = ax.plot(np.arange(width, len(run) + 1), mean, label=name)
         ax.plot(np.arange(1, len(run) + 1), run, color=line.get_color(), alpha=0.25, linewidth=0.8)
     ax.set(xlabel="step", ylabel="loss")
+    _count(ax.xaxis)
     ax.legend(frameon=False, fontsize="small")
     return ax
 
@@ -151,19 +193,6 @@ def _numbers(run: object, name: str) -> list[float]:
     if not found:
         raise ValueError(f"losses[{name!r}] must have at least one step: got none")
     return found
-
-
-def _entries(found: object) -> list[_Entry]:
-    """Return every adapter, or each entry of its stack, or raise for what has none."""
-    if not isinstance(found, Spectra):
-        needed = "found must be from jaxlora.analysis.spectrum"
-        raise TypeError(f"{needed}: got {checks.shown(found)}")
-    of_share = _has_shares(found)
-    return [
-        entry
-        for path, each in found.items()
-        for entry in _of_path(path, each, each.share if of_share else each.norm)
-    ]
 
 
 def _of_path(path: str, each: Spectrum, size: jax.Array | None) -> Iterator[_Entry]:
@@ -178,17 +207,30 @@ def _of_path(path: str, each: Spectrum, size: jax.Array | None) -> Iterator[_Ent
             yield _Entry(f"{kind}[{i}]" if stack else kind, int(number[0]), row, float(one))
 
 
-def _kinds(entries: Sequence[_Entry]) -> list[str]:
-    return [*dict.fromkeys(entry.kind for entry in entries)]
-
-
 def _has_shares(found: Spectra) -> bool:
     return all(each.weight_norm is not None for each in found.values())
 
 
+def _style(kind: int) -> dict[str, Any]:
+    """Return how the lines of a kind of weight look, all that are not colored by layer."""
+    marker = _MARKERS[kind // len(_STYLES) % len(_MARKERS)]
+    return {"linestyle": _STYLES[kind % len(_STYLES)], "marker": marker, "color": f"C{kind}"}
+
+
+def _count(axis: Any) -> None:
+    """Let the ticks of an axis be whole numbers."""
+    axis.set_major_locator(_matplotlib("ticker").MaxNLocator(integer=True))
+
+
+def _names(set_ticks: Callable[..., object], names: Sequence[object]) -> None:
+    """Write names at an axis, of many only every second or so."""
+    every = math.ceil(len(names) / _MOST)
+    set_ticks(range(0, len(names), every), names[::every])
+
+
 def _axes(ax: "Axes | None") -> "Axes":
     """Return where to draw, or raise for what is no such thing."""
-    pyplot = _pyplot()
+    pyplot = _matplotlib("pyplot")
     if ax is None:
         return pyplot.figure(layout="constrained").add_subplot()
     if not hasattr(ax, "imshow"):
@@ -196,9 +238,9 @@ def _axes(ax: "Axes | None") -> "Axes":
     return ax
 
 
-def _pyplot() -> Any:
+def _matplotlib(part: str) -> Any:
+    """Return a module of matplotlib."""
     try:
-        from matplotlib import pyplot
+        return importlib.import_module(f"matplotlib.{part}")
     except ImportError as error:
         raise ImportError("pictures need matplotlib: install jaxlora[plot]") from error
-    return pyplot

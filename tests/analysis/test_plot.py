@@ -59,7 +59,39 @@ def test_spectra_are_a_line_each():
     lines = {line.get_label(): drawn(line) for line in ax.lines}
     assert lines.keys() == {f"block_*/{n}, layer {i}" for n in ("up", "down") for i in range(2)}
     assert_allclose(lines["block_*/down, layer 1"], found["block_1/down"].values)
-    assert ax.get_legend() is not None
+    assert legend(ax) == ["block_*/up", "block_*/down"]
+    (bar,) = [other for other in ax.figure.axes if other is not ax]
+    assert bar.get_ylabel() == "layer"
+
+
+def legend(ax):
+    """Return what a legend names."""
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("layer_count", [1, 32])
+def test_lines_are_told_apart_by_their_style_and_the_color_of_their_layer(layer_count):
+    names = [f"layer_{i}/weight_{k}" for i in range(layer_count) for k in range(8)]
+    found = analysis.spectrum({x: adapter(normal(0, 8, 3), normal(1, 3, 6)) for x in names})
+    lines = plot.spectra(found).lines
+    looks = {(str(x.get_linestyle()), str(x.get_marker()), str(x.get_color())) for x in lines}
+    assert len(lines) == len(looks) == 8 * layer_count
+
+
+def test_nothing_was_learned_yet():
+    found = analysis.spectrum({"w": adapter(normal(0, 8, 3), np.zeros((3, 6), np.float32))})
+    ax = plot.spectra(found)
+    ax.figure.canvas.draw()  # where matplotlib warns of logarithms of zero
+    assert_allclose(drawn(ax.lines[0]), 0)
+
+
+@pytest.mark.parametrize("count", [3, 12, 40])
+def test_names_along_an_axis_are_few(count):
+    weights = {f"layer_{i}/w": adapter(normal(i, 8, 2), normal(1, 2, 6)) for i in range(count)}
+    ax = plot.energy(analysis.spectrum(weights))
+    shown = {int(x.get_position()[0]): x.get_text() for x in ax.get_xticklabels()}
+    assert all(text == str(at) for at, text in shown.items())
+    assert min(count, 10) <= len(shown) <= 12
 
 
 @pytest.mark.parametrize("with_base", [False, True])
@@ -92,6 +124,8 @@ def test_similarity_is_a_heat_map_from_0_to_1():
     assert plot.similarity(phi, ax) is ax
     assert_allclose(image(ax), phi)
     assert ax.images[0].get_clim() == (0, 1)
+    for axis in (ax.xaxis, ax.yaxis):
+        assert all(tick == int(tick) for tick in axis.get_majorticklocs())
 
 
 def test_training_is_drawn_with_its_running_mean():
@@ -100,9 +134,7 @@ def test_training_is_drawn_with_its_running_mean():
     mean, raw = ax.lines[:2]
     assert_allclose(drawn(raw), losses)
     assert_allclose(drawn(mean), (losses[1:] + losses[:-1]) / 2)
-    legend = ax.get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["lora", "full"]
+    assert legend(ax) == ["lora", "full"]
 
 
 @pytest.mark.parametrize(
