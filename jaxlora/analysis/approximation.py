@@ -13,7 +13,7 @@ from jaxlora.analysis.findings import Findings, register, told
 from jaxlora.analysis.spectra import MOST, Spectrum
 from jaxlora.linalg import matrices, meshes
 from jaxlora.messages import checks
-from jaxlora.targets.sites import Sites
+from jaxlora.targets.sites import Sites, check_sites
 from jaxlora.trees import changes
 from jaxlora.types import Leaf, PyTree
 from jaxlora.weights import quantized
@@ -174,7 +174,7 @@ def _leaves(
         for change in changes.changes(base, weight, sites, call, ("base", "weight")):
             yield change.path, change.value(), change.roles
         return
-    changes.check_sites(sites)
+    check_sites(sites, may_be_none=True)
     for path, leaf in changes.plain_leaves(weight, call, "weight").items():
         values = quantized.values(leaf)
         yield path, values, changes.roles_of(path, values, sites)

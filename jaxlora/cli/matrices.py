@@ -1,10 +1,12 @@
 """The factors of an adapter as matrices of float64, and what is computed of them alone."""
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
 
+from jaxlora.linalg import svd
 from jaxlora.weights.adapters import Adapter, Replacement
 
 _ROUNDING = 1e-12  # of float64, beside a share
@@ -35,39 +37,33 @@ class Matrices:
         a = np.concatenate([self.a, other.a], -1)
         return Matrices(a, np.concatenate([self.b, -other.b], -2))
 
-    def core(self) -> np.ndarray:
-        """Return ``p w^T (stack, rank, rank)`` with ``a = q p`` and ``b^T = t w``.
-
-        It has the norm and the singular values of the product, which is not formed.
-        """
-        p, w = (np.asarray(np.linalg.qr(x, mode="r")) for x in (self.a, self.b.mT))
-        return p @ w.mT
+    @functools.cached_property
+    def values(self) -> np.ndarray:
+        """The singular values ``(stack, rank)`` of the product, falling."""
+        return svd.values_of_product(self.a, self.b)
 
     def norm(self) -> float:
         """Return the Frobenius norm of the product."""
-        return float(np.linalg.norm(self.core()))
+        return float(np.linalg.norm(self.values))
 
+    @functools.cached_property
     def kept(self) -> np.ndarray:
-        """Return for each entry and rank the share of the squared norm that the rank keeps.
+        """For each rank, from 1 on, the least share of a squared norm that it keeps, ``(rank,)``.
 
-        Returns:
-            ``(stack, ranks)`` from rank 1 on; 1 where the product is zero.
+        That of a product which is zero is 1.
         """
-        squares = np.linalg.svd(self.core(), compute_uv=False) ** 2
-        total = squares.sum(-1, keepdims=True)
-        shares = squares.cumsum(-1) / np.where(total > 0, total, 1)
-        return np.where(total > 0, shares, 1.0)
+        sums = (self.values**2).cumsum(-1)
+        total = sums[..., -1:]
+        shares = sums / np.where(total > 0, total, 1)
+        return np.where(total > 0, shares, 1.0).min(0)
 
     def rank_of_energy(self, share: float) -> int:
         """Return the least rank that keeps a share of the squared norm of every product."""
-        shares = self.kept().min(0)
-        is_enough = shares >= share * (1 - _ROUNDING)
-        return int(is_enough.argmax()) + 1 if is_enough.any() else len(shares)
+        return int((self.kept >= share * (1 - _ROUNDING)).argmax()) + 1
 
     def energy(self, rank: int) -> float:
         """Return the least share of the squared norm of a product that a rank keeps."""
-        shares = self.kept().min(0)
-        return float(shares[min(rank, len(shares)) - 1])
+        return float(self.kept[rank - 1])
 
     def dead(self) -> int:
         """Return how many directions, of all entries, add nothing: ``a`` or ``b`` is zero there."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxlora.formats.names.mapping import Names
 from jaxlora.messages import checks
 from jaxlora.storage import locations
-from jaxlora.targets.sites import Sites
+from jaxlora.targets.sites import check_sites
 from jaxlora.weights import tree_checks
 from jaxlora.weights.adapters import Adapters
 
@@ -16,15 +16,6 @@ def check_names(names: object) -> None:
     """Raise if these are no names."""
     if not isinstance(names, Names):
         raise TypeError(f"names must be a jaxlora.formats.Names: got {checks.shown(names)}")
-
-
-def check_sites(sites: object, *, may_be_none: bool = False) -> None:
-    """Raise if these are no sites."""
-    if not isinstance(sites, Sites) and not (may_be_none and sites is None):
-        or_none = ", or None" if may_be_none else ""
-        raise TypeError(
-            f"sites must be from jaxlora.find_sites{or_none}: got {checks.shown(sites)}"
-        )
 
 
 def check_saved(call: str, adapters: Adapters, names: object, sites: object) -> None:

@@ -6,8 +6,13 @@ for what is decomposed or inverted afterwards.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.types import Leaf
 
 
-def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Return ``x @ y``."""
+def matmul(x: Leaf, y: Leaf) -> Leaf:
+    """Return ``x @ y``, of arrays of NumPy by NumPy."""
+    if isinstance(x, np.ndarray):
+        return x @ y
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

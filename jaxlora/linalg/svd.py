@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxlora.linalg import tall
 from jaxlora.linalg.precise import matmul
+from jaxlora.types import Leaf
 
 SVD = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -61,9 +62,13 @@ def of_product(a: jax.Array, b: jax.Array, rank: int) -> SVD:
     return matmul(q, u), s, matmul(v, t.mT)
 
 
-def values_of_product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the singular values ``(..., r)`` of ``a b``, see `of_product`, without vectors."""
+def values_of_product(a: Leaf, b: Leaf) -> Leaf:
+    """Return the singular values ``(..., r)`` of ``a b``, see `of_product`, without vectors.
+
+    Of arrays of NumPy they are computed by NumPy, in float64 as well.
+    """
     p, w = (tall.r(x) for x in (a, b.mT))
-    values = jnp.linalg.svd(matmul(p, w.mT), compute_uv=False)
+    xp = a.__array_namespace__()
+    values = xp.linalg.svd(matmul(p, w.mT), compute_uv=False)
     lacking = a.shape[-1] - values.shape[-1]  # where r is more than a side
-    return jnp.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, lacking)])
+    return xp.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, lacking)])

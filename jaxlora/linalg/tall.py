@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.linalg.precise import matmul
+from jaxlora.types import Leaf
 
 _HEIGHT = 4  # a block has at least so many times as many rows as columns
 
@@ -26,12 +27,13 @@ def qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     return matmul(inner, outer.reshape(left.shape)).reshape(matrix.shape), r
 
 
-def r(matrix: jax.Array) -> jax.Array:
-    """Return ``r (..., k, n)`` of `qr` alone."""
+def r(matrix: Leaf) -> Leaf:
+    """Return ``r (..., k, n)`` of `qr` alone, of an array of JAX or of NumPy."""
+    xp = matrix.__array_namespace__()
     if (count := _count(*matrix.shape[-2:])) > 1:
-        left = jnp.linalg.qr(_in_blocks(matrix, count), mode="r")
+        left = xp.linalg.qr(_in_blocks(matrix, count), mode="r")
         matrix = left.reshape(*matrix.shape[:-2], -1, matrix.shape[-1])
-    return jnp.linalg.qr(matrix, mode="r")
+    return xp.linalg.qr(matrix, mode="r")
 
 
 def _count(rows: int, columns: int) -> int:
@@ -40,6 +42,6 @@ def _count(rows: int, columns: int) -> int:
     return math.gcd(rows, 2 ** (most.bit_length() - 1))
 
 
-def _in_blocks(matrix: jax.Array, count: int) -> jax.Array:
+def _in_blocks(matrix: Leaf, count: int) -> Leaf:
     *stack, rows, columns = matrix.shape
     return matrix.reshape(*stack, count, rows // count, columns)

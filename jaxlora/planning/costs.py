@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from jaxlora.messages import table
+from jaxlora.planning.numbers import prefixed
 from jaxlora.reports.counts import Row
 
 
@@ -51,17 +52,11 @@ class Step:
 
 
 def _bytes(value: int) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value} B"
+    return f"{prefixed(value, '.2f', 'GMk') or f'{value} '}B"
 
 
 def _operations(value: int) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:,}"
+    return prefixed(value, ".2f", "TGM") or f"{value:,}"
 
 
 _TERMS: tuple[tuple[str, Callable[[Step], int], Callable[[int], str]], ...] = (

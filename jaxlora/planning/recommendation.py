@@ -5,6 +5,7 @@ import math
 from typing import Any, Literal
 
 from jaxlora.messages import checks, table
+from jaxlora.planning.numbers import prefixed
 from jaxlora.planning.rules import RULES, Rules
 from jaxlora.targets.config import LoRAConfig
 
@@ -174,12 +175,5 @@ def _capacity(parameters: float, tokens: float | None, rank: int, rules: Rules) 
 
 
 def _short(number: float) -> str:
-    """Return a number in few digits with a letter for thousands.
-
-    >>> _short(7e9), _short(39_968_000), _short(12)
-    ('7 G', '40 M', '12 ')
-    """
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {letter}"
-    return f"{number:.3g} "
+    """Return a number with a letter for thousands, before a unit."""
+    return prefixed(number, ".3g") or f"{number:.3g} "

@@ -123,6 +123,15 @@ class Sites:
     __repr__ = __str__
 
 
+def check_sites(sites: object, *, may_be_none: bool = False) -> None:
+    """Raise if these are no sites."""
+    if not isinstance(sites, Sites) and not (may_be_none and sites is None):
+        or_none = ", or None" if may_be_none else ""
+        raise TypeError(
+            f"sites must be from jaxlora.find_sites{or_none}: got {checks.shown(sites)}"
+        )
+
+
 def find_sites(fn: Function, params: PyTree, /, *args: Any, **kwargs: Any) -> Sites:
     """Find every weight that can be adapted, by tracing the program that uses it.
 

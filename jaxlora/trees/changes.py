@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.messages import checks
-from jaxlora.targets.sites import Sites
+from jaxlora.targets.sites import Sites, check_sites
 from jaxlora.types import Leaf, Leaves, PyTree
 from jaxlora.weights import paths, quantized, tree_checks
 from jaxlora.weights.roles import Roles
@@ -56,7 +56,7 @@ def changes(
             called in `jax.jit`.
         ValueError: the trees differ in structure or a leaf in shape, or a change is not finite.
     """
-    check_sites(sites)
+    check_sites(sites, may_be_none=True)
     before = plain_leaves(base, call, names[0])
     after = plain_leaves(finetuned, call, names[1])
     if list(before) != list(after):
@@ -68,12 +68,6 @@ def changes(
         was, now = quantized.values(leaf), quantized.values(after[path])
         if largest := _largest(path, was, now):
             yield Change(path, leaf, was, now, roles_of(path, was, sites), largest)
-
-
-def check_sites(sites: object) -> None:
-    """Raise if these are neither sites nor None."""
-    if sites is not None and not isinstance(sites, Sites):
-        raise TypeError(f"sites must be from jaxlora.find_sites: got {checks.shown(sites)}")
 
 
 def plain_leaves(tree: PyTree, call: str, name: str) -> Leaves:

@@ -43,6 +43,18 @@ def placed(model, mesh):
     return [x.update(sharding=data) for x in model.args], jax.tree.map(spec_of, model.params)
 
 
+def planned(model, mesh, args, specs):
+    return plan(
+        model.loss,
+        model.params,
+        *args,
+        config=model.config,
+        optimizer=OPTIMIZER,
+        mesh=mesh,
+        shardings=specs,
+    )
+
+
 def memory_of_user(model, mesh, args, specs):
     """Return what the compiler reports of a step over factors that `jaxlora.init` has placed."""
 
@@ -61,15 +73,7 @@ def memory_of_user(model, mesh, args, specs):
 def test_bytes_of_each_device_are_those_of_the_user_s_step(name):
     model, mesh = MODELS[name](), meshes.make("auto")
     args, specs = placed(model, mesh)
-    found = plan(
-        model.loss,
-        model.params,
-        *args,
-        config=model.config,
-        optimizer=OPTIMIZER,
-        mesh=mesh,
-        shardings=specs,
-    )
+    found = planned(model, mesh, args, specs)
     check_near(found, memory_of_user(model, mesh, args, specs))
     assert found.devices == 8
     assert "each of 8 devices" in str(found)
@@ -119,12 +123,4 @@ def test_shardings_that_do_not_divide_are_refused():
     specs = jax.tree.map(lambda leaf: None, model.params)
     specs["params"]["encoder"]["word"]["embedding"] = P("data")
     with pytest.raises(ValueError, match=r"of 'params/encoder/word/embedding' does not fit its"):
-        plan(
-            model.loss,
-            model.params,
-            *model.args,
-            config=model.config,
-            optimizer=OPTIMIZER,
-            mesh=mesh,
-            shardings=specs,
-        )
+        planned(model, mesh, model.args, specs)

@@ -16,7 +16,7 @@ from jaxlora.formats.pieces import Piece
 from jaxlora.formats.source import Source
 from jaxlora.storage import directories
 from jaxlora.storage.locations import PathLike
-from jaxlora.targets.sites import Sites
+from jaxlora.targets.sites import Sites, check_sites
 from jaxlora.weights.adapters import Adapters
 
 FILE = "pytorch_lora_weights.safetensors"  # which diffusers writes to a folder
@@ -49,7 +49,7 @@ def load(path: PathLike, *, sites: Sites, names: Names, ignore: Sequence[str] = 
         ValueError: the file is damaged; a tensor is not understood, has no place, another shape
             than its place needs, or is missing; the metadata say what adapters here cannot.
     """
-    arguments.check_sites(sites)
+    check_sites(sites)
     arguments.check_names(names)
     unwanted = arguments.expressions(ignore)
     place = directories.standing(arguments.local(path))

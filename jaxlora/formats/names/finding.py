@@ -10,7 +10,7 @@ from jaxlora.formats.names.groups import LETTERS, Group, groups
 from jaxlora.formats.names.mapping import Names, Place
 from jaxlora.formats.names.pairs import Layout
 from jaxlora.messages import checks
-from jaxlora.targets.sites import Sites, is_bias
+from jaxlora.targets.sites import Sites, check_sites, is_bias
 from jaxlora.tracing.recorder import Kind
 
 Pair = tuple[str, str] | tuple[str, str, Layout]
@@ -103,8 +103,7 @@ def find(
 def _check(torch_names: object, sites: object, known: object) -> None:
     if not checks.is_listing(known):
         raise TypeError(f"known must be pairs, as Names takes them: got {checks.shown(known)}")
-    if not isinstance(sites, Sites):
-        raise TypeError(f"sites must be from jaxlora.find_sites: got {checks.shown(sites)}")
+    check_sites(sites)
     needed = "torch_names must be the shape of each tensor by name"
     if not isinstance(torch_names, Mapping) or not torch_names:
         raise TypeError(f"{needed}: got {checks.shown(torch_names)}")

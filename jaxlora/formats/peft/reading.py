@@ -9,7 +9,7 @@ from jaxlora.formats.peft import config as configs
 from jaxlora.formats.peft import factors, targets, values
 from jaxlora.formats.peft.folder import Folder
 from jaxlora.storage import directories
-from jaxlora.targets.sites import Sites
+from jaxlora.targets.sites import Sites, check_sites
 from jaxlora.weights import blocks
 from jaxlora.weights.adapters import Adapters
 
@@ -38,7 +38,7 @@ def load(folder: str | os.PathLike[str], *, sites: Sites, names: Names) -> Adapt
         ValueError: a file is damaged; the config says what adapters here cannot; a tensor is not
             understood, has no place, another shape than its place needs, or is missing.
     """
-    arguments.check_sites(sites)
+    check_sites(sites)
     arguments.check_names(names)
     place = directories.standing(arguments.local(folder))
     config = configs.read(place)

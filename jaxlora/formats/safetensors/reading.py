@@ -14,7 +14,7 @@ from jaxlora.formats.safetensors.entries import Entry
 from jaxlora.formats.safetensors.shards import Checkpoint
 from jaxlora.storage import directories
 from jaxlora.storage.locations import PathLike
-from jaxlora.targets.sites import Sites
+from jaxlora.targets.sites import Sites, check_sites
 from jaxlora.types import Leaf, PyTree
 from jaxlora.weights import paths, tree_checks
 
@@ -46,7 +46,7 @@ def load(
             part of a leaf has no tensor.
     """
     arguments.check_names(names)
-    arguments.check_sites(sites)
+    check_sites(sites)
     leaves, treedef = paths.flatten(like)
     tree_checks.check_leaves(leaves, like, "load(path, names, like)", "like")
     unwanted = arguments.expressions(ignore)

@@ -15,7 +15,7 @@ from jaxlora.messages import checks
 from jaxlora.storage import processes, replacing
 from jaxlora.storage.locations import PathLike
 from jaxlora.storage.processes import together
-from jaxlora.targets.sites import Sites
+from jaxlora.targets.sites import Sites, check_sites
 from jaxlora.trees.merging import merge
 from jaxlora.types import Leaf, Leaves, PyTree
 from jaxlora.weights import paths, quantized, tree_checks
@@ -55,7 +55,7 @@ def save(
             because the dtype of that is too coarse for the product.
     """
     arguments.check_names(names)
-    arguments.check_sites(sites)
+    check_sites(sites)
     most = checks.check_count(max_shard_bytes, "max_shard_bytes")
     leaves, _ = paths.flatten(params)
     plain = {leaf_path: paths.plain(leaf) for leaf_path, leaf in leaves.items()}
