@@ -8,8 +8,9 @@ from typing import Literal
 from jaxlora.cli import matrices, output
 from jaxlora.formats import peft
 from jaxlora.formats.peft import config as peft_config
-from jaxlora.formats.peft import described
+from jaxlora.formats.peft import config_keys, described
 from jaxlora.formats.peft.described import Described
+from jaxlora.formats.peft.writing import save_saying
 from jaxlora.storage import adapters as saved
 from jaxlora.storage import checkpoints, directories
 from jaxlora.types import Json
@@ -36,11 +37,21 @@ class AdaptersFolder:
     about: Json
     described: Described | None = None
 
+    @property
+    def said(self) -> Json:
+        """What a config of PEFT says beside its factors, where it says anything."""
+        if self.kind == "jaxlora":
+            return {}
+        found = config_keys.beside_factors(self.about)
+        return {key: value for key, value in found.items() if value is not None}
+
     def __or__(self, other: "AdaptersFolder") -> "AdaptersFolder":
-        """Return this folder with the modules of another beside its own."""
+        """Return this folder with the modules of another, and what that says and this does not."""
         if self.described is None or other.described is None:
             return self
-        return dataclasses.replace(self, described=self.described | other.described)
+        about = self.about | {k: v for k, v in other.said.items() if k not in self.said}
+        modules = self.described | other.described
+        return dataclasses.replace(self, about=about, described=modules)
 
     @property
     def base_name(self) -> str | None:
@@ -102,8 +113,6 @@ def write(path: Path, adapters: Adapters, like: AdaptersFolder) -> None:
         if like.described is None:
             saved.save_adapters(path.expanduser(), adapters)
             return
-        names, base = like.described.names, like.base_name
-        sites = like.described.sites
-        peft.save(
-            path.expanduser(), adapters, names=names, sites=sites, base_model_name_or_path=base
-        )
+        names, sites = like.described.names, like.described.sites
+        said = config_keys.beside_factors(like.about)
+        save_saying(path.expanduser(), adapters, said, names=names, sites=sites)

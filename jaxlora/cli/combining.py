@@ -1,7 +1,8 @@
 """``jaxlora combine``: several folders of adapters as one."""
 
+import warnings
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import jax
 import typer
@@ -9,9 +10,10 @@ import typer
 from jaxlora.cli import adapters_folder, output
 from jaxlora.cli.adapters_folder import AdaptersFolder
 from jaxlora.formats import peft
+from jaxlora.formats.peft.config import CONFIG_FILE
 from jaxlora.messages import checks
 
-METHODS = get_args(peft.CombinationType)
+_BASE = ("base_model_name_or_path", "revision")  # what names a base in a config of PEFT
 
 
 def combine(
@@ -83,11 +85,32 @@ def _like(read: list[AdaptersFolder]) -> AdaptersFolder:
                 f"folders must be of one kind: {first.path} is of {first.kind}, {other.path} of "
                 f"{other.kind}; see jaxlora convert"
             )
-        if other.base_name != first.base_name:
-            shown = checks.shown(first.base_name), checks.shown(other.base_name)
-            raise ValueError(
-                f"folders must be for one base: {first.path} is for {shown[0]}, {other.path} for "
-                f"{shown[1]}"
-            )
+        _check_base(first, other)
         first = first | other
     return first
+
+
+def _check_base(first: AdaptersFolder, other: AdaptersFolder) -> None:
+    """Raise if two folders are for different bases, warn of what else they differ in."""
+    both = {key: (first.said[key], other.said[key]) for key in first.said if key in other.said}
+    differing = {key: said for key, said in both.items() if said[0] != said[1]}
+    for key in _BASE:
+        if key in differing:
+            shown = [checks.shown(x) for x in differing[key]]
+            raise ValueError(
+                f"folders must be for one base: {key} is {shown[0]} in {first.path}, {shown[1]} in "
+                f"{other.path}; where both mean the same, edit one {CONFIG_FILE}"
+            )
+        with_it, without = (first, other) if key in first.said else (other, first)
+        if key in with_it.said and key not in without.said:
+            warnings.warn(
+                f"{without.path} has no {key}: taken to be {checks.shown(with_it.said[key])}, as "
+                f"{with_it.path} has it",
+                stacklevel=2,
+            )
+    if differing:
+        warnings.warn(
+            f"{other.path} has another {' and '.join(differing)} in its {CONFIG_FILE} than "
+            f"{first.path}, whose is kept",
+            stacklevel=2,
+        )

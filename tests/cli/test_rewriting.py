@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import textwrap
 
 import jax
@@ -151,6 +152,89 @@ def test_combine_of_folders_of_peft_is_one_of_peft(tmp_path):
     a, b = (found[key.format(x)] for x in "AB")
     wanted = sum(scaling * tensors[key.format("B")] @ tensors[key.format("A")] for tensors in own)
     assert_allclose(b @ a, wanted, atol=1e-5)  # of scaling 1
+
+
+CONFIG = "adapter_config.json"
+REWRITTEN = {
+    *("peft_type", "peft_version", "r", "lora_alpha", "use_rslora", "use_dora", "bias"),
+    *("rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "exclude_modules"),
+    *("modules_to_save", "layers_to_transform", "layers_pattern", "trainable_token_indices"),
+}
+SAID = {
+    "task_type": "SEQ_CLS",
+    "base_model_name_or_path": "my/base",
+    "revision": "v2",
+    "inference_mode": False,
+    "lora_dropout": 0.05,
+}
+
+
+def config_of(folder):
+    return json.loads((folder / CONFIG).read_text())
+
+
+def saying(folder, name="lora", **said):
+    """Return a copy of a golden folder of PEFT, whose config says more."""
+    shutil.copytree(GOLDEN / name, folder)
+    (folder / CONFIG).write_text(json.dumps(config_of(folder) | said))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["lora", "patterns", "stabilized", "some_layers", "convolutions"])
+@pytest.mark.parametrize("words", [("truncate", "--rank", 1), ("combine",)])
+def test_a_config_of_peft_keeps_what_is_not_of_its_factors(words, name, tmp_path):
+    source = saying(tmp_path / "a", name, **SAID)
+    told(words[0], source, tmp_path / "b", *words[1:])
+    given, made = (
+        {k: x for k, x in config_of(y).items() if k not in REWRITTEN}
+        for y in (source, tmp_path / "b")
+    )
+    assert made == given
+    assert given.items() >= SAID.items()
+    assert len(made) > 20
+    report = told("diff", source, tmp_path / "b", code=int(words[0] == "truncate"))
+    assert all(row["why"] in ("", "they are not equal") for row in report["weights"])
+
+
+@pytest.mark.parametrize("name", ["elementwise", "singular_values"])
+def test_a_config_of_another_type_keeps_what_all_types_have(name, tmp_path):
+    said = {key: x for key, x in SAID.items() if key != "lora_dropout"}
+    source = saying(tmp_path / "a", name, **said)
+    told("combine", source, tmp_path / "b")
+    made = config_of(tmp_path / "b")
+    assert made.items() >= (said | {"peft_type": "LORA"}).items()
+    assert not {"module_dropout", "target_r", "tinit", "orth_reg_weight"} & made.keys()
+
+
+def test_combine_refuses_folders_for_different_bases(tmp_path):
+    a, b = (saying(tmp_path / x, base_model_name_or_path=f"my/{x}") for x in "ab")
+    told_ = refused("combine", a, b, tmp_path / "out")
+    assert "base_model_name_or_path is 'my/a' in " in told_
+    c = saying(tmp_path / "c", base_model_name_or_path="my/a", revision="v1")
+    d = saying(tmp_path / "d", base_model_name_or_path="my/a", revision="v2")
+    assert "revision is 'v1' in " in refused("combine", c, d, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_combine_warns_of_a_base_that_one_folder_alone_names(tmp_path):
+    named = saying(tmp_path / "a", base_model_name_or_path="my/a")
+    code, _, err = run("combine", GOLDEN / "lora", named, tmp_path / "out")
+    assert (code, err.count("\n")) == (0, 1)
+    assert f"has no base_model_name_or_path: taken to be 'my/a', as {named} has it" in err
+    assert config_of(tmp_path / "out")["base_model_name_or_path"] == "my/a"
+    code, _, err = run("combine", named, GOLDEN / "lora", tmp_path / "out")
+    assert f"{GOLDEN / 'lora'} has no base_model_name_or_path" in err
+    assert config_of(tmp_path / "out")["base_model_name_or_path"] == "my/a"
+
+
+def test_combine_warns_of_what_else_differs(tmp_path):
+    a = saying(tmp_path / "a", task_type="CAUSAL_LM", lora_dropout=0.1)
+    b = saying(tmp_path / "b", task_type="SEQ_CLS", lora_dropout=0.1)
+    code, _, err = run("combine", a, b, tmp_path / "out")
+    assert (code, err.count("\n")) == (0, 1)
+    assert f"{b} has another task_type in its {CONFIG} than {a}, whose is kept" in err
+    made = config_of(tmp_path / "out")
+    assert (made["task_type"], made["lora_dropout"]) == ("CAUSAL_LM", 0.1)
 
 
 def test_combine_refuses_in_one_line(tmp_path):

@@ -85,6 +85,24 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
 )
 
 
+# What any type of adapter may say of its base and its task; others have names for themselves alone.
+_OF_ALL_TYPES = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode"),
+        *("revision", "task_type"),
+    }
+)
+# What a config that is written says anew of its factors; how they started is no part of them.
+_REWRITTEN = frozenset({*_KINDS, "peft_type", "peft_version"} - {"init_lora_weights"})
+
+
+def beside_factors(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config says that holds for other factors of LoRA in the place of its own."""
+    if found["peft_type"] == "LORA":
+        return {key: value for key, value in found.items() if key not in _REWRITTEN}
+    return {key: value for key, value in found.items() if key in _OF_ALL_TYPES}
+
+
 def with_meaning(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return what a config says of the keys that have a meaning here.
 

@@ -54,16 +54,29 @@ def save(
         ValueError: an adapter has no name in the file, or says what PEFT cannot.
         OSError: it cannot be written.
     """
-    arguments.check_saved("peft.save", adapters, names, sites)
     if not isinstance(base_model_name_or_path, str | None):
         raise TypeError(
             "base_model_name_or_path must be a string or None: "
             f"got {checks.shown(base_model_name_or_path)}"
         )
+    said = {"base_model_name_or_path": base_model_name_or_path}
+    save_saying(folder, adapters, said, names=names, sites=sites)
+
+
+def save_saying(
+    folder: str | os.PathLike[str],
+    adapters: Adapters,
+    said: Json,
+    *,
+    names: Names,
+    sites: Sites | None,
+) -> None:
+    """Write adapters as `save` does, with a config that says some keys as they are given."""
+    arguments.check_saved("peft.save", adapters, names, sites)
     target = arguments.local(folder)
     adapters = {path: jax.tree.map(processes.whole, term) for path, term in adapters.items()}
     about, found = _contents(adapters, names, sites)
-    about["base_model_name_or_path"] = base_model_name_or_path
+    about |= said
 
     def write(place: Path) -> None:
         place.mkdir()
