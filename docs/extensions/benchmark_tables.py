@@ -8,6 +8,8 @@ device in ``benchmarks/results``::
     :labels: ms a step, over the frozen model
     :bars: over_floor
     ```
+
+The directive ``claim`` shows the table of a claim that ``examples/reproduce.py`` has tried.
 """
 
 import html
@@ -151,6 +153,22 @@ class Benchmark(SphinxDirective):
         return [*shown_nodes, _table(head, body), caption]
 
 
+class Claim(SphinxDirective):
+    """The directive ``claim``."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return the table, and what it was made with."""
+        path = RESULTS / "claims" / f"{self.arguments[0]}.json"
+        if not path.exists():
+            raise self.error(f"no such claim has been tried: {path}")
+        self.env.note_dependency(str(path))
+        told = json.loads(path.read_text())
+        caption = nodes.paragraph("", about(told), classes=["measured"])
+        return [_table(told["columns"], told["rows"]), caption]
+
+
 def _table(head: list[str], body: list[list[str]]) -> nodes.table:
     def row(cells: list[str]) -> nodes.row:
         return nodes.row("", *(nodes.entry("", nodes.paragraph("", cell)) for cell in cells))
@@ -164,4 +182,5 @@ def _table(head: list[str], body: list[list[str]]) -> nodes.table:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension."""
     app.add_directive("benchmark", Benchmark)
+    app.add_directive("claim", Claim)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

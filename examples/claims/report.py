@@ -39,9 +39,9 @@ class Report:
         """Write JSON, and beside it the picture."""
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {
-            "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-            "python": platform.python_version(),
             "jax": jax.__version__,
+            "python": platform.python_version(),
+            "device": jax.devices()[0].device_kind,
             "columns": self.columns,
             "rows": self.rows,
             "figures": self.figures,
