@@ -1,12 +1,18 @@
-"""Folders of adapters of any kind, read and written alike."""
+"""Folders of adapters of any kind, and files of diffusion models, read and written alike."""
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+import typer
 
 from jaxlora.cli import matrices, output
-from jaxlora.formats import peft
+from jaxlora.formats import diffusion, peft
+from jaxlora.formats.diffusion import described as of_file
+from jaxlora.formats.diffusion import reading as diffusion_files
 from jaxlora.formats.peft import config as peft_config
 from jaxlora.formats.peft import config_keys, described
 from jaxlora.formats.peft.described import Described
@@ -16,7 +22,19 @@ from jaxlora.storage import checkpoints, directories
 from jaxlora.types import Json
 from jaxlora.weights.adapters import Adapters
 
-Kind = Literal["jaxlora", "peft"]
+Kind = Literal["jaxlora", "peft", "diffusion"]
+SHOWN: Mapping[Kind, str] = MappingProxyType(
+    {
+        "jaxlora": "a folder of jaxlora",
+        "peft": "a folder of peft",
+        "diffusion": "a file of a diffusion model",
+    }
+)
+
+
+Given = Annotated[
+    Path, typer.Argument(help="A folder of jaxlora or of PEFT, or a file of a diffusion model.")
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +45,8 @@ class AdaptersFolder:
         path: where it is.
         kind: who wrote it.
         adapters: what it holds, by path; of PEFT by the paths that follow from its modules.
-        about: what it says of itself: our description, or PEFT's config.
-        described: what a folder of PEFT tells of its modules.
+        about: what it says of itself: our description, PEFT's config, or the header of the file.
+        described: what a folder of PEFT or a file tells of its modules.
     """
 
     path: Path
@@ -40,7 +58,7 @@ class AdaptersFolder:
     @property
     def said(self) -> Json:
         """What a config of PEFT says beside its factors, where it says anything."""
-        if self.kind == "jaxlora":
+        if self.kind != "peft":
             return {}
         found = config_keys.beside_factors(self.about)
         return {key: value for key, value in found.items() if value is not None}
@@ -55,13 +73,15 @@ class AdaptersFolder:
 
     @property
     def base_name(self) -> str | None:
-        """What PEFT loads the base from, None where it is not said."""
-        return self.about.get("base_model_name_or_path")
+        """What PEFT loads the base from, or kohya's scripts call it; None where it is not said."""
+        key = "ss_base_model_version" if self.kind == "diffusion" else "base_model_name_or_path"
+        return self.about.get(key)
 
     @property
     def bytes_on_disk(self) -> int:
         """The size of its files."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        files = [self.path, *self.path.rglob("*")]
+        return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def kind_of(path: Path) -> Kind:
@@ -69,12 +89,16 @@ def kind_of(path: Path) -> Kind:
     place = directories.standing(path.resolve())
     if not place.exists():
         raise FileNotFoundError(f"no adapters at {path}: there is no such folder")
+    file = diffusion_files.file_of(path)
+    if file.is_file() and file.suffix == ".safetensors":
+        return "diffusion"
     if (place / peft_config.CONFIG_FILE).is_file():
         return "peft"
     if (place / checkpoints.MARK).is_file():
         return "jaxlora"
     raise ValueError(
-        f"no adapters at {path}: a folder that jaxlora.save_adapters or PEFT wrote is needed"
+        f"no adapters at {path}: a folder that jaxlora.save_adapters or PEFT wrote is needed, or a "
+        "file of a diffusion model, .safetensors"
     )
 
 
@@ -91,6 +115,10 @@ def read(path: Path) -> AdaptersFolder:
         if kind == "jaxlora":
             found = saved.load_unbound(path)
             return AdaptersFolder(path, kind, found, saved.describe_saved(path))
+        if kind == "diffusion":
+            tree, header = of_file.described(path)
+            found = diffusion.load(path, sites=tree.sites, names=tree.names)
+            return AdaptersFolder(path, kind, found, header, tree)
         tree = described.described(path)
         found = peft.load(path, sites=tree.sites, names=tree.names)
         about = json.loads((path / peft_config.CONFIG_FILE).read_bytes())
@@ -109,6 +137,11 @@ def check_finite(found: AdaptersFolder) -> None:
 
 def write(path: Path, adapters: Adapters, like: AdaptersFolder) -> None:
     """Write adapters to a folder of the kind of another, whose modules they are for."""
+    if like.kind == "diffusion":
+        raise ValueError(
+            f"{like.path} is a file of a diffusion model, and folders are written: make one of "
+            "it with jaxlora convert"
+        )
     with output.working(f"writing {path}"):
         if like.described is None:
             saved.save_adapters(path.expanduser(), adapters)

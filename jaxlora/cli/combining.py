@@ -8,7 +8,7 @@ import jax
 import typer
 
 from jaxlora.cli import adapters_folder, output
-from jaxlora.cli.adapters_folder import AdaptersFolder
+from jaxlora.cli.adapters_folder import SHOWN, AdaptersFolder
 from jaxlora.formats import peft
 from jaxlora.formats.peft.config import CONFIG_FILE
 from jaxlora.messages import checks
@@ -82,8 +82,8 @@ def _like(read: list[AdaptersFolder]) -> AdaptersFolder:
     for other in read[1:]:
         if other.kind != first.kind:
             raise ValueError(
-                f"folders must be of one kind: {first.path} is of {first.kind}, {other.path} of "
-                f"{other.kind}; see jaxlora convert"
+                f"folders must be of one kind: {first.path} is {SHOWN[first.kind]}, {other.path} "
+                f"is {SHOWN[other.kind]}; see jaxlora convert"
             )
         _check_base(first, other)
         first = first | other

@@ -17,7 +17,9 @@ Term = Adapter | Replacement
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A folder of jaxlora or of PEFT.")],
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="A folder, or a file of a diffusion model.")
+    ],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same or not.")],
     tolerance: Annotated[
         float, typer.Option(min=0, help="The largest relative difference that counts as none.")

@@ -7,7 +7,7 @@ import typer
 
 from jaxlora.cli import adapters_folder, named_objects, output
 from jaxlora.cli.adapters_folder import AdaptersFolder
-from jaxlora.formats import Names, peft
+from jaxlora.formats import Names, diffusion, peft
 from jaxlora.formats.names.pairs import Layout
 from jaxlora.formats.peft import described
 from jaxlora.storage import adapters as saved
@@ -16,7 +16,7 @@ from jaxlora.weights.adapters import Adapter, Adapters
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of jaxlora or of PEFT.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="What is to be converted.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
     names: Annotated[
         str | None,
@@ -39,6 +39,8 @@ def convert(
 ) -> None:
     """Write a folder of PEFT as one of jaxlora, or the other way round.
 
+    A file of a diffusion model becomes a folder of jaxlora too.
+
     Without names, the module "encoder.0.query" is the weight "encoder/0/query/kernel", or
     "/embedding" where rows of it are looked up, and each module is one leaf. With names, leaves
     may hold stacks and parts; from PEFT that takes the model too, which tells how weights lie.
@@ -48,8 +50,8 @@ def convert(
     source, target = source.expanduser(), target.expanduser()
     known = None if names is None else named_objects.names(names)
     sites = None if model is None else named_objects.sites(model)
-    if adapters_folder.kind_of(source) == "peft":
-        adapters, to = _from_peft(source, known, sites), "jaxlora"
+    if adapters_folder.kind_of(source) != "jaxlora":
+        adapters, to = _from_others(source, known, sites), "jaxlora"
         with output.working(f"writing {target}"):
             saved.save_adapters(target, adapters)
     else:
@@ -64,23 +66,30 @@ def convert(
         print(f"{target}: {len(adapters)} adapters, a folder of {to}")
 
 
-def _from_peft(source: Path, names: Names | None, sites: Sites | None) -> Adapters:
+def _from_others(source: Path, names: Names | None, sites: Sites | None) -> Adapters:
+    """Return the adapters of a folder of PEFT or of a file of a diffusion model."""
     if (names is None) != (sites is None):
         lacking = "--model" if sites is None else "--names"
         raise ValueError(
-            f"{lacking} is missing: a folder of PEFT is read with both names and a model, or "
+            f"{lacking} is missing: {source} is read with both names and a model, or "
             "with neither, if each module is a leaf of its own"
         )
     if names is not None and sites is not None:
-        return peft.load(source, names=names, sites=sites)
+        is_peft = adapters_folder.kind_of(source) == "peft"
+        return (peft if is_peft else diffusion).load(source, names=names, sites=sites)
     found = adapters_folder.read(source)
     _check_leaves(found)
     return found.adapters
 
 
 def _check_leaves(found: AdaptersFolder) -> None:
-    """Raise if the folder has whole weights, which lie in a tree otherwise than in the file."""
+    """Raise if the folder has whole weights, which lie otherwise than in a tree, or no paths."""
     for path, term in found.adapters.items():
+        if found.kind == "diffusion" and path.count("/") == 1:
+            raise ValueError(
+                f"{found.path} has the module {path.partition('/')[0]!r}, whose name has no dots "
+                "to tell its place in a tree: --names and --model are needed"
+            )
         if not isinstance(term, Adapter) and len(term.shape) > 1:
             raise ValueError(
                 f"{found.path} has the whole weight {path!r}, and does not tell how it lies in a "

@@ -1,9 +1,8 @@
-"""``jaxlora inspect``: what a folder of adapters holds."""
+"""``jaxlora inspect``: what a folder or a file of adapters holds."""
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
@@ -11,6 +10,7 @@ import typer
 from jaxlora.cli import adapters_folder, matrices, output
 from jaxlora.cli.adapters_folder import AdaptersFolder
 from jaxlora.cli.matrices import Matrices
+from jaxlora.formats.diffusion.metadata import METADATA
 from jaxlora.types import Json
 from jaxlora.weights.adapters import Adapter, Replacement
 
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A folder of jaxlora or of PEFT.")],
+    folder: adapters_folder.Given,
     as_json: output.AsJson = False,
 ) -> None:
     """Show what a folder of adapters holds, and for what base it is.
@@ -89,7 +89,10 @@ def _form(folder: AdaptersFolder) -> str:
     """Return in which of its forms the writer of a folder has written it."""
     if folder.kind == "jaxlora":
         return f"jaxlora, format {folder.about['format_version']}"
-    return f"PEFT, {folder.about['peft_type']}"
+    if folder.kind == "peft":
+        return f"PEFT, {folder.about['peft_type']}"
+    made_by = "diffusers" if METADATA in folder.about else folder.about.get("ss_network_module")
+    return "a diffusion model" + (f", by {made_by}" if made_by else "")
 
 
 def _base(folder: AdaptersFolder) -> Json:
@@ -115,8 +118,9 @@ def _print(report: Json) -> None:
 
 def _said_of_base(report: Json) -> str:
     base = report["base"]
-    if report["kind"] == "peft":
-        return base["name"] or "the config names none"
+    if report["kind"] != "jaxlora":
+        said = "the config" if report["kind"] == "peft" else "the header"
+        return base["name"] or f"{said} names none"
     known = f"the values of {base['known_weights']} of {base['weights']} weights are known by hash"
     return f"{', '.join(base['dtypes']) or 'of unknown dtype'}; {known}"
 

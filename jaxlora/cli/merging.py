@@ -41,9 +41,10 @@ def merge(
         raise ValueError(f"out must be another folder than that of the base: got {out} for both")
     kind = adapters_folder.kind_of(adapters.expanduser())
     is_of_hub = _is_of_hub(base)
-    if is_of_hub != (kind == "peft"):
+    if kind != ("peft" if is_of_hub else "jaxlora"):
         got = "one of Hugging Face" if is_of_hub else "one of Orbax"
-        raise ValueError(f"{NEEDED}: got {got} and a folder of {kind}; see jaxlora convert")
+        shown = adapters_folder.SHOWN[kind]
+        raise ValueError(f"{NEEDED}: got {got} and {shown}; see jaxlora convert")
     count = _merge_hub(base, adapters, out) if is_of_hub else _merge_tree(base, adapters, out)
     if as_json:
         output.print_json({"base": str(base), "adapters": str(adapters), "out": str(out), **count})

@@ -1,10 +1,6 @@
 """``jaxlora spectrum``: the singular values of what adapters add."""
 
-from pathlib import Path
-from typing import Annotated
-
 import numpy as np
-import typer
 
 from jaxlora import analysis
 from jaxlora.analysis import plot
@@ -14,7 +10,7 @@ from jaxlora.types import Json
 
 
 def spectrum(
-    folder: Annotated[Path, typer.Argument(help="A folder of jaxlora or of PEFT.")],
+    folder: adapters_folder.Given,
     picture: pictures.Picture = None,
     as_json: output.AsJson = False,
 ) -> None:

@@ -3,6 +3,7 @@
 import collections
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -52,8 +53,7 @@ def load(path: PathLike, *, sites: Sites, names: Names, ignore: Sequence[str] = 
     check_sites(sites)
     arguments.check_names(names)
     unwanted = arguments.expressions(ignore)
-    place = directories.standing(arguments.local(path))
-    with tensors.opened(place / FILE if place.is_dir() else place) as file:
+    with tensors.opened(file_of(arguments.local(path))) as file:
         source = Source(file, sites, names.table(sites.shapes))
         modules = _modules(source, unwanted)
         said = Metadata.read(file)
@@ -65,6 +65,12 @@ def load(path: PathLike, *, sites: Sites, names: Names, ignore: Sequence[str] = 
             raise ValueError(f"{source.where} has no adapters: got {len(file.shapes)} tensors")
         pieces.warn_if_all_are_zero(found, source.where)
         return found
+
+
+def file_of(path: Path) -> Path:
+    """Return the file that a path means, which may be that of its folder."""
+    place = directories.standing(path)
+    return place / FILE if place.is_dir() else place
 
 
 def _modules(source: Source, unwanted: Sequence[re.Pattern[str]]) -> dict[str, dict[str, str]]:

@@ -19,6 +19,7 @@ from jaxlora.formats.names.pairs import Given, Layout
 from jaxlora.formats.peft import config as configs
 from jaxlora.formats.peft import projections, reading
 from jaxlora.formats.peft.folder import Folder
+from jaxlora.formats.source import Source
 from jaxlora.storage import directories
 from jaxlora.targets.sites import Site, Sites
 from jaxlora.tracing.recorder import Kind, Use
@@ -127,8 +128,20 @@ def _weight(folder: Folder, own: Tensors) -> tuple[Layout, Shape]:
     """Return the layout of a module's weight, and its shape in a tree."""
     if projections.are_of(own):
         raise ValueError(_untold(folder, f"how wide the module of {next(iter(own.values()))!r} is"))
-    kinds = factors.form(folder, own).kinds
-    shapes = {kind: folder.file.shapes[own[kind]] for kind in kinds}
+    layout, shape = weight(folder, own)
+    return ("transposed" if layout == "linear" and folder.config.is_transposed else layout), shape
+
+
+def weight(source: Source, own: Tensors) -> tuple[Layout, Shape]:
+    """Return the layout of a module's weight as its tensors tell it, and its shape in a tree."""
+    kinds = factors.form(source, own).kinds
+    shapes = {kind: source.file.shapes[own[kind]] for kind in kinds}
+    for kind, shape in shapes.items():
+        if len(shape) < 2:
+            raise ValueError(
+                f"the tensor {own[kind]!r} of {source.where} must have two axes or more: got "
+                f"{shape}"
+            )
     if "A" in kinds and own["A"].endswith("lora_embedding_A"):
         return "embedding", (shapes["A"][1], shapes["B"][0])
     if "t1" in kinds:  # of LoHa: (rank, rank, *window), (rank, in), (rank, out)
@@ -136,9 +149,9 @@ def _weight(folder: Folder, own: Tensors) -> tuple[Layout, Shape]:
     elif "w1_a" in kinds:
         in_, out, window = shapes["w1_b"][1], shapes["w1_a"][0], ()
     else:
-        in_, out, window = shapes["A"][1], shapes["B"][0], shapes["A"][2:]
-    layout = "conv" if window else "transposed" if folder.config.is_transposed else "linear"
-    return layout, (*window, in_, out)
+        window = shapes["core" if "core" in kinds else "A"][2:]
+        in_, out = shapes["A"][1], shapes["B"][0]
+    return ("conv" if window else "linear"), (*window, in_, out)
 
 
 def _site(path: str, layout: Layout, shape: Shape) -> Site:
