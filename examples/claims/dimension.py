@@ -12,7 +12,7 @@ from .lab import Lab
 from .rates import FULL_RATES
 from .report import Report, as_dicts, figure, mean_and_error, percent
 
-DIMENSIONS = (7, 31, 127, 509, 2039, 8191)  # primes, see `arms`
+DIMENSIONS = (31, 127, 509, 2039, 8191)  # primes, see `arms`
 RATES = (1e-3, 3e-3)
 TASKS = ("sentiment", "glosses")
 
@@ -22,7 +22,7 @@ def run(lab: Lab) -> Report:
     rows, figures = [], {}
     picture, axes = figure()
     for task in lab.some(TASKS):
-        full = lab.runs(task, FULL, lab.best_rate(task, FULL, FULL_RATES))
+        full = lab.runs(task, FULL, lab.best_rate(task, FULL, FULL_RATES[1:]))
         goal = 0.9 * np.mean([run.held_out for run in full])
         found = {}
         for dimension in lab.some(DIMENSIONS):
