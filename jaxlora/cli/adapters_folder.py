@@ -26,7 +26,7 @@ Kind = Literal["jaxlora", "peft", "diffusion"]
 SHOWN: Mapping[Kind, str] = MappingProxyType(
     {
         "jaxlora": "a folder of jaxlora",
-        "peft": "a folder of peft",
+        "peft": "a folder of PEFT",
         "diffusion": "a file of a diffusion model",
     }
 )

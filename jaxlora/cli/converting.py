@@ -63,7 +63,7 @@ def convert(
         report = {"source": str(source), "target": str(target), "kind": to, "paths": [*adapters]}
         output.print_json(report)
     else:
-        print(f"{target}: {len(adapters)} adapters, a folder of {to}")
+        print(f"{target}: {len(adapters)} adapters, {adapters_folder.SHOWN[to]}")
 
 
 def _from_others(source: Path, names: Names | None, sites: Sites | None) -> Adapters:

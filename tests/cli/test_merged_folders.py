@@ -144,7 +144,7 @@ def test_merge_refuses_what_does_not_belong_together(tmp_path):
     assert "got one of Hugging Face and a folder of jaxlora" in refused(
         "merge", tmp_path / "hub", run_, out
     )
-    assert "got one of Orbax and a folder of peft" in refused("merge", base, GOLDEN / "lora", out)
+    assert "got one of Orbax and a folder of PEFT" in refused("merge", base, GOLDEN / "lora", out)
     assert "no weights at" in refused("merge", tmp_path, run_, out)
     assert "no such directory" in refused("merge", tmp_path / "nowhere", run_, out)
     assert "has no tensor for the adapter of" in refused(
