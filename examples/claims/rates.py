@@ -5,6 +5,8 @@ Thinking Machines 2025 ("LoRA Without Regret") says ten times. Kalajdzievski 202
 does not.
 """
 
+import math
+
 from .arms import FULL, lora
 from .lab import Lab
 from .report import Report, as_dicts, figure, mean_and_error, percent
@@ -12,7 +14,7 @@ from .report import Report, as_dicts, figure, mean_and_error, percent
 TASK = "sentiment"
 LORA_RATES = (1.5e-4, 5e-4, 1.5e-3, 5e-3)
 FULL_RATES = (1.5e-5, 5e-5, 1.5e-4, 5e-4)
-RANKS = (4, 64)
+RANKS = (4, 64)  # and 8, where both scalings are 2
 
 
 def run(lab: Lab) -> Report:
@@ -26,13 +28,19 @@ def run(lab: Lab) -> Report:
         _draw(left, arm.name, found)
     left.set(xscale="log", xlabel="learning rate", ylabel="held out (%)")
     rate = lab.best_rate(TASK, lora(8), LORA_RATES)
-    for name, stabilized in (("alpha / rank", False), ("alpha / √rank", True)):
-        arms = {rank: lora(rank, alpha=16.0, stabilized=stabilized) for rank in lab.some(RANKS)}
+    for name, alpha, stabilized in (
+        ("alpha / rank", 16.0, False),
+        ("alpha / √rank", 2 * math.sqrt(8), True),
+    ):
+        arms = {r: lora(r, alpha=alpha, stabilized=stabilized) for r in lab.some(RANKS)}
+        arms = dict(sorted((arms | {8: lora(8)}).items()))
         found = {rank: lab.runs(TASK, arm, rate) for rank, arm in arms.items()}
         rows += [[f"{name}, rank {rank}", f"{rate:g}", percent(r)] for rank, r in found.items()]
-        figures[name] = {rank: as_dicts(runs) for rank, runs in found.items()}
+        figures[name] = {str(rank): as_dicts(runs) for rank, runs in found.items()}
         _draw(right, name, found)
-    right.set(xscale="log", xlabel=f"rank, at alpha 16 and rate {rate:g}", ylabel="held out (%)")
+    right.set(xscale="log", xlabel=f"rank, at rate {rate:g}", ylabel="held out (%)")
+    right.set_xticks([4, 8, 64], ["4", "8", "64"], minor=False)
+    right.xaxis.set_minor_formatter("")
     left.legend()
     right.legend()
     return Report(("trained", "rate", "held out (%)"), rows, figures, picture)
