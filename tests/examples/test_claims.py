@@ -129,6 +129,17 @@ def test_claims_run_quickly_and_go_on_from_the_runs_that_are_there(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/**/*.json")} == runs
 
 
+@pytest.mark.parametrize("name", reproduce.CLAIMS)
+def test_every_claim_has_been_tried_and_is_shown(name):
+    found = json.loads((reproduce.RESULTS / f"{name}.json").read_text())
+    assert found["rows"]
+    assert all(len(row) == len(found["columns"]) for row in found["rows"])
+    page = (ROOT / "docs/guides/claims.md").read_text()
+    assert f"```{{claim}} {name}\n" in page
+    assert f"(../../benchmarks/results/claims/{name}.png)" in page
+    assert (reproduce.RESULTS / f"{name}.png").exists()
+
+
 def test_unknown_claims_are_errors_that_list_what_there_is():
     command = [sys.executable, "examples/reproduce.py", "nothing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
