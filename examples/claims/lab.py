@@ -69,6 +69,12 @@ class Lab:
         best = np.argmax(scores) if self.task(task).higher_is_better else np.argmin(scores)
         return rates[int(best)]
 
+    def best_trainable(
+        self, task: str, arm: Arm, rates: Sequence[float], *, seed: int
+    ) -> Trainable:
+        """Return what the run of a seed at the best rate has trained."""
+        return self.trainable(task, arm, self.best_rate(task, arm, rates), seed)
+
     def runs(self, task: str, arm: Arm, rate: float) -> list[Run]:
         """Return the runs at a rate, one for each seed."""
         return [self.run(task, arm, rate, seed) for seed in self.seeds]

@@ -3,6 +3,8 @@
 Hu et al. 2021 (arXiv:2106.09685), section 7.2: figures 3 and 4.
 """
 
+import itertools
+
 import numpy as np
 
 from jaxlora import analysis
@@ -18,31 +20,33 @@ DRAWN = "layer_2"  # the layer of the heat maps; the table has the median of all
 
 
 def run(lab: Lab) -> Report:
-    """Compare adapters on query and value by the directions of their factors a, as the paper."""
-    rate = lab.best_rate(TASK, lora(8, "q,v"), RATES)
-    small, large = (2, 3) if lab.quick else RANKS
-
-    def adapters(rank, seed):
-        return lab.trainable(TASK, lora(rank, "q,v"), rate, seed).adapters
-
-    first, second = adapters(small, 0), adapters(large, 0)
-    found = {
-        f"rank {small} and rank {large}": analysis.similarity(first, second, of="factor"),
-        f"two seeds, rank {large}": analysis.similarity(second, adapters(large, 1), of="factor"),
+    """Compare adapters on query and value by their products, and by a alone as the paper."""
+    small, large = (lora(rank, "q,v") for rank in ((2, 3) if lab.quick else RANKS))
+    first = lab.best_trainable(TASK, small, RATES, seed=0).adapters
+    second = lab.best_trainable(TASK, large, RATES, seed=0).adapters
+    other = lab.best_trainable(TASK, large, RATES, seed=1).adapters
+    pairs = {
+        f"rank {small.rank} and rank {large.rank}": (first, second),
+        f"two seeds, rank {large.rank}": (second, other),
     }
     rows, figures = [], {}
     picture, axes = figure(4, 4.2)
     drawn = iter(axes)
-    for name, phi in found.items():
+    for (name, pair), of in itertools.product(pairs.items(), ("product", "factor")):
+        phi = analysis.similarity(*pair, of=of)
         for kind in ("query", "value"):
             paths = [path for path in phi if f"/{kind}/" in path]
             of_layers = np.stack([np.asarray(phi[path]) for path in paths])  # (layers, r1, r2)
-            rows.append([name, kind, *_told(np.median(of_layers, axis=0), lab)])
-            figures[f"{name}, {kind}"] = np.round(of_layers, 3).tolist()
-            one = next((path for path in paths if DRAWN in path), paths[0])
-            ax = analysis.plot.similarity(phi[one], next(drawn))
-            ax.set_title(f"{name}\n{'/'.join(one.split('/')[1:3])}")
-    columns = ("adapters", "weights", "φ(1, 1)", "φ(1, all)", "φ(all, all)", "random, φ(all, all)")
+            rows.append([name, kind, of, *_told(np.median(of_layers, axis=0), lab)])
+            figures[f"{name}, {kind}, {of}"] = np.round(of_layers, 3).tolist()
+            if of == "product":
+                one = next((path for path in paths if DRAWN in path), paths[0])
+                ax = analysis.plot.similarity(phi[one], next(drawn))
+                ax.set_title(f"{name}\n{'/'.join(one.split('/')[1:3])}")
+    columns = (
+        *("adapters", "weights", "directions of the"),
+        *("φ(1, 1)", "φ(1, all)", "φ(all, all)", "random, φ(all, all)"),
+    )
     return Report(columns, rows, figures, picture)
 
 
