@@ -38,7 +38,8 @@ def run(lab: Lab) -> Report:
             paths = [path for path in phi if f"/{kind}/" in path]
             of_layers = np.stack([np.asarray(phi[path]) for path in paths])  # (layers, r1, r2)
             rows.append([name, kind, of, *_told(np.median(of_layers, axis=0), lab)])
-            figures[f"{name}, {kind}, {of}"] = np.round(of_layers, 3).tolist()
+            ends = of_layers[:, (0, 0, -1), (0, -1, -1)]  # of each layer, as in the table
+            figures[f"{name}, {kind}, {of}"] = np.round(ends, 3).tolist()
             if of == "product":
                 one = next((path for path in paths if DRAWN in path), paths[0])
                 ax = analysis.plot.similarity(phi[one], next(drawn))
