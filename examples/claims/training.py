@@ -32,7 +32,6 @@ class Run:
         validation: score that the rate is chosen by.
         held_out: score on data that chose nothing.
         general: score on the other task.
-        step_s: seconds of a step, the median.
         bytes: that the compiled step needs at once: arguments, results and temporaries.
     """
 
@@ -46,7 +45,6 @@ class Run:
     validation: float
     held_out: float
     general: float
-    step_s: float
     bytes: int
 
 
@@ -65,16 +63,14 @@ class Trainer:
         trainable, frozen = start(self._arm, task, seed)
         state = optax.scale_by_adam().init(trainable)
         rates = optax.warmup_cosine_decay_schedule(0.0, rate, tenth, task.steps)
-        losses, seconds = [], []
+        losses: list[float] = []
         about = f"{task.name}, {self._arm.name}, rate {rate:g}, seed {seed}"
         batches = itertools.islice(task.batches(seed), task.steps)
         for i, batch in enumerate(tqdm(batches, desc=about, total=task.steps, leave=False)):
             args = (trainable, state, frozen, batch, np.float32(rates(i + 1)))
             step = self._compiled_for(args)
-            begun = time.perf_counter()
             trainable, state, loss = step(*args)
             losses.append(float(loss))
-            seconds.append(time.perf_counter() - begun)
         params = jax.jit(together(self._arm))(trainable, frozen)
         run = Run(
             task=task.name,
@@ -87,7 +83,6 @@ class Trainer:
             validation=task.score(self._predict, params, "validation"),
             held_out=task.score(self._predict, params, "held out"),
             general=task.general(params),
-            step_s=float(np.median(seconds)),
             bytes=max(map(_bytes, self._compiled.values())),
         )
         return run, trainable
