@@ -104,8 +104,8 @@ def test_standard_error_is_scipys():
 
 def reproduced(folder, *options):
     command = [sys.executable, "examples/reproduce.py", *options]
-    command += ["--runs", folder / "runs", "--out", folder / "results"]
-    done = subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True, check=False)
+    command += ["--runs", f"{folder}/runs", "--out", f"{folder}/results"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

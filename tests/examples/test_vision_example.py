@@ -1,6 +1,7 @@
 """The convolutional network and the pictures of the examples."""
 
 import pickle
+from typing import Any
 
 import efficientnet
 import fashion
@@ -31,7 +32,7 @@ needs_pictures = pytest.mark.skipif(
 def test_depthwise_convolution_is_the_compilers(size, stride, shape):
     x = jax.random.normal(jax.random.key(0), (2, *shape, 6))
     model = efficientnet.Depthwise(size, stride)
-    params = model.init(jax.random.key(1), x)
+    params: Any = model.init(jax.random.key(1), x)
     want = jax.lax.conv_general_dilated(
         x,
         params["params"]["kernel"][:, :, None],
@@ -40,7 +41,8 @@ def test_depthwise_convolution_is_the_compilers(size, stride, shape):
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=6,
     )
-    np.testing.assert_allclose(model.apply(params, x), want, atol=1e-5)
+    got: Any = model.apply(params, x)
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @needs_weights
@@ -50,7 +52,7 @@ def test_network_knows_the_palace():
     side = min(picture.shape[:2])
     top, left = ((length - side) // 2 for length in picture.shape[:2])
     picture = jnp.float32(picture[top : top + side, left : left + side])
-    vector = efficientnet.EfficientNet().apply(
+    vector: Any = efficientnet.EfficientNet().apply(
         params, jax.image.resize(picture, (224, 224, 3), "bilinear")[None]
     )
     assert (vector @ head["kernel"])[0].argmax() == 698  # palace
