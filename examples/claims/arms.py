@@ -75,7 +75,7 @@ def start(arm: Arm, task: Task, seed: int) -> tuple[Trainable, Any]:
     """Return what is trained, and what is not."""
     key = jax.random.key(seed)
     if arm.dimension:
-        signs = _random_signs(key, task.params)
+        signs = _random_signs(key, task)
         return Trainable({"coordinates": jnp.zeros(arm.dimension)}, {}), (task.params, signs)
     leaves = {
         path_of(path): leaf
@@ -103,14 +103,16 @@ def _replaced(trainable: Trainable, params: Any) -> Any:
     return jaxlora.bind(params, trainable.adapters) if trainable.adapters else params
 
 
-def _random_signs(key: jax.Array, params: Any) -> Any:
-    """Return a random sign for each parameter, int8."""
-    return jax.tree.map_with_path(
-        lambda path, leaf: jax.random.rademacher(
-            jax.random.fold_in(key, zlib.crc32(path_of(path).encode())), leaf.shape, jnp.int8
-        ),
-        params,
-    )
+def _random_signs(key: jax.Array, task: Task) -> Any:
+    """Return a random sign for each parameter, int8; 0 where full fine-tuning trains nothing."""
+
+    def signs(path, leaf):
+        if not re.fullmatch(task.leaves["all"], path):
+            return jnp.zeros(leaf.shape, jnp.int8)
+        key_of_leaf = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return jax.random.rademacher(key_of_leaf, leaf.shape, jnp.int8)
+
+    return jax.tree.map_with_path(lambda path, leaf: signs(path_of(path), leaf), task.params)
 
 
 def _moved(trainable: Trainable, frozen: Any) -> Any:
