@@ -10,10 +10,11 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import matplotlib
 import numpy as np
 import orbax.checkpoint as ocp
@@ -91,15 +92,7 @@ class Folder:
             raise SystemExit(f"nothing to resume in {self.path}: run without --resume first")
         items = ocp.args.Composite(history=ocp.args.JsonRestore())
         history = History(**self._states.restore(None, args=items).history)
-        if differing := [
-            f"--{name.replace('_', '-')} is {given}, was {kept}"
-            for name, given in deciding(options).items()
-            if given != (kept := history.options[name])
-        ]:
-            raise SystemExit(
-                f"the run in {self.path} had other options ({', '.join(differing)}): "
-                "resume with the same, or start another run with --out"
-            )
+        check_same(history.options, deciding(options), self.path)
         return history
 
     def state(self, like: State) -> State:
@@ -114,14 +107,39 @@ def deciding(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def interruption() -> Iterator[threading.Event]:
-    """Give an event that Ctrl-C sets; raised while Orbax writes, the exception can be lost."""
+def asked_to_stop() -> Iterator[threading.Event]:
+    """Give an event that Ctrl-C and SIGTERM set, for a loop that saves and ends where it can.
+
+    Raised while Orbax writes, an exception can be lost. Of several processes, SIGTERM belongs to
+    JAX, which tells all of them.
+    """
     asked = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: asked.set())
+    signals = [signal.SIGINT] + [signal.SIGTERM] * (jax.process_count() == 1)
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in signals}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_same(kept: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:
+    """End the program if a run goes on with other options than it began with.
+
+    Args:
+        kept: the options that decide the result, as the run began.
+        given: the same now.
+        folder: of the run.
+    """
+    if differing := [
+        f"--{name.replace('_', '-')} is {value}, was {kept[name]}"
+        for name, value in given.items()
+        if value != kept[name]
+    ]:
+        raise SystemExit(
+            f"the run in {folder} had other options ({', '.join(differing)}): "
+            "resume with the same, or start another run with --out"
+        )
 
 
 def draw(history: History, watched: int, on_all: str, path: Path) -> None:

@@ -104,7 +104,7 @@ def train(
     step, times, done = training_step(tx), [], len(history.losses)
     batches = reviews.training_batches(sentences, options.batch, options.seed)
     bar = tqdm(total=options.steps, initial=done, desc="training", unit="step")
-    with runs.interruption() as asked, bar:
+    with runs.asked_to_stop() as asked, bar:
         for i, batch in enumerate(itertools.islice(batches, done, options.steps), done + 1):
             begun = time.perf_counter()
             state, value = step(state, base, batch)

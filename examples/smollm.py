@@ -18,7 +18,19 @@ import tokenizers
 from gguf.quants import dequantize
 from tokenizers import decoders, pre_tokenizers
 
+from jaxlora.formats import Names
+
 END = "<|im_end|>"  # the token that ends an answer
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the weights, before they were rounded to 4 bits
+NAMES = Names(  # of Hugging Face's modules
+    ("model.layers.{i}.self_attn.q_proj", "params/layers/query/kernel[{i}]"),
+    ("model.layers.{i}.self_attn.k_proj", "params/layers/key/kernel[{i}]"),
+    ("model.layers.{i}.self_attn.v_proj", "params/layers/value/kernel[{i}]"),
+    ("model.layers.{i}.self_attn.o_proj", "params/layers/attention_out/kernel[{i}]"),
+    ("model.layers.{i}.mlp.gate_proj", "params/layers/gate/kernel[{i}]"),
+    ("model.layers.{i}.mlp.up_proj", "params/layers/up/kernel[{i}]"),
+    ("model.layers.{i}.mlp.down_proj", "params/layers/down/kernel[{i}]"),
+)
 
 
 class Cache(NamedTuple):
@@ -146,9 +158,14 @@ MODEL = LanguageModel()
 
 @functools.partial(jax.jit, static_argnames=("fn", "steps", "model"))
 def generate(
-    params: Any, fn: Callable[..., Any], prompt: jax.Array, steps: int, model: LanguageModel = MODEL
+    params: Any,
+    fn: Callable[..., Any],
+    prompt: jax.Array,
+    steps: int,
+    model: LanguageModel = MODEL,
+    key: jax.Array | None = None,
 ) -> jax.Array:
-    """Return the likeliest next tokens one after another, ``(batch, steps)``.
+    """Return the next tokens one after another, ``(batch, steps)``.
 
     Compiled for each function, shape of prompt and number of steps. Nothing stops at `END`.
 
@@ -158,16 +175,22 @@ def generate(
         prompt: ids ``(batch, time)``, without padding.
         steps: tokens to add.
         model: whose cache it is.
+        key: to draw each token by its probability; None takes the likeliest.
     """
     time = prompt.shape[1]
     logits, cache = fn(params, prompt, model.empty_cache(len(prompt), time + steps - 1), 0)
 
+    def choose(logits, position):
+        if key is None:
+            return logits[:, -1].argmax(-1)
+        return jax.random.categorical(jax.random.fold_in(key, position), logits[:, -1])
+
     def step(carry, position):
         tokens, cache = carry
         logits, cache = fn(params, tokens[:, None], cache, position)
-        return (logits[:, -1].argmax(-1), cache), tokens
+        return (choose(logits, position), cache), tokens
 
-    start = logits[:, -1].argmax(-1), cache
+    start = choose(logits, time - 1), cache
     (last, _), found = jax.lax.scan(step, start, time + jnp.arange(steps - 1))
     return jnp.concatenate([found, last[None]]).T
 
@@ -191,8 +214,13 @@ def opened(path: Path) -> gguf.GGUFReader:
     return gguf.GGUFReader(path)
 
 
-def load(path: Path) -> Any:
-    """Return the parameters of a `LanguageModel` from a file of llama.cpp (GGUF), in float32."""
+def load(path: Path, layers: int | None = None) -> Any:
+    """Return the parameters of a `LanguageModel` from a file of llama.cpp (GGUF), in float32.
+
+    Args:
+        path: of the file.
+        layers: use so many, the first ones, for a quick look; None is all.
+    """
     reader = opened(path)
     count, heads, groups = (
         reader.fields[f"llama.{name}"].contents()
@@ -204,9 +232,13 @@ def load(path: Path) -> Any:
         tensor = tensors.pop(f"{name}.weight")
         return dequantize(tensor.data, tensor.tensor_type)
 
+    used = range(count if layers is None else min(layers, count))
+    for i in range(len(used), count):
+        for name in _OF_LAYER:
+            del tensors[f"blk.{i}.{name}.weight"]
     stacks: dict[str, Any] = {}
     for name, place in _OF_LAYER.items():
-        weights = np.stack([read(f"blk.{i}.{name}") for i in range(count)])
+        weights = np.stack([read(f"blk.{i}.{name}") for i in used])
         if name in ("attn_q", "attn_k"):
             weights = _halves(weights, heads if name == "attn_q" else groups)
         ours, leaf = place.split("/")

@@ -7,11 +7,12 @@ examples. Its class is the file that the lexicographers kept it in.
 from pathlib import Path
 from typing import NamedTuple
 
+import answers
 import fetch
 import numpy as np
 import reviews
+from answers import Answers
 from reviews import Sentences
-from smollm import END
 from tokenizers import Tokenizer
 
 CLASSES = (  # of nouns, in WordNet's order; Tops are the beginnings of the others
@@ -33,17 +34,6 @@ class Synset(NamedTuple):
     def definition(self) -> str:
         """The gloss without its examples, which are in quotation marks."""
         return self.gloss.partition('; "')[0]
-
-
-class Definitions(NamedTuple):
-    """Token ids ``(n, length)`` of prompts with their answers, and which are of the answers.
-
-    The answer's tokens, ``mask`` ``(n, length)``, are its definition and `END`; they are what is
-    to be predicted, each from the tokens before it. The rest is the prompt, and padding after it.
-    """
-
-    tokens: np.ndarray
-    mask: np.ndarray
 
 
 def read_synsets() -> list[Synset]:
@@ -79,7 +69,7 @@ def prompt(word: str) -> str:
 
 def read_definitions(
     tokenizer: Tokenizer, seed: int, train: int = 5600, held_out: int = 96, length: int = 24
-) -> tuple[Definitions, Definitions]:
+) -> tuple[Answers, Answers]:
     """Return definitions to train on and others, of other words, that are held out.
 
     They are of the first word of a synset, one for each word, and fit in the length as a whole.
@@ -98,21 +88,13 @@ def read_definitions(
         word = synsets[i].words[0]
         if word.lower() in found:
             continue
-        start = tokenizer.encode(prompt(word)).ids
-        answer = tokenizer.encode(f" {synsets[i].definition}{END}").ids
-        if len(start) + len(answer) <= length:
-            found[word.lower()] = start, answer
+        pair = prompt(word), f" {synsets[i].definition}"
+        if answers.length(tokenizer, pair) <= length:
+            found[word.lower()] = pair
     if len(found) < train + held_out:
         raise ValueError(
             f"too few definitions of {length} tokens: {train + held_out} are needed, "
             f"got {len(found)}"
         )
-    tokens = np.full((len(found), length), tokenizer.token_to_id(END), np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for i, (start, answer) in enumerate(found.values()):
-        tokens[i, : len(start) + len(answer)] = start + answer
-        mask[i, len(start) : len(start) + len(answer)] = True
-    return (
-        Definitions(tokens[held_out:], mask[held_out:]),
-        Definitions(tokens[:held_out], mask[:held_out]),
-    )
+    rows = answers.encoded(tokenizer, [*found.values()], length)
+    return rows.take(slice(held_out, None)), rows.take(slice(held_out))
