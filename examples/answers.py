@@ -82,7 +82,7 @@ def total_loss(logits: jax.Array, batch: Answers) -> tuple[jax.Array, jax.Array]
     log = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     losses = -jnp.take_along_axis(log, batch.tokens[:, 1:, None], axis=-1)[..., 0]
     counts = jnp.asarray(batch.mask)[:, 1:]
-    return (losses * counts).sum(), counts.sum()
+    return jnp.where(counts, losses, 0).sum(), counts.sum()
 
 
 def exact(logits: jax.Array, batch: Answers) -> jax.Array:

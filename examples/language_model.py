@@ -8,7 +8,7 @@ killed goes on with --resume, and ends as if it had never been.
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,7 +216,7 @@ def save(
     axes.figure.savefig(options.out / "loss.png", dpi=120)
 
 
-def parse() -> argparse.Namespace:
+def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -239,7 +239,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--out", type=Path, default=Path("runs/language"), help="results")
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     for name in ("steps", "batch", "accumulate", "rank", "held_out", "layers", "save_every"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more: got {vars(options)[name]}")
@@ -248,7 +248,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Run the example."""
-    options, begun = parse(), time.perf_counter()
+    options, begun = parse_args(), time.perf_counter()
     if options.distributed:
         jax.distributed.initialize()
     options.mesh = meshes.made(options.mesh)

@@ -68,8 +68,8 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
 
 def up_to_end(drawn: jax.Array, end: int) -> jax.Array:
     """Return which tokens ``(batch, steps)`` are of the answer: to the first end, and that too."""
-    ended = jnp.cumsum(drawn == end, axis=1)
-    return (ended - (drawn == end)) == 0
+    is_end = (drawn == end).astype(jnp.int32)
+    return jnp.cumsum(is_end, axis=1) - is_end == 0
 
 
 def log_probabilities(
@@ -84,7 +84,10 @@ def log_probabilities(
 def policy_loss(
     log: jax.Array, reference: jax.Array, counts: jax.Array, advantage: jax.Array, beta: float
 ) -> jax.Array:
-    """Return the loss whose gradient is that of REINFORCE, and of beta times the KL divergence.
+    """Return the loss whose gradient is that of REINFORCE, with the divergence in the reward.
+
+    The expected gradient is minus that of the expected reward, plus beta times that of the KL
+    divergence from the reference.
 
     Args:
         log: logarithms of the probabilities of the drawn tokens, ``(batch, steps)``.
@@ -93,10 +96,9 @@ def policy_loss(
         advantage: of each answer, ``(batch,)``.
         beta: how much the divergence from the reference counts.
     """
-    away = reference - log
-    divergence = jnp.exp(away) - away - 1  # not negative; its mean is the divergence
-    of_tokens = -advantage[:, None] * log + beta * divergence
-    return (of_tokens * counts).sum() / len(log)
+    of_answers = jnp.where(counts, log, 0).sum(1)
+    away = of_answers - jnp.where(counts, reference, 0).sum(1)
+    return -((advantage - beta * jax.lax.stop_gradient(away)) * of_answers).mean()
 
 
 def training_step(
