@@ -5,6 +5,7 @@ taken out is in `jaxlora.initializers.residual`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -91,3 +92,19 @@ def olora(
     del key, scaling
     q, r = jnp.linalg.qr(weight.T)
     return r[:rank].T, q[:, :rank].T
+
+
+def zero_a(
+    key: jax.Array, weight: jax.Array, rank: int, scaling: float
+) -> tuple[jax.Array, jax.Array]:
+    """Start with ``a`` at zero and ``b`` uniform on ±1/√rank (Hayou et al. 2024, arXiv:2406.08447).
+
+    The paper's Init[B]. With ``b`` at zero the first gradients go to ``b`` alone, and features
+    ``x a`` that are random are what it learns from: that learns faster, and small differences, as
+    those of sums in another order of devices, grow faster too. With ``a`` at zero a run is steadier
+    and can be slower. Nothing is taken out of the base: the product is zero.
+    """
+    del scaling
+    size, width = weight.shape
+    b = jax.random.uniform(key, (rank, width), jnp.float32, -1, 1) / math.sqrt(rank)
+    return jnp.zeros((size, rank), jnp.float32), b

@@ -47,10 +47,11 @@ class LoRAConfig:
             experts that are all multiplied at once: ``{"experts": (0,)}``. The factors are low-rank
             in every program, and ``()`` is one weight in all.
         initializer: how ``a`` starts: ``"uniform"`` (±1/√in), ``"normal"``, ``"kaiming"``,
-            ``"orthogonal"``, or a function ``(key, (in, rank), dtype) -> array``. Or how both
-            factors start from the weight, and change the base: ``"pissa"``, ``"milora"``,
-            ``"olora"``, or a `jaxlora.initializers.FromWeight`, also with data; or of a weight
-            that is quantized and what it was, `jaxlora.initializers.loftq`.
+            ``"orthogonal"``, or a function ``(key, (in, rank), dtype) -> array``. Or ``"zero_a"``,
+            with ``b`` drawn and ``a`` zero. Or how both factors start from the weight, and change
+            the base: ``"pissa"``, ``"milora"``, ``"olora"``, or a
+            `jaxlora.initializers.FromWeight`, also with data; or of a weight that is quantized and
+            what it was, `jaxlora.initializers.loftq`.
         train: also train these leaves whole: names or one regular expression, as targets; norms,
             biases, a new head. They keep their dtype, and the base keeps what they were.
         rows: also train rows of these leaves, by name as in the patterns: indices along the first

@@ -70,6 +70,18 @@ def test_what_is_taken_out_is_what_numpy_finds(initializer):
             assert_allclose((a**2).sum(1), (b**2).sum(2), rtol=1e-4)
 
 
+def test_a_starts_at_zero_and_b_at_random():
+    params = init("zero_a", rank=4)
+    assert not params["query"].changed
+    assert_array_equal(params["query"].base, PARAMS["query"])
+    for path in ("query", "experts"):
+        assert_array_equal(params[path].a, jnp.zeros_like(params[path].a))
+        b = np.asarray(params[path].b)
+        assert 0.4 < np.abs(b).max() <= 0.5
+        assert len(np.unique(b)) == b.size  # entries of a stack have draws of their own
+    assert_array_equal(jaxlora.lora(model)(params, X), model(PARAMS, X))
+
+
 def test_parts_start_from_the_part():
     params = init("pissa", targets=("experts[0:2]", "experts[2:, :, 0:3]"))
     left = params["experts"].base
