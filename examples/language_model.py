@@ -7,6 +7,7 @@ killed goes on with --resume, and ends as if it had never been.
 """
 
 import argparse
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,13 +29,15 @@ import tokenizers
 import wordnet
 from answers import Answers
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 import jaxlora
 from jaxlora.analysis import plot
 from jaxlora.formats import peft
 
-DECIDING = ("task", "layers", "rank", "steps", "batch", "accumulate", "rate", "dropout", "qlora")
+DECIDING = (
+    *("task", "seed", "held_out", "layers", "rank", "steps", "batch", "accumulate", "rate"),
+    *("dropout", "qlora"),
+)
 TARGETS = ("query", "key", "value", "attention_out", "gate", "up", "down")
 NOT_FINITE = 5  # steps in a row that are skipped for a gradient that is not; then it ends
 
@@ -121,6 +124,23 @@ def training_step(options: argparse.Namespace, fn: Callable[..., Any], tx: Any) 
     return jax.jit(step, donate_argnums=0)
 
 
+def begun(
+    options: argparse.Namespace, checkpoints: long_run.Checkpoints, state: State, data: Any
+) -> tuple[State, dict[str, Any]]:
+    """Return the state to go on from and the history of the run; set the data to its place."""
+    if not options.resume:
+        if checkpoints.latest() is not None:
+            raise SystemExit(
+                f"{options.out} holds a run: go on with --resume, or choose another --out"
+            )
+        return state, {"options": deciding(options), "losses": []}
+    if checkpoints.latest() is None:
+        raise SystemExit(f"nothing to resume in {options.out}: run without --resume first")
+    history = checkpoints.history()
+    runs.check_same(history["options"], deciding(options), options.out)
+    return checkpoints.restore(state, data), history
+
+
 def train(
     options: argparse.Namespace, model: Model, fn: Callable[..., Any], rows: Answers
 ) -> tuple[Any, dict[str, jaxlora.Adapter], list[float]]:
@@ -131,36 +151,18 @@ def train(
         len(rows.tokens), options.batch, options.seed, lambda chosen: answers.cut(rows.take(chosen))
     )
     checkpoints = long_run.Checkpoints(options.out / "checkpoints", options.save_every)
-    history: dict[str, Any] = {"options": deciding(options), "losses": []}
-    if options.resume:
-        if checkpoints.latest() is None:
-            raise SystemExit(f"nothing to resume in {options.out}: run without --resume first")
-        history = checkpoints.history()
-        runs.check_same(history["options"], deciding(options), options.out)
-        state = checkpoints.restore(state, data)
-    elif checkpoints.latest() is not None:
-        raise SystemExit(f"{options.out} holds a run: go on with --resume, or choose another --out")
+    state, history = begun(options, checkpoints, state, data)
     step, losses = training_step(options, fn, tx), history["losses"]
-    bar = tqdm(
-        total=options.steps,
-        initial=len(losses),
-        desc="training",
-        unit="step",
-        disable=jax.process_index() != 0,
-    )
-    begun, tokens = time.perf_counter(), 0
+    bar = long_run.Progress(options.steps, len(losses))
     with runs.asked_to_stop() as asked, bar:
         for i in range(len(losses) + 1, options.steps + 1):
             batch = next(data)
             state, value = step(state, base, meshes.spread(batch, options.mesh))
             losses.append(float(value))
-            tokens += batch.tokens.size
-            rate = tokens / (time.perf_counter() - begun)
-            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", tokens_per_s=f"{rate:.0f}")
-            bar.update()
+            bar.tell(losses, batch.tokens.size)
             stop = asked.is_set() or checkpoints.preempted(i)
             checkpoints.save(i, state, data, history, force=stop or i == options.steps)
-            if len(losses) >= NOT_FINITE and not np.isfinite(losses[-NOT_FINITE:]).any():
+            if not np.isfinite(losses[-NOT_FINITE:]).any():
                 checkpoints.close()
                 raise SystemExit(
                     f"the last {NOT_FINITE} losses are not finite: try a smaller --rate; what was "
@@ -168,15 +170,15 @@ def train(
                 )
             if stop and i < options.steps:
                 checkpoints.close()
-                print(f"\nstopped at step {i}, which is saved in {options.out}, for --resume")
-                raise SystemExit(128 + 15)
+                bar.say(f"stopped at step {i}, which is saved in {options.out}, for --resume")
+                raise SystemExit(128 + signal.SIGTERM)
     checkpoints.close()
     return base, state.adapters, losses
 
 
 def deciding(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options that decide the result."""
-    return {name: getattr(options, name) for name in (*DECIDING, "seed")}
+    return {name: getattr(options, name) for name in DECIDING}
 
 
 def samples(model: Model, params: Any, rows: Answers, steps: int) -> Iterator[tuple[str, str]]:
@@ -240,6 +242,8 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--out", type=Path, default=Path("runs/language"), help="results")
     options = parser.parse_args(args)
+    if options.held_out % 8:  # rows at a time, see `answers.judge`
+        parser.error(f"--held-out must be a multiple of 8: got {options.held_out}")
     for name in ("steps", "batch", "accumulate", "rank", "held_out", "layers", "save_every"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more: got {vars(options)[name]}")

@@ -1,4 +1,4 @@
-"""What a run of days needs: data that knows its place, checkpoints written while training goes on.
+"""What a run of days needs: data that knows its place, checkpoints, and a bar that tells its speed.
 
 A checkpoint holds all that the next step depends on: what is trained, the optimizer's state, the
 key of the random numbers, the place in the data, and the history, whose length is the step. It is
@@ -7,6 +7,7 @@ written by Orbax, in the background; one that was cut off by a crash is never ta
 
 import contextlib
 import copy
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from tqdm import tqdm
 
 
 def batches(
@@ -127,3 +129,24 @@ class Checkpoints:
             raise OSError(
                 f"cannot write a checkpoint to {self.folder}: {error}; {whole}"
             ) from error
+
+
+class Progress(tqdm):
+    """A bar with the loss, tokens a second and the time left, shown by the first process."""
+
+    def __init__(self, steps: int, done: int):
+        hidden = jax.process_index() != 0
+        super().__init__(total=steps, initial=done, desc="training", unit="step", disable=hidden)
+        self._begun, self._tokens = time.perf_counter(), 0
+
+    def tell(self, losses: list[float], tokens: int) -> None:
+        """Show a step of so many tokens."""
+        self._tokens += tokens
+        rate = self._tokens / (time.perf_counter() - self._begun)
+        self.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", tokens_per_s=f"{rate:.0f}")
+        self.update()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar, once for all processes."""
+        if not self.disable:
+            self.write(text)

@@ -24,7 +24,15 @@ TINY = smollm.LanguageModel(layers=2, width=24, heads=6, groups=2, hidden=24, vo
 def options(out: Path, **changed: object) -> argparse.Namespace:
     """Return options of a run in a folder, which goes on if there is something to go on from."""
     kept = {"steps": 24, "batch": 4, "accumulate": 1, "rank": 2, "rate": 1e-2, "dropout": 0.1}
-    kept |= {"task": "none", "seed": 0, "layers": 2, "qlora": False, "mesh": None, "save_every": 3}
+    kept |= {
+        "task": "none",
+        "seed": 0,
+        "held_out": 0,
+        "layers": 2,
+        "qlora": False,
+        "mesh": None,
+        "save_every": 3,
+    }
     kept |= {"out": out, "resume": any((out / "checkpoints").glob("[0-9]*"))}
     return argparse.Namespace(**kept | changed)
 
