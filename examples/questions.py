@@ -3,13 +3,14 @@
 Stojanovski et al. 2025, arXiv:2505.24760. A question that is held out is never trained on.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 from smollm import END
 
 SETTINGS = {  # in reach of a small model, and short
     "spell_backward": {"min_word_len": 3, "max_word_len": 7},
-    "letter_counting": {"min_words": 4, "max_words": 8},
+    "letter_counting": {"min_words": 2, "max_words": 4},
     "basic_arithmetic": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
 }
 
@@ -53,6 +54,7 @@ def reward(family: str, question: Question, answer: str) -> float:
     return float(_dataset(family, 0, 1).score_answer(answer, question.entry))
 
 
+@functools.lru_cache(maxsize=1)
 def _dataset(family: str, seed: int, count: int) -> Any:
     import reasoning_gym  # takes seconds
 

@@ -171,12 +171,12 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--steps", type=int, default=60, help="default %(default)s")
+    add("--steps", type=int, default=30, help="default %(default)s")
     add("--questions", type=int, default=4, help="of a step, default %(default)s")
-    add("--samples", type=int, default=6, help="answers to each, default %(default)s")
+    add("--samples", type=int, default=4, help="answers to each, default %(default)s")
     add("--rate", type=float, default=3e-3, help="default %(default)s")
     add("--beta", type=float, default=0.02, help="of the divergence, default %(default)s")
-    add("--held-out", type=int, default=96, help="questions, default %(default)s")
+    add("--held-out", type=int, default=64, help="questions, default %(default)s")
     add("--layers", type=int, default=30, help="use the first ones, for a look")
     add("--seed", type=int, default=0, help="of questions, factors and draws")
     options = parser.parse_args()
