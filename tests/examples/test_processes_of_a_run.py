@@ -1,5 +1,6 @@
 """A run on meshes and in several processes: killed, resumed on other devices, still the same."""
 
+import os
 import socket
 import time
 
@@ -7,7 +8,13 @@ import numpy as np
 import pytest
 from soak import killed
 
-pytestmark = pytest.mark.once
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(
+        "LONG_RUNS" not in os.environ,
+        reason="takes minutes: set LONG_RUNS=1, as `.ci/run --all`",
+    ),
+]
 
 
 def devices(count):
