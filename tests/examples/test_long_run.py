@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_also_in_a_sum(tmp_path):
         tx = language_model.optimizer(small_run.options(tmp_path, accumulate=accumulate))
         fine, bad = {"a": jnp.full(3, 0.5)}, {"a": jnp.array([1.0, jnp.nan, 1.0])}
 
-        def moved(grads, tx=tx):
+        def moved(grads, tx=tx) -> Any:
             state, found = tx.init(params), params
             with jax.numpy_dtype_promotion("standard"):
                 for grad in grads:

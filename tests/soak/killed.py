@@ -71,17 +71,19 @@ def soak(folder: Path, kills: int, seed: int) -> list[int]:
     rng, steps, number = np.random.default_rng(seed), [], 0
     while len(steps) < kills:
         part, number = folder / f"killed{number}", number + 1
-        while len(steps) < kills:
+        while not (part / "result.npz").exists():
             program = started(part)
-            try:
-                program.communicate(timeout=rng.uniform(0, 1.1 * length))
+            if len(steps) == kills:
+                finished(program)
                 break
+            try:
+                program.wait(timeout=rng.uniform(0, 1.1 * length))
             except subprocess.TimeoutExpired:
                 program.kill()
                 program.communicate()
                 steps.append(checkpoint(part))
-        if program.returncode:  # the last one was killed, or it failed
-            finished(started(part))
+            else:
+                finished(program)
         compare(whole / "result.npz", part / "result.npz")
     return steps
 
