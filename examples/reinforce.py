@@ -136,10 +136,8 @@ def main() -> None:
     adapted = jaxlora.init(first, module.apply, params, tokens, config=config)
     base, adapters = jaxlora.split(adapted)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(options.rate))
-    state, step = (
-        tx.init(adapters),
-        training_step(fn, tx, tokenizer.token_to_id(smollm.END), options.beta),
-    )
+    state = tx.init(adapters)
+    step = training_step(fn, tx, tokenizer.token_to_id(smollm.END), options.beta)
 
     def reward_held_out(params):
         found = smollm.generate(params, fn, prompts(tokenizer, held_out), DRAWN, module)

@@ -21,6 +21,7 @@ from command_line import (
     told,
     written,
 )
+from full_disk import LIMITED
 
 import jaxlora
 from jaxlora.cli.application import COMMANDS
@@ -111,14 +112,6 @@ def test_bad_folders_are_told_in_one_line(tmp_path):
     assert "there is no file" in refused("inspect", peft)
     (peft / "adapter_model.bin").write_bytes(b"pickle")
     assert "is a pickle" in refused("inspect", peft)
-
-
-# as a full disk does, a limit lets files grow to a size and then fails with an error number
-LIMITED = """
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))
-"""
 
 
 def test_disk_that_is_full_leaves_nothing_half_written(tmp_path):

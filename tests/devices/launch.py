@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 
 import jax
+from soak.killed import QUICK
 
 HERE = Path(__file__).parent
-# XLA's own passes stay as they are; LLVM, after them, takes half as long
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 OPTIONS = ("-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider")
 
 

@@ -33,7 +33,7 @@ def run(monkeypatch, module, *options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return the folder of a quick run, and what it printed."""
+    """Return the folder of a quick run."""
     out = tmp_path_factory.mktemp("runs") / "language"
     with pytest.MonkeyPatch.context() as patch:
         run(patch, language_model, *QUICK, "--out", out)

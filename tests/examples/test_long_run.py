@@ -15,6 +15,7 @@ import long_run
 import numpy as np
 import optax
 import pytest
+from full_disk import LIMITED
 from soak import killed, small_run
 
 import jaxlora
@@ -189,14 +190,6 @@ def test_sigterm_saves_and_ends(whole):
     assert program.returncode == 143, errors
     assert f"stopped at step {step}, which is saved in {folder}, for --resume" in output
     same_when_resumed(folder, whole)
-
-
-# as a full disk does, a limit lets files grow to a size and then fails with an error number
-LIMITED = """
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))
-"""
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="limits of file sizes are of POSIX")

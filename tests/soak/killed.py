@@ -17,6 +17,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "small_run.py"
+# XLA's own passes stay as they are; LLVM, after them, takes half as long
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
