@@ -7,6 +7,7 @@ killed goes on with --resume, and ends as if it had never been.
 """
 
 import argparse
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -128,14 +129,10 @@ def begun(
     options: argparse.Namespace, checkpoints: long_run.Checkpoints, state: State, data: Any
 ) -> tuple[State, dict[str, Any]]:
     """Return the state to go on from and the history of the run; set the data to its place."""
-    if not options.resume:
-        if checkpoints.latest() is not None:
-            raise SystemExit(
-                f"{options.out} holds a run: go on with --resume, or choose another --out"
-            )
+    if checkpoints.latest() is None:  # also of a run that was killed before its first
         return state, {"options": deciding(options), "losses": []}
-    if checkpoints.latest() is None:
-        raise SystemExit(f"nothing to resume in {options.out}: run without --resume first")
+    if not options.resume:
+        raise SystemExit(f"{options.out} holds a run: go on with --resume, or choose another --out")
     history = checkpoints.history()
     runs.check_same(history["options"], deciding(options), options.out)
     return checkpoints.restore(state, data), history
@@ -151,28 +148,28 @@ def train(
         len(rows.tokens), options.batch, options.seed, lambda chosen: answers.cut(rows.take(chosen))
     )
     checkpoints = long_run.Checkpoints(options.out / "checkpoints", options.save_every)
-    state, history = begun(options, checkpoints, state, data)
-    step, losses = training_step(options, fn, tx), history["losses"]
-    bar = long_run.Progress(options.steps, len(losses))
-    with runs.asked_to_stop() as asked, bar:
-        for i in range(len(losses) + 1, options.steps + 1):
-            batch = next(data)
-            state, value = step(state, base, meshes.spread(batch, options.mesh))
-            losses.append(float(value))
-            bar.tell(losses, batch.tokens.size)
-            stop = asked.is_set() or checkpoints.preempted(i)
-            checkpoints.save(i, state, data, history, force=stop or i == options.steps)
-            if not np.isfinite(losses[-NOT_FINITE:]).any():
-                checkpoints.close()
-                raise SystemExit(
-                    f"the last {NOT_FINITE} losses are not finite: try a smaller --rate; what was "
-                    f"trained before is in {options.out}"
-                )
-            if stop and i < options.steps:
-                checkpoints.close()
-                bar.say(f"stopped at step {i}, which is saved in {options.out}, for --resume")
-                raise SystemExit(128 + signal.SIGTERM)
-    checkpoints.close()
+    with contextlib.closing(checkpoints), runs.asked_to_stop() as asked:
+        state, history = begun(options, checkpoints, state, data)
+        step, losses = training_step(options, fn, tx), history["losses"]
+        with long_run.Progress(options.steps, len(losses)) as bar:
+            if options.resume and not losses:
+                bar.say(f"no checkpoint in {options.out} yet: begins at the first step")
+            for i in range(len(losses) + 1, options.steps + 1):
+                batch = next(data)
+                state, value = step(state, base, meshes.spread(batch, options.mesh))
+                losses.append(float(value))
+                bar.tell(losses, batch.tokens.size)
+                stop = asked.is_set() or checkpoints.preempted(i)
+                checkpoints.save(i, state, data, history, force=stop or i == options.steps)
+                if not np.isfinite(losses[-NOT_FINITE:]).any():
+                    raise SystemExit(
+                        f"the last {NOT_FINITE} losses are not finite: try a smaller --rate; what "
+                        f"was trained before is in {options.out}"
+                    )
+                if stop and i < options.steps:
+                    checkpoints.wait()
+                    bar.say(f"stopped at step {i}, which is saved in {options.out}, for --resume")
+                    raise SystemExit(128 + signal.SIGTERM)
     return base, state.adapters, losses
 
 
@@ -239,7 +236,9 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mesh", help="devices as fsdp x tensor, e.g. 4x2")
     parser.add_argument("--distributed", action="store_true", help="one of several processes")
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint, if any"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/language"), help="results")
     options = parser.parse_args(args)
     if options.held_out % 8:  # rows at a time, see `answers.judge`

@@ -109,7 +109,7 @@ class Checkpoints:
         """Tell, in all processes at the same step, whether one of them is to be shut down."""
         return self._manager.reached_preemption(step)
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Wait until all is written.
 
         Raises:
@@ -117,6 +117,14 @@ class Checkpoints:
         """
         with self._telling():
             self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait until all is written, and end what writes in the background.
+
+        Raises:
+            OSError: the last one could not be written.
+        """
+        self.wait()
         self._manager.close()
 
     @contextlib.contextmanager

@@ -84,11 +84,6 @@ def test_what_does_not_fit_a_run_ends_the_program(folder, monkeypatch, options, 
         run(monkeypatch, language_model, *QUICK, "--out", folder, *options)
 
 
-def test_nothing_to_go_on_from_ends_the_program(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=r"nothing to resume in .*: run without --resume first"):
-        run(monkeypatch, language_model, *QUICK, "--out", tmp_path / "new", "--resume")
-
-
 def test_reinforce_prints_rewards(monkeypatch, capsys):
     options = ("--layers", 1, "--steps", 2, "--held-out", 4, "--questions", 1, "--samples", 2)
     run(monkeypatch, reinforce, *options)

@@ -181,6 +181,16 @@ def same_when_resumed(folder, whole):
     killed.compare(folder / "result.npz", whole / "result.npz")
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again(whole):
+    folder = whole.parent / "early"
+    (folder / "checkpoints" / "3.orbax-checkpoint-tmp-0").mkdir(parents=True)
+    program = killed.started(folder)
+    output, errors = program.communicate()
+    assert program.returncode == 0, errors
+    assert f"no checkpoint in {folder} yet: begins at the first step" in output
+    killed.compare(folder / "result.npz", whole / "result.npz")
+
+
 def test_sigterm_saves_and_ends(whole):
     folder = whole.parent / "asked"
     program = begun(folder)

@@ -98,3 +98,19 @@ def test_processes_that_are_killed_go_on_as_others(whole):
     for program in programs:
         killed.finished(program)
     near(folder, whole)
+
+
+def test_sigterm_to_one_process_stops_all_at_one_step(whole):
+    folder = whole.parent / "asked"
+    programs = job(folder, "4x2", processes=2, of_each=4)
+    while not killed.checkpoint(folder):
+        assert programs[0].poll() is None, programs[0].communicate()[1][-5000:]
+        time.sleep(0.05)
+    programs[1].terminate()
+    output = [program.communicate()[0] for program in programs]
+    assert [program.returncode for program in programs] == [143, 143]
+    step = killed.checkpoint(folder)
+    assert f"stopped at step {step}, which is saved in {folder}, for --resume" in output[0]
+    for program in job(folder, "4x2", processes=2, of_each=4):
+        killed.finished(program)
+    near(folder, whole)

@@ -55,7 +55,8 @@ def finished(program: subprocess.Popen[str]) -> None:
 
 def checkpoint(folder: Path) -> int:
     """Return the step of the last checkpoint that is whole, 0 if there is none."""
-    return max((int(path.name) for path in folder.glob("checkpoints/[0-9]*[0-9]")), default=0)
+    names = (path.name for path in folder.glob("checkpoints/*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def soak(folder: Path, kills: int, seed: int) -> list[int]:

@@ -34,7 +34,7 @@ def options(out: Path, **changed: object) -> argparse.Namespace:
         "mesh": None,
         "save_every": 3,
     }
-    kept |= {"out": out, "resume": any((out / "checkpoints").glob("[0-9]*"))}
+    kept |= {"out": out, "resume": True}
     return argparse.Namespace(**kept | changed)
 
 
