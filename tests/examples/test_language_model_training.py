@@ -17,6 +17,7 @@ from jaxlora.formats import peft
 
 pytestmark = [
     pytest.mark.once,
+    pytest.mark.xdist_group("language_model"),  # one worker makes what its fixtures need
     pytest.mark.skipif(
         not fetch.has(fetch.SMOLLM_GGUF), reason="SmolLM2 is not in the cache: call fetch.smollm()"
     ),

@@ -20,7 +20,7 @@ from soak import killed, small_run
 
 import jaxlora
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.xdist_group("long_run")]
 
 ROOT = Path(__file__).parents[2]
 

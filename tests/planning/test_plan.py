@@ -21,6 +21,7 @@ PARAMS = {"up": shape(64, 256), "down": shape(256, 64)}
 X = shape(8, 64)
 CONFIG = jaxlora.LoRAConfig(rank=4)
 HAS_QWIX = importlib.util.find_spec("qwix") is not None
+pytestmark = pytest.mark.xdist_group("plan")  # one worker compiles what its fixture needs
 needs_qwix = pytest.mark.skipif(not HAS_QWIX, reason="qwix is not installed")
 
 

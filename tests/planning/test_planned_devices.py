@@ -1,6 +1,9 @@
 """Plans for a mesh, on eight CPU devices in a process of its own."""
 
+import pytest
 from devices import launch
+
+pytestmark = pytest.mark.once
 
 
 def test_plans_on_eight_devices(tmp_path):

@@ -6,6 +6,8 @@ from numpy.testing import assert_array_equal
 
 import jaxlora
 
+pytestmark = pytest.mark.xdist_group("two_processes")  # one worker makes what its fixture needs
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -4,7 +4,14 @@ import pytest
 from devices import launch
 
 
-@pytest.mark.parametrize("checks", ["placement.py", "quantized.py", "laws.py", "orders.py"])
+@pytest.mark.parametrize(
+    "checks",
+    [
+        "placement.py",
+        "laws.py",
+        *(pytest.param(name, marks=pytest.mark.once) for name in ("quantized.py", "orders.py")),
+    ],
+)
 def test_on_eight_devices(checks, tmp_path):
     status, output = launch.run(checks, tmp_path)
     assert status == 0, output[-10_000:]
