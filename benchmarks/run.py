@@ -78,10 +78,11 @@ BENCHMARKS = {
     "decompose": Benchmark("jax", "decompose.py", "the fast decomposition of PiSSA, and the exact"),
     "llama": Benchmark("jax", "llama.py", "bytes of a step of a Llama of 7 billion weights"),
     "compiled_for": Benchmark("tpu", "tpu.py", "steps compiled for a TPU that is not there"),
+    "tpu_mesh": Benchmark("tpu", "tpu_mesh.py", "steps of 8B and 70B compiled for slices of TPUs"),
     "scaling": Benchmark("jax", "scaling.py", "a step against tokens, rank, sites and devices"),
     "compile": Benchmark("jax", "compile.py", "tracing and compiling, against the plain function"),
 }
-UNTIMED = ("decompose.py", "llama.py", "tpu.py")  # which have no rounds
+UNTIMED = ("decompose.py", "llama.py", "tpu.py", "tpu_mesh.py")  # which have no rounds
 
 
 def environment(name: str) -> Path:

@@ -2,8 +2,10 @@
 
 Several answers are drawn for each question, reasoning-gym judges them, and what did better than the
 other answers to the same question becomes likelier (Ahmadian et al. 2024, arXiv:2402.14740; as in
-DeepSeek's GRPO, arXiv:2402.03300, the policy is held near to where it began). Adapters of rank 1
-are trained. Without them the model is the one that it began as: no second copy of the weights.
+DeepSeek's GRPO, arXiv:2402.03300, the policy is held near to where it began). With ``--loss dpo``
+the answers to a question are compared in pairs (DPO, Rafailov et al. 2023, arXiv:2305.18290, with
+answers that are drawn as it learns, Guo et al. 2024, arXiv:2402.04792). Adapters of rank 1 are
+trained. Without them the model is the one that it began as: no second copy of the weights.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from tqdm import tqdm
 import jaxlora
 
 FAMILY = "letter_counting"
+BETAS = {"reinforce": 0.02, "dpo": 0.1}  # the losses, and how much the divergence counts
 DRAWN = 3  # tokens of an answer: a number, and its end
 
 
@@ -60,7 +63,7 @@ def rewards(
     )
 
 
-def advantages(rewards: np.ndarray) -> np.ndarray:
+def advantages(rewards: jax.Array) -> jax.Array:
     """Return rewards ``(questions, samples)`` less the mean of the other answers'."""
     count = rewards.shape[1]
     return (rewards - rewards.mean(1, keepdims=True)) * count / (count - 1)
@@ -101,20 +104,42 @@ def policy_loss(
     return -((advantage - beta * jax.lax.stop_gradient(away)) * of_answers).mean()
 
 
+def pairs_loss(
+    log: jax.Array, reference: jax.Array, counts: jax.Array, rewards: jax.Array, beta: float
+) -> jax.Array:
+    """Return DPO's loss, a mean over the pairs of answers to one question with unequal rewards.
+
+    Args:
+        log: as of `policy_loss`, the answers to each question one after another.
+        reference: the same of the model without adapters.
+        counts: which tokens are of an answer, bool ``(batch, steps)``.
+        rewards: ``(questions, samples)``.
+        beta: how much the divergence from the reference counts.
+    """
+    away = jnp.where(counts, log - reference, 0).sum(1).reshape(rewards.shape)
+    better = rewards[:, :, None] > rewards[:, None, :]
+    margin = away[:, :, None] - away[:, None, :]
+    losses = jnp.where(better, -jax.nn.log_sigmoid(beta * margin), 0)
+    return losses.sum() / jnp.maximum(1, better.sum(dtype=losses.dtype))
+
+
 def training_step(
-    fn: Callable[..., jax.Array], tx: optax.GradientTransformation, end: int, beta: float
+    options: argparse.Namespace, fn: Callable[..., jax.Array], tx: Any, end: int
 ) -> Any:
-    """Return the compiled step ``(adapters, state, base, prompt, drawn, advantage)``."""
+    """Return the compiled step ``(adapters, state, base, prompt, drawn, rewards)``."""
 
     @jax.jit
-    def step(adapters, state, base, prompt, drawn, advantage):
+    def step(adapters, state, base, prompt, drawn, rewards):
         reference = log_probabilities(fn, base, prompt, drawn)
         counts = up_to_end(drawn, end)
 
         def loss(adapters):
             params = jaxlora.bind(base, adapters)
             log = log_probabilities(fn, params, prompt, drawn)
-            return policy_loss(log, reference, counts, advantage, beta)
+            if options.loss == "dpo":
+                return pairs_loss(log, reference, counts, rewards, options.beta)
+            advantage = advantages(rewards).ravel()
+            return policy_loss(log, reference, counts, advantage, options.beta)
 
         updates, state = tx.update(jax.grad(loss)(adapters), state)
         return optax.apply_updates(adapters, updates), state
@@ -137,7 +162,7 @@ def main() -> None:
     base, adapters = jaxlora.split(adapted)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(options.rate))
     state = tx.init(adapters)
-    step = training_step(fn, tx, tokenizer.token_to_id(smollm.END), options.beta)
+    step = training_step(options, fn, tx, tokenizer.token_to_id(smollm.END))
 
     def reward_held_out(params):
         found = smollm.generate(params, fn, prompts(tokenizer, held_out), DRAWN, module)
@@ -151,9 +176,8 @@ def main() -> None:
         repeated = [question for question in chosen for _ in range(options.samples)]
         prompt, now = prompts(tokenizer, repeated), jax.random.fold_in(key, i)
         drawn = smollm.generate(jaxlora.bind(base, adapters), fn, prompt, DRAWN, module, now)
-        reward = rewards(tokenizer, repeated, np.asarray(drawn))
-        advantage = advantages(reward.reshape(-1, options.samples)).ravel()
-        adapters, state = step(adapters, state, base, prompt, drawn, advantage)
+        reward = rewards(tokenizer, repeated, np.asarray(drawn)).reshape(-1, options.samples)
+        adapters, state = step(adapters, state, base, prompt, drawn, reward)
         mean.append(reward.mean())
         bar.set_postfix(reward=f"{np.mean(mean[-10:]):.2f}")
     after = reward_held_out(jaxlora.bind(base, adapters))
@@ -173,11 +197,14 @@ def parse() -> argparse.Namespace:
     add("--questions", type=int, default=4, help="of a step, default %(default)s")
     add("--samples", type=int, default=4, help="answers to each, default %(default)s")
     add("--rate", type=float, default=3e-3, help="default %(default)s")
-    add("--beta", type=float, default=0.02, help="of the divergence, default %(default)s")
+    add("--loss", choices=BETAS, default="reinforce", help="default %(default)s")
+    add("--beta", type=float, help=f"of the divergence, default {BETAS}")
     add("--held-out", type=int, default=64, help="questions, default %(default)s")
     add("--layers", type=int, default=30, help="use the first ones, for a look")
     add("--seed", type=int, default=0, help="of questions, factors and draws")
     options = parser.parse_args()
+    if options.beta is None:
+        options.beta = BETAS[options.loss]
     if options.samples < 2:
         parser.error(f"--samples must be 2 or more, to be compared: got {options.samples}")
     return options

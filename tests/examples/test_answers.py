@@ -133,3 +133,17 @@ def test_gradient_is_that_of_the_expected_reward_less_the_divergence(beta):
 
     found = sum(jax.nn.softmax(logits)[i] * jax.grad(loss)(logits, i) for i in range(5))
     np.testing.assert_allclose(-found, jax.grad(objective)(logits), atol=1e-6)
+
+
+def test_pairs_are_those_of_one_question_with_unequal_rewards():
+    rng = np.random.default_rng(0)
+    log, reference = -rng.uniform(0, 3, (2, 6, 3)).astype(np.float32)
+    counts = np.arange(3) < rng.integers(1, 4, 6)[:, None]
+    rewards = np.array([[1.0, 0.0, 0.3], [0.5, 0.5, 0.5]], np.float32)
+    away = [(log[i] - reference[i])[counts[i]].sum() for i in range(6)]
+    pairs = [(0, 1), (0, 2), (2, 1)]  # of the first question, the better first
+    expected = np.mean([np.log1p(np.exp(-0.1 * (away[i] - away[j]))) for i, j in pairs])
+    found = reinforce.pairs_loss(log, reference, counts, rewards, 0.1)
+    assert found == pytest.approx(expected, rel=1e-5)
+    equal = np.ones_like(rewards)
+    assert reinforce.pairs_loss(log, reference, counts, equal, 0.1) == 0

@@ -85,9 +85,10 @@ def test_what_does_not_fit_a_run_ends_the_program(folder, monkeypatch, options, 
         run(monkeypatch, language_model, *QUICK, "--out", folder, *options)
 
 
-def test_reinforce_prints_rewards(monkeypatch, capsys):
+@pytest.mark.parametrize("loss", reinforce.BETAS)
+def test_reinforce_prints_rewards(loss, monkeypatch, capsys):
     options = ("--layers", 1, "--steps", 2, "--held-out", 4, "--questions", 1, "--samples", 2)
-    run(monkeypatch, reinforce, *options)
+    run(monkeypatch, reinforce, *options, "--loss", loss)
     assert re.search(
         r"held out, likeliest answers: \d\.\d\d before, \d\.\d\d after", capsys.readouterr().out
     )

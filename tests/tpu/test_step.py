@@ -5,24 +5,10 @@ attention over adapted queries is fused as over plain ones, that activations are
 norms of magnitudes make no weight, and that codes are unpacked without a lookup.
 """
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import compiled_for_tpu
 import pytest
 
-pytestmark = [
-    pytest.mark.once,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="libtpu is not installed: pip install 'jaxlora[tpu]'",
-    ),
-]
-SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "tpu.py"
-
+pytestmark = compiled_for_tpu.NEEDED
 
 BOUNDS = {
     "queries and values: lora": {"best_ms": 1.03, "gb": 1.06, "temp_gb": 1.03, "gflops": 1.01},
@@ -36,12 +22,8 @@ BOUNDS = {
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    out = tmp_path_factory.mktemp("tpu") / "rows.json"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     cases = [name.partition(":")[0] for name in BOUNDS]
-    command = [sys.executable, SCRIPT, "--out", out, "--cases", *cases]
-    subprocess.run(command, check=True, env=environment)
-    return json.loads(out.read_text())["results"]
+    return compiled_for_tpu.told("tpu.py", tmp_path_factory.mktemp("tpu"), "--cases", *cases)
 
 
 @pytest.mark.parametrize("name", BOUNDS)

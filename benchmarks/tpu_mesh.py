@@ -1,0 +1,270 @@
+"""Compile training steps for slices of TPUs that are not there: what fits, and what is sent.
+
+libtpu compiles for a slice without one. The models have the sizes of Llama 3 (Grattafiori et al.
+2024, arXiv:2407.21783, table 3), bfloat16, with layers that are scanned and computed again in the
+backward pass, adapters of rank 16 on all of their products, and AdamW. Weights are split over a
+mesh of ``fsdp x tensor`` devices, rows of the batch over ``fsdp``. The variants:
+
+- floor: the frozen model, forward and backward; one vector that is added to the input is trained.
+- lora: `jaxlora.lora` over a base in bfloat16.
+- nf4: the same over a base in four bits.
+
+Of each, for one device: the bytes of arguments and temporaries, as the compiler counts them, and
+their share of its memory; operations, bytes that are read and written, and bytes that collectives
+send, of a whole step; a bound on tokens a second, by the compiler's seconds or, where it tells
+none, by the operations and bytes a second that the chip is sold with; and the seconds of tracing
+and compiling.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import collectives
+import jax
+import jax.numpy as jnp
+import llama
+import models
+import numpy as np
+import optax
+import peers
+import report
+import tpu
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxlora
+from jaxlora.planning import layout
+
+RANK = 16
+VARIANTS = ("lora", "nf4")
+COMPARED = ("gflops", "gb", "moved_gb", "collectives_gb", "tokens_per_s_at_most")
+CHIPS = {  # operations a second, bytes a second, bytes of memory
+    "v5e": (197e12, 819e9, 16 * 2**30),
+    "v5p": (459e12, 2765e9, 95 * 2**30),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model."""
+
+    layers: int
+    width: int
+    hidden: int
+    heads: int
+    groups: int = 8
+    vocabulary: int = 128256
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model on a slice.
+
+    Attributes:
+        sizes: of the model.
+        topology: chip and shape of the slice.
+        fsdp: devices that each have other rows.
+        tensor: devices with the same rows.
+        batch: rows of all devices.
+        tokens: tokens of a row.
+    """
+
+    sizes: Sizes
+    topology: str
+    fsdp: int
+    tensor: int
+    batch: int
+    tokens: int = 2048
+
+    @property
+    def chip(self) -> str:
+        """The generation of the chips."""
+        return self.topology.partition(":")[0]
+
+
+SMALL = Sizes(layers=32, width=4096, hidden=14336, heads=32)
+LARGE = Sizes(layers=80, width=8192, hidden=28672, heads=64)
+CASES = {
+    "8B on v5e-16": Case(SMALL, "v5e:4x4", fsdp=4, tensor=4, batch=16),
+    "70B on v5p-128": Case(LARGE, "v5p:4x4x4", fsdp=16, tensor=4, batch=32),
+    "70B on v5e-256": Case(LARGE, "v5e:16x16", fsdp=32, tensor=8, batch=64),
+}
+
+
+def shapes(case: Case, mesh: Mesh, layers: int) -> Any:
+    """Return the shapes of the parameters, each on its place in the mesh."""
+    sizes = case.sizes
+    d, f, v = sizes.width, sizes.hidden, sizes.vocabulary
+    kv = d // sizes.heads * sizes.groups
+    columns: dict[str, tuple[int, int]] = {"q": (d, d), "k": (d, kv), "v": (d, kv)}
+    columns |= {"gate": (d, f), "up": (d, f)}
+    rows = {"o": (d, d), "down": (f, d)}
+
+    def shape(sizes, *spec):
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+
+    stack: dict[str, Any] = {
+        name: shape((layers, *size), None, "fsdp", "tensor") for name, size in columns.items()
+    }
+    stack |= {name: shape((layers, *size), None, "tensor", "fsdp") for name, size in rows.items()}
+    stack |= {name: shape((layers, d)) for name in ("attention_norm", "norm")}
+    return {
+        "embed": shape((v, d), "tensor", "fsdp"),
+        "layers": stack,
+        "norm": shape((d,)),
+        "head": shape((d, v), "fsdp", "tensor"),
+    }
+
+
+def layer(case: Case, place: Callable[..., jax.Array], x: jax.Array, w: Any) -> jax.Array:
+    """Return the output of one layer, ``(batch, time, width)`` as x."""
+    per_head = case.sizes.width // case.sizes.heads
+
+    def heads(y):
+        return y.reshape(*y.shape[:2], -1, per_head)
+
+    h = llama.normed(x, w["attention_norm"])
+    q, k, v = (heads(h @ w[name]) for name in "qkv")
+    h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
+    x = place(x + h @ w["o"])
+    h = llama.normed(x, w["norm"])
+    h = place(jax.nn.silu(h @ w["gate"]) * (h @ w["up"]), "tensor")
+    return place(x + h @ w["down"])
+
+
+def forward(case: Case, mesh: Mesh, params: Any, tokens: jax.Array, vector: Any = 0) -> jax.Array:
+    """Return logits ``(batch, time, vocabulary)`` for ids ``(batch, time)``."""
+
+    def place(x, last=None):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("fsdp", None, last)))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def body(x, w):
+        return layer(case, place, x, w), None
+
+    x = place(params["embed"][tokens] + vector)
+    x, _ = jax.lax.scan(body, x, params["layers"])
+    return place(llama.normed(x, params["norm"]) @ params["head"], "tensor")
+
+
+def variant(case: Case, mesh: Mesh, name: str, layers: int) -> peers.Variant:
+    """Return the loss ``(trained, frozen, tokens, next ones)`` and the shapes of what it trains."""
+    params = shapes(case, mesh, layers)
+    fn = functools.partial(forward, case, mesh)
+    tokens = jax.ShapeDtypeStruct((case.fsdp, 128), jnp.int32)
+
+    def mean(logits, following):
+        losses = optax.softmax_cross_entropy_with_integer_labels
+        return losses(logits.astype(jnp.float32), following).mean()
+
+    if name == "floor":
+        everywhere = NamedSharding(mesh, P())
+        vector = jax.ShapeDtypeStruct((case.sizes.width,), jnp.bfloat16, sharding=everywhere)
+        return lambda v, p, x, y: mean(fn(p, x, v), y), vector, params
+    targets = tuple(f"layers/{name}" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    config = jaxlora.LoRAConfig(rank=RANK, alpha=16, targets=targets)
+
+    base = params
+    if name == "nf4":
+        how = jaxlora.QuantizationConfig("nf4", targets=targets)
+        base = layout.of_quantized(jaxlora.quantize(fn, params, tokens, config=how), params)
+
+    def adapted(base):
+        return jaxlora.split(jaxlora.init(jax.random.key(0), fn, base, tokens, config=config))
+
+    adapters = layout.of_factors(jax.eval_shape(adapted, base)[1], params, mesh)
+    apply = jaxlora.lora(fn, strict=True)
+    return lambda a, b, x, y: mean(apply(jaxlora.bind(b, a), x), y), adapters, base
+
+
+def programs(case: Case, name: str) -> list[Any]:
+    """Return a training step, and the parts that make what of it is outside of the layers.
+
+    Those are the step of a frozen model that has no layers, and the update of what is trained.
+    """
+    topology = topologies.get_topology_desc(case.topology, "tpu")
+    devices = np.array(topology.devices).reshape(case.fsdp, case.tensor)
+    mesh = Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    rows = NamedSharding(mesh, P("fsdp"))
+    tokens = jax.ShapeDtypeStruct((case.batch, case.tokens), jnp.int32, sharding=rows)
+    tx = optax.adamw(1e-4)
+
+    def compiled(step, trained, *more):
+        state = layout.of_state(jax.eval_shape(tx.init, trained), trained, mesh)
+        return jax.jit(step, donate_argnums=(0, 1)).lower(trained, state, *more).compile()
+
+    def update(trained, state, grads):
+        updates, state = tx.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state
+
+    loss, trained, frozen = variant(case, mesh, name, case.sizes.layers)
+    whole = compiled(models.training_step(loss, tx), trained, frozen, tokens, tokens)
+    loss, vector, around = variant(case, mesh, "floor", 0)
+    outside = compiled(models.training_step(loss, tx), vector, around, tokens, tokens)
+    return [whole, outside, compiled(update, trained, trained)]
+
+
+def told(case: Case, name: str) -> dict[str, float]:
+    """Return the figures of a step, of each device.
+
+    The compiler counts the body of a loop once: what is outside of the layers is taken off, and the
+    rest is taken as many times as there are layers.
+    """
+    begun = time.perf_counter()
+    step, *outside = (tpu.figures(p) | collectives.count(p.as_text()) for p in programs(case, name))
+    took = time.perf_counter() - begun
+    rest = {key: sum(part[key] for part in outside) for key in step}
+    whole = {key: rest[key] + case.sizes.layers * (step[key] - rest[key]) for key in step}
+    operations, traffic, memory = CHIPS[case.chip]
+    seconds = whole["best_ms"] / 1e3
+    if math.isnan(seconds):  # the compiler does not tell it for all chips
+        seconds = max(whole["gflops"] * 1e9 / operations, whole["gb"] * 1e9 / traffic)
+    held = step["argument_gb"] + step["temp_gb"]
+    row = {"argument_gb": step["argument_gb"], "temp_gb": step["temp_gb"]}
+    row |= {"of_memory": held * 1e9 / memory, "best_ms": whole["best_ms"]}
+    row |= {key: whole[key] for key in ("gflops", "gb", *collectives.count(""))}
+    row["tokens_per_s_at_most"] = case.batch * case.tokens / seconds
+    return row | {"compile_s": took}
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return the figures of each variant of each case, and their ratios to its floor."""
+    rows: dict[str, dict[str, float]] = {}
+    for name in options.cases:
+        floor: dict[str, float] = {}
+        for kind in dict.fromkeys(["floor", *options.variants]):
+            row = told(CASES[name], kind)
+            floor = floor or row
+            ratios = {f"{key}_over_floor": row[key] / floor[key] for key in COMPARED}
+            row = rows[f"{name}: {kind}"] = row | ratios
+            shown = ", ".join(f"{key} {value:.3f}" for key, value in row.items())
+            print(f"{name}: {kind}: {shown}", flush=True)
+            report.write(options, rows, "compiled for TPU")
+    return rows
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--out", type=Path, help="write JSON here")
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # what compiles, not what it is compiled for
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    measure(options)
+
+
+if __name__ == "__main__":
+    main()
