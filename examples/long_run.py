@@ -7,6 +7,7 @@ written by Orbax, in the background; one that was cut off by a crash is never ta
 
 import contextlib
 import copy
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,10 +42,19 @@ class Checkpoints:
         folder: made if there is none. Every process names the same one, on a shared file system.
         every: steps between two.
         keep: of the last ones.
+
+    Raises:
+        OSError: nothing can be written there.
     """
 
     def __init__(self, folder: Path, every: int, keep: int = 2):
         self.folder = folder.absolute()
+        try:  # now, for Orbax would tell it after minutes
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise OSError(f"cannot write checkpoints to {self.folder}: {error}") from error
         when = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,

@@ -164,11 +164,12 @@ def main() -> None:
     state = tx.init(adapters)
     step = training_step(options, fn, tx, tokenizer.token_to_id(smollm.END))
 
-    def reward_held_out(params):
-        found = smollm.generate(params, fn, prompts(tokenizer, held_out), DRAWN, module)
-        return rewards(tokenizer, held_out, np.asarray(found)).mean()
+    def rewards_held_out(params):
+        for now in (key, None):  # drawn as in training, and the likeliest
+            found = smollm.generate(params, fn, prompts(tokenizer, held_out), DRAWN, module, now)
+            yield rewards(tokenizer, held_out, np.asarray(found)).mean()
 
-    before = reward_held_out(base)
+    before = list(rewards_held_out(base))
     rng, mean = np.random.default_rng(options.seed), []
     bar = tqdm(range(options.steps), desc="training")
     for i in bar:
@@ -180,11 +181,13 @@ def main() -> None:
         adapters, state = step(adapters, state, base, prompt, drawn, reward)
         mean.append(reward.mean())
         bar.set_postfix(reward=f"{np.mean(mean[-10:]):.2f}")
-    after = reward_held_out(jaxlora.bind(base, adapters))
+    after = rewards_held_out(jaxlora.bind(base, adapters))
     trained = sum(leaf.size for leaf in jax.tree.leaves(adapters))
-    print(f"{trained:,} parameters trained; of the drawn answers' rewards the mean was")
-    print(f"{np.mean(mean[:10]):.2f} in the first ten steps, {np.mean(mean[-10:]):.2f} in the last")
-    print(f"held out, likeliest answers: {before:.2f} before, {after:.2f} after")
+    print(f"{trained:,} parameters trained; mean rewards:")
+    first_ten, last_ten = np.mean(mean[:10]), np.mean(mean[-10:])
+    print(f"drawn in training: {first_ten:.2f} in the first ten steps, {last_ten:.2f} in the last")
+    for name, first, last in zip(("drawn", "likeliest"), before, after, strict=True):
+        print(f"held out, {name} answers: {first:.2f} before, {last:.2f} after")
 
 
 def parse() -> argparse.Namespace:
@@ -193,13 +196,13 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--steps", type=int, default=30, help="default %(default)s")
+    add("--steps", type=int, default=40, help="default %(default)s")
     add("--questions", type=int, default=4, help="of a step, default %(default)s")
     add("--samples", type=int, default=4, help="answers to each, default %(default)s")
     add("--rate", type=float, default=3e-3, help="default %(default)s")
     add("--loss", choices=BETAS, default="reinforce", help="default %(default)s")
     add("--beta", type=float, help=f"of the divergence, default {BETAS}")
-    add("--held-out", type=int, default=64, help="questions, default %(default)s")
+    add("--held-out", type=int, default=128, help="questions, default %(default)s")
     add("--layers", type=int, default=30, help="use the first ones, for a look")
     add("--seed", type=int, default=0, help="of questions, factors and draws")
     options = parser.parse_args()

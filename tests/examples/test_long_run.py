@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +21,10 @@ import jaxlora
 
 pytestmark = [pytest.mark.once, pytest.mark.xdist_group("long_run")]
 
-ROOT = Path(__file__).parents[2]
+WITHOUT_RIGHTS = (  # runs Python as a user whom a read-only folder stops, even root
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); "  # PR_CAPBSET_DROP
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
 
 
 def take(chosen):
@@ -85,6 +87,19 @@ class TestCheckpoints:
             checkpoints.save(7, self.state(7), data, {}, force=True)
         checkpoints.close()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "7"]
+
+    def test_folder_that_cannot_be_written_is_an_error_at_once(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match=r"cannot write checkpoints to .*/file/run: .*Not a dir"):
+            long_run.Checkpoints(tmp_path / "file" / "run", every=1)
+        (tmp_path / "kept").mkdir(mode=0o555)
+        code = "import pathlib, sys, long_run; long_run.Checkpoints(pathlib.Path(sys.argv[1]), 1)"
+        command = [sys.executable, "-c", WITHOUT_RIGHTS, "-c", code, tmp_path / "kept"]
+        done = subprocess.run(
+            command, env=killed.environment(tmp_path), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert f"cannot write checkpoints to {tmp_path}/kept: [Errno 13] Permission" in done.stderr
 
     def test_half_written_ones_are_not_taken_for_whole(self, tmp_path):
         checkpoints = long_run.Checkpoints(tmp_path, every=1)
