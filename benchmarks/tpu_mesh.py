@@ -10,16 +10,14 @@ mesh of ``fsdp x tensor`` devices, rows of the batch over ``fsdp``. The variants
 - nf4: the same over a base in four bits.
 
 Of each, for one device: the bytes of arguments and temporaries, as the compiler counts them, and
-their share of its memory; operations, bytes that are read and written, and bytes that collectives
-send, of a whole step; a bound on tokens a second, by the compiler's seconds or, where it tells
-none, by the operations and bytes a second that the chip is sold with; and the seconds of tracing
-and compiling.
+their share of its memory; operations; what collectives bring, loops in full; a bound on tokens a
+second; and the seconds of tracing and compiling. The bound is the least of what the chip is sold
+for, in operations and in bytes a second, and of the compiler's own seconds, where it tells them.
 """
 
 import argparse
 import dataclasses
 import functools
-import math
 import os
 import time
 from collections.abc import Callable
@@ -41,11 +39,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxlora
-from jaxlora.planning import layout
+from jaxlora.planning import layout, operations
 
 RANK = 16
 VARIANTS = ("lora", "nf4")
-COMPARED = ("gflops", "gb", "moved_gb", "collectives_gb", "tokens_per_s_at_most")
+COMPARED = ("tflops", "gb", "moved_gb", "collectives_gb", "tokens_per_s_at_most")
 CHIPS = {  # operations a second, bytes a second, bytes of memory
     "v5e": (197e12, 819e9, 16 * 2**30),
     "v5p": (459e12, 2765e9, 95 * 2**30),
@@ -185,54 +183,55 @@ def variant(case: Case, mesh: Mesh, name: str, layers: int) -> peers.Variant:
     return lambda a, b, x, y: mean(apply(jaxlora.bind(b, a), x), y), adapters, base
 
 
-def programs(case: Case, name: str) -> list[Any]:
-    """Return a training step, and the parts that make what of it is outside of the layers.
-
-    Those are the step of a frozen model that has no layers, and the update of what is trained.
-    """
-    topology = topologies.get_topology_desc(case.topology, "tpu")
-    devices = np.array(topology.devices).reshape(case.fsdp, case.tensor)
-    mesh = Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+def traced(case: Case, mesh: Mesh, name: str, layers: int) -> tuple[Any, Any]:
+    """Return a training step, and the update alone of what it trains, traced for the slice."""
+    loss, trained, frozen = variant(case, mesh, name, layers)
+    tx = optax.adamw(1e-4)
+    state = layout.of_state(jax.eval_shape(tx.init, trained), trained, mesh)
     rows = NamedSharding(mesh, P("fsdp"))
     tokens = jax.ShapeDtypeStruct((case.batch, case.tokens), jnp.int32, sharding=rows)
-    tx = optax.adamw(1e-4)
-
-    def compiled(step, trained, *more):
-        state = layout.of_state(jax.eval_shape(tx.init, trained), trained, mesh)
-        return jax.jit(step, donate_argnums=(0, 1)).lower(trained, state, *more).compile()
 
     def update(trained, state, grads):
         updates, state = tx.update(grads, state, trained)
         return optax.apply_updates(trained, updates), state
 
-    loss, trained, frozen = variant(case, mesh, name, case.sizes.layers)
-    whole = compiled(models.training_step(loss, tx), trained, frozen, tokens, tokens)
-    loss, vector, around = variant(case, mesh, "floor", 0)
-    outside = compiled(models.training_step(loss, tx), vector, around, tokens, tokens)
-    return [whole, outside, compiled(update, trained, trained)]
+    step = jax.jit(models.training_step(loss, tx), donate_argnums=(0, 1))
+    alone = jax.jit(update, donate_argnums=(0, 1)).trace(trained, state, trained)
+    return step.trace(trained, state, frozen, tokens, tokens), alone
+
+
+def in_full(case: Case, once: dict[str, float], *outside: dict[str, float]) -> dict[str, float]:
+    """Return the figures of a step of all layers, of which the compiler counts one.
+
+    What is outside of the layers is taken off, and the rest is taken as often as there are layers:
+    less than it is, where a layer has loops of its own.
+    """
+    rest = {key: sum(part[key] for part in outside) for key in once}
+    return {key: rest[key] + case.sizes.layers * (once[key] - rest[key]) for key in once}
 
 
 def told(case: Case, name: str) -> dict[str, float]:
-    """Return the figures of a step, of each device.
-
-    The compiler counts the body of a loop once: what is outside of the layers is taken off, and the
-    rest is taken as many times as there are layers.
-    """
+    """Return the figures of a step, of each device."""
+    topology = topologies.get_topology_desc(case.topology, "tpu")
+    devices = np.array(topology.devices).reshape(case.fsdp, case.tensor)
+    mesh = Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     begun = time.perf_counter()
-    step, *outside = (tpu.figures(p) | collectives.count(p.as_text()) for p in programs(case, name))
+    step, update = traced(case, mesh, name, case.sizes.layers)
+    program = step.lower().compile()
     took = time.perf_counter() - begun
-    rest = {key: sum(part[key] for part in outside) for key in step}
-    whole = {key: rest[key] + case.sizes.layers * (step[key] - rest[key]) for key in step}
-    operations, traffic, memory = CHIPS[case.chip]
-    seconds = whole["best_ms"] / 1e3
-    if math.isnan(seconds):  # the compiler does not tell it for all chips
-        seconds = max(whole["gflops"] * 1e9 / operations, whole["gb"] * 1e9 / traffic)
-    held = step["argument_gb"] + step["temp_gb"]
-    row = {"argument_gb": step["argument_gb"], "temp_gb": step["temp_gb"]}
-    row |= {"of_memory": held * 1e9 / memory, "best_ms": whole["best_ms"]}
-    row |= {key: whole[key] for key in ("gflops", "gb", *collectives.count(""))}
-    row["tokens_per_s_at_most"] = case.batch * case.tokens / seconds
-    return row | {"compile_s": took}
+    without_layers, _ = traced(case, mesh, "floor", 0)
+    outside = [tpu.figures(part.lower().compile()) for part in (without_layers, update)]
+    once = tpu.figures(program)
+    flops = operations.count(step.jaxpr, "tpu") / mesh.size
+    rate, traffic, memory = CHIPS[case.chip]
+    row = {"argument_gb": once["argument_gb"], "temp_gb": once["temp_gb"]}
+    row["of_memory"] = (once["argument_gb"] + once["temp_gb"]) * 1e9 / memory
+    whole = in_full(case, once, *outside)
+    row |= {"tflops": flops / 1e12, "gb": whole["gb"], "best_ms": whole["best_ms"]}
+    row |= collectives.count(program.as_text())
+    bounds = flops / rate, whole["gb"] * 1e9 / traffic, whole["best_ms"] / 1e3
+    row["tokens_per_s_at_most"] = case.batch * case.tokens / np.nanmax(bounds)
+    return row | {"trace_and_compile_s": took}
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -96,7 +96,7 @@ def test_arithmetic_has_the_answer_that_python_gives():
 
 def test_advantages_leave_out_the_answer_itself():
     rewards = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5]], np.float32)
-    found = reinforce.advantages(rewards)
+    found = reinforce.advantages(jnp.asarray(rewards))
     for i, j in itertools.product(range(2), range(3)):
         others = np.delete(rewards[i], j)
         assert found[i, j] == pytest.approx(rewards[i, j] - others.mean())
@@ -137,13 +137,13 @@ def test_gradient_is_that_of_the_expected_reward_less_the_divergence(beta):
 
 def test_pairs_are_those_of_one_question_with_unequal_rewards():
     rng = np.random.default_rng(0)
-    log, reference = -rng.uniform(0, 3, (2, 6, 3)).astype(np.float32)
-    counts = np.arange(3) < rng.integers(1, 4, 6)[:, None]
-    rewards = np.array([[1.0, 0.0, 0.3], [0.5, 0.5, 0.5]], np.float32)
+    log, reference = jnp.asarray(-rng.uniform(0, 3, (2, 6, 3)), jnp.float32)
+    counts = jnp.asarray(np.arange(3) < rng.integers(1, 4, 6)[:, None])
+    rewards = jnp.array([[1.0, 0.0, 0.3], [0.5, 0.5, 0.5]])
     away = [(log[i] - reference[i])[counts[i]].sum() for i in range(6)]
     pairs = [(0, 1), (0, 2), (2, 1)]  # of the first question, the better first
     expected = np.mean([np.log1p(np.exp(-0.1 * (away[i] - away[j]))) for i, j in pairs])
     found = reinforce.pairs_loss(log, reference, counts, rewards, 0.1)
     assert found == pytest.approx(expected, rel=1e-5)
-    equal = np.ones_like(rewards)
+    equal = jnp.ones_like(rewards)
     assert reinforce.pairs_loss(log, reference, counts, equal, 0.1) == 0
