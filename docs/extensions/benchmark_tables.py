@@ -85,7 +85,7 @@ def shown(column: str, value: Any) -> str:
         return "-"
     if column.startswith("held_out"):
         return f"{value:.1%}"
-    return f"{value:,.0f}" if column.endswith(("_ms", "_mb")) else f"{value:.2f}"
+    return f"{value:,.0f}" if column.endswith(("_ms", "_mb", "_at_most")) else f"{value:.2f}"
 
 
 def bars(figures: dict[str, float], label: str) -> str:
