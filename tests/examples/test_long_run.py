@@ -186,8 +186,7 @@ def whole(tmp_path_factory):
 def begun(folder):
     """Start a run, and return it when it has saved a checkpoint."""
     program = killed.started(folder)
-    while not killed.checkpoint(folder):
-        assert program.poll() is None, program.communicate()[1]
+    killed.until_saved(folder, program)
     return program
 
 

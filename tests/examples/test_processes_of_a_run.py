@@ -2,7 +2,6 @@
 
 import os
 import socket
-import time
 
 import numpy as np
 import pytest
@@ -43,10 +42,7 @@ def whole(tmp_path_factory):
 
 def stopped(folder, programs):
     """Kill programs with SIGKILL, the first one at once, when there is a checkpoint."""
-    while not killed.checkpoint(folder):
-        for program in programs:
-            assert program.poll() is None, program.communicate()[1][-5000:]
-        time.sleep(0.05)
+    killed.until_saved(folder, *programs)
     for program in programs:
         program.kill()
     for program in programs:
@@ -81,8 +77,7 @@ def test_a_run_goes_on_with_fewer_and_with_more_devices(whole):
     for mesh, count in (("4x2", 8), ("2x2", 4)):
         before = killed.checkpoint(folder)
         program = killed.started(folder, "--mesh", mesh, **devices(count))
-        while killed.checkpoint(folder) == before:
-            assert program.poll() is None, program.communicate()[1][-5000:]
+        killed.until_saved(folder, program, after=before)
         program.kill()
         program.communicate()
     assert not (folder / "result.npz").exists()
@@ -103,9 +98,7 @@ def test_processes_that_are_killed_go_on_as_others(whole):
 def test_sigterm_to_one_process_stops_all_at_one_step(whole):
     folder = whole.parent / "asked"
     programs = job(folder, "4x2", processes=2, of_each=4)
-    while not killed.checkpoint(folder):
-        assert programs[0].poll() is None, programs[0].communicate()[1][-5000:]
-        time.sleep(0.05)
+    killed.until_saved(folder, *programs)
     programs[1].terminate()
     output = [program.communicate()[0] for program in programs]
     assert [program.returncode for program in programs] == [143, 143]

@@ -59,6 +59,14 @@ def checkpoint(folder: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
+def until_saved(folder: Path, *programs: subprocess.Popen[str], after: int = 0) -> None:
+    """Wait until programs that go on have saved a checkpoint other than that of a step."""
+    while checkpoint(folder) == after:
+        for program in programs:
+            assert program.poll() is None, program.communicate()[1][-5000:]
+        time.sleep(0.005)
+
+
 def soak(folder: Path, kills: int, seed: int) -> list[int]:
     """Kill runs so many times; return the step of the last checkpoint at each kill.
 

@@ -9,7 +9,8 @@ from devices import launch
     [
         "placement.py",
         "laws.py",
-        *(pytest.param(name, marks=pytest.mark.once) for name in ("quantized.py", "orders.py")),
+        pytest.param("quantized.py", marks=pytest.mark.once),
+        pytest.param("orders.py", marks=pytest.mark.once),
     ],
 )
 def test_on_eight_devices(checks, tmp_path):
