@@ -213,6 +213,12 @@ def compiled(case: Case, variant: peers.Variant) -> Any:
     return jitted.lower(*arguments).compile()
 
 
+def need_no_tpu() -> None:
+    """Let libtpu compile on a machine that has no TPU."""
+    jax.config.update("jax_platforms", "cpu")  # what compiles, not what it is compiled for
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+
 def figures(program: Any) -> dict[str, float]:
     """Return what the compiler tells of a program."""
     cost, memory, text = program.cost_analysis(), program.memory_analysis(), program.as_text()
@@ -256,8 +262,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="write JSON here")
     options = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # what compiles, not what it is compiled for
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    need_no_tpu()
     report.finish(options, measure(options), "compiled for TPU")
 
 

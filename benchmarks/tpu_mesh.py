@@ -18,7 +18,6 @@ for, in operations and in bytes a second, and of the compiler's own seconds, whe
 import argparse
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -210,23 +209,32 @@ def in_full(case: Case, once: dict[str, float], *outside: dict[str, float]) -> d
     return {key: rest[key] + case.sizes.layers * (once[key] - rest[key]) for key in once}
 
 
-def told(case: Case, name: str) -> dict[str, float]:
-    """Return the figures of a step, of each device."""
+def mesh_of(case: Case) -> Mesh:
+    """Return the devices of the slice, which is not there."""
     topology = topologies.get_topology_desc(case.topology, "tpu")
     devices = np.array(topology.devices).reshape(case.fsdp, case.tensor)
-    mesh = Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def told(case: Case, mesh: Mesh, name: str, without_layers: dict[str, float]) -> dict[str, float]:
+    """Return the figures of a step, of each device.
+
+    Args:
+        case: the model and the slice.
+        mesh: its devices.
+        name: of the variant.
+        without_layers: what the compiler tells of a step of the frozen model that has none.
+    """
     begun = time.perf_counter()
     step, update = traced(case, mesh, name, case.sizes.layers)
     program = step.lower().compile()
     took = time.perf_counter() - begun
-    without_layers, _ = traced(case, mesh, "floor", 0)
-    outside = [tpu.figures(part.lower().compile()) for part in (without_layers, update)]
     once = tpu.figures(program)
     flops = operations.count(step.jaxpr, "tpu") / mesh.size
     rate, traffic, memory = CHIPS[case.chip]
     row = {"argument_gb": once["argument_gb"], "temp_gb": once["temp_gb"]}
     row["of_memory"] = (once["argument_gb"] + once["temp_gb"]) * 1e9 / memory
-    whole = in_full(case, once, *outside)
+    whole = in_full(case, once, without_layers, tpu.figures(update.lower().compile()))
     row |= {"tflops": flops / 1e12, "gb": whole["gb"], "best_ms": whole["best_ms"]}
     row |= collectives.count(program.as_text())
     bounds = flops / rate, whole["gb"] * 1e9 / traffic, whole["best_ms"] / 1e3
@@ -238,9 +246,11 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Return the figures of each variant of each case, and their ratios to its floor."""
     rows: dict[str, dict[str, float]] = {}
     for name in options.cases:
-        floor: dict[str, float] = {}
+        case, floor = CASES[name], dict[str, float]()
+        mesh = mesh_of(case)
+        without_layers = tpu.figures(traced(case, mesh, "floor", 0)[0].lower().compile())
         for kind in dict.fromkeys(["floor", *options.variants]):
-            row = told(CASES[name], kind)
+            row = told(case, mesh, kind, without_layers)
             floor = floor or row
             ratios = {f"{key}_over_floor": row[key] / floor[key] for key in COMPARED}
             row = rows[f"{name}: {kind}"] = row | ratios
@@ -260,8 +270,7 @@ def main() -> None:
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     add("--out", type=Path, help="write JSON here")
     options = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # what compiles, not what it is compiled for
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    tpu.need_no_tpu()
     measure(options)
 
 
