@@ -18,6 +18,7 @@ def start(file, output, devices, **environment):
     """Start pytest on a file of this folder, its output going to another file."""
     flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | environment
+    environment.pop("PYTEST_ADDOPTS", None)  # meant for the run that starts this one
     command = [sys.executable, "-m", "pytest", *OPTIONS, str(HERE / file)]
     with output.open("w") as stream:
         return subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
