@@ -8,7 +8,7 @@ import numpy as np
 from jaxlora import analysis
 
 from .arms import lora
-from .lab import Lab
+from .lab import Lab, Wanted
 from .ranks_and_weights import RATES
 from .rates import TASK
 from .report import Report, figure
@@ -20,12 +20,17 @@ PAPER = {  # norms of ΔW, of W, and of W in directions of ΔW, in its own and i
 COLUMNS = ("ΔW", "W", "W in directions of ΔW", "in its own", "in random ones", "amplification")
 
 
+def needs(lab: Lab) -> dict[int, Wanted]:
+    """Return the runs by rank."""
+    return {rank: Wanted(TASK, lora(rank, "q,v"), RATES) for rank in lab.some(tuple(PAPER))}
+
+
 def run(lab: Lab) -> Report:
     """Measure the norms of table 7 for adapters of rank 4 and 64 on query and value."""
     params = lab.task(TASK).params
     rows, figures, amplified = [], {}, {}
-    for rank in lab.some(tuple(PAPER)):
-        adapters = lab.best_trainable(TASK, lora(rank, "q,v"), RATES, seed=0).adapters
+    for rank, wanted in needs(lab).items():
+        adapters = lab.best_trainable(TASK, wanted.arm, RATES, seed=0).adapters
         norms = analysis.amplification(params, adapters).norms
         for kind in ("query", "value"):
             of_layers = np.array(

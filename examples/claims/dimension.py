@@ -16,7 +16,7 @@ import jaxlora
 
 from .arms import FULL, subspace
 from .fine_tuning import RATES as RATES_OF_ARMS
-from .lab import Lab
+from .lab import Lab, Wanted
 from .report import Report, as_dicts, figure, mean_and_error, nats, percent
 from .tasks import Task
 from .training import Run
@@ -28,20 +28,28 @@ TASKS = ("sentiment", "glosses", "fashion", "definitions")
 SEEDS = {"fashion": 1, "definitions": 1}  # where a run takes minutes; all, of the other tasks
 
 
+def needs(lab: Lab) -> dict[tuple[str, int], Wanted]:
+    """Return the runs by task and dimension; 0 for full fine-tuning."""
+    return {
+        (name, dimension): Wanted(
+            name, subspace(dimension), RATES, chosen_by=subspace(SEARCHED), seeds=SEEDS.get(name)
+        )
+        if dimension
+        else Wanted(name, FULL, RATES_OF_ARMS[name][1])
+        for name in lab.some(TASKS)
+        for dimension in (0, *lab.some(DIMENSIONS))
+    }
+
+
 def run(lab: Lab) -> Report:
     """Train coordinates in random subspaces of several dimensions, at the best rate of the task."""
-    rows, figures = [], {}
+    rows, figures, wanted = [], {}, needs(lab)
     picture, (classes, losses) = figure(2)
     for name in lab.some(TASKS):
         task = lab.task(name)
         told = percent if task.higher_is_better else nats
-        full = lab.runs(name, FULL, lab.best_rate(name, FULL, RATES_OF_ARMS[name][1]))
-        rate = lab.best_rate(name, subspace(SEARCHED), RATES)
-        seeds = lab.seeds[: SEEDS.get(name)]
-        found = {
-            d: [lab.run(name, subspace(d), rate, seed) for seed in seeds]
-            for d in lab.some(DIMENSIONS)
-        }
+        full = lab.runs(wanted[name, 0])
+        found = {d: lab.runs(wanted[name, d]) for d in lab.some(DIMENSIONS)}
         goal = _goal(task, full)
         d90 = _least(task, found, goal)
         rows += [[name, f"{dimension:,}", told(runs)] for dimension, runs in found.items()]

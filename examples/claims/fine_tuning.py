@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 
 from .arms import BIASES, FULL, HEAD, lora
-from .lab import Lab
+from .lab import Lab, Wanted
 from .rates import FULL_RATES, LORA_RATES
 from .report import Report, as_dicts, figure, mean_and_error, nats, percent
 from .training import Run, seconds_of_steps
@@ -26,18 +26,24 @@ COLUMNS = (
 )
 
 
+def needs(lab: Lab) -> dict[tuple[str, str], Wanted]:
+    """Return the runs by task and arm."""
+    return {
+        (name, arm.name): Wanted(name, arm, rates)
+        for name, of_arms in RATES.items()
+        for arm, rates in lab.some(tuple(zip(ARMS, of_arms, strict=True)))
+    }
+
+
 def run(lab: Lab) -> Report:
     """Train each arm on each task, at the best of a few rates."""
-    rows, figures = [], {}
+    rows, figures, wanted = [], {}, needs(lab)
     picture, axes = figure(len(RATES))
     for name, ax in zip(RATES, axes, strict=True):
         task = lab.task(name)
         told = percent if task.higher_is_better else nats
         before, probed = task.general(task.params), task.probe()
-        found = {
-            arm.name: lab.runs(name, arm, lab.best_rate(name, arm, rates))
-            for arm, rates in lab.some(tuple(zip(ARMS, RATES[name], strict=True)))
-        }
+        found = {arm.name: lab.runs(wanted[name, arm.name]) for arm in lab.some(ARMS)}
         seconds = seconds_of_steps(task, lab.some(ARMS), 2 if lab.quick else 15)
         if probed is not None:
             rows.append([name, "probe", "", f"{100 * probed:.1f}", *[""] * 5])

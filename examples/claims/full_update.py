@@ -11,12 +11,17 @@ import jaxlora
 from jaxlora import algebra, analysis
 
 from .arms import FULL, together
-from .lab import Lab
+from .lab import Lab, Wanted
 from .rates import FULL_RATES, TASK
 from .report import Report, figure, mean_and_error
 from .tasks import path_of
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def needs(lab: Lab) -> dict[str, Wanted]:
+    """Return the runs of full fine-tuning."""
+    return {"full": Wanted(TASK, FULL, FULL_RATES[1:])}
 
 
 def run(lab: Lab) -> Report:

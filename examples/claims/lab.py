@@ -1,9 +1,11 @@
 """Runs by name: each is made once, and its result is kept in a folder."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,31 @@ from .training import Run, Trainer
 TASKS = {make.__name__: make for make in (sentiment, glosses, definitions, fashion)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Runs that a claim needs: one for each seed, at the best of some rates.
+
+    Attributes:
+        task: its name.
+        arm: what is trained.
+        rates: to choose from, at the first seed, by the validation score.
+        chosen_by: the arm whose runs choose the rate; None for this one.
+        seeds: how many of the seeds; None for all.
+    """
+
+    task: str
+    arm: Arm
+    rates: Sequence[float]
+    chosen_by: Arm | None = None
+    seeds: int | None = None
+
+
 class Lab:
     """What the claims are tried with.
 
     Args:
         folder: where the result of each run is kept; a run that is there is not made again.
+            Several processes may share it: one waits for a run that another makes.
         seeds: of the runs of each arm.
         quick: make tasks of few steps and small models, to see that all works.
     """
@@ -45,13 +67,14 @@ class Lab:
     def run(self, task: str, arm: Arm, rate: float, seed: int) -> Run:
         """Return a run's figures, from the folder if they are there."""
         path = self._place(task, arm, rate, seed).with_suffix(".json")
-        if path.exists():
-            return Run(**json.loads(path.read_text()))
-        found, trainable = self._train(task, arm, rate, seed)
-        if arm.rank:
-            _save(path.with_suffix(""), trainable)
-        _write(path, json.dumps(dataclasses.asdict(found), indent=2))
-        return found
+        with _alone(path.with_suffix(".lock")):
+            if path.exists():
+                return Run(**json.loads(path.read_text()))
+            found, trainable = self._train(task, arm, rate, seed)
+            if arm.rank:
+                _save(path.with_suffix(""), trainable)
+            _write(path, json.dumps(dataclasses.asdict(found), indent=2))
+            return found
 
     def trainable(self, task: str, arm: Arm, rate: float, seed: int) -> Trainable:
         """Return what a run has trained, from the folder if it is there."""
@@ -75,9 +98,11 @@ class Lab:
         """Return what the run of a seed at the best rate has trained."""
         return self.trainable(task, arm, self.best_rate(task, arm, rates), seed)
 
-    def runs(self, task: str, arm: Arm, rate: float) -> list[Run]:
-        """Return the runs at a rate, one for each seed."""
-        return [self.run(task, arm, rate, seed) for seed in self.seeds]
+    def runs(self, wanted: Wanted) -> list[Run]:
+        """Return the runs that are wanted, from the folder those that are there."""
+        rate = self.best_rate(wanted.task, wanted.chosen_by or wanted.arm, wanted.rates)
+        seeds = self.seeds[: wanted.seeds]
+        return [self.run(wanted.task, wanted.arm, rate, seed) for seed in seeds]
 
     def some(self, choices: Sequence[Any]) -> Sequence[Any]:
         """Return what to try of a few choices: one, where all is to be quick."""
@@ -103,9 +128,17 @@ def _save(place: Path, found: Trainable) -> None:
     new.replace(place / "leaves.npz")
 
 
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is within the same lock; one that ends lets go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _write(path: Path, text: str) -> None:
     """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     new.write_text(text + "\n")
     new.replace(path)

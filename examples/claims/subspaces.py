@@ -10,7 +10,7 @@ import numpy as np
 from jaxlora import analysis
 
 from .arms import lora
-from .lab import Lab
+from .lab import Lab, Wanted
 from .ranks_and_weights import RATES
 from .rates import TASK
 from .report import Report, figure
@@ -19,9 +19,15 @@ RANKS = (8, 64)
 DRAWN = "layer_2"  # the layer of the heat maps; the table has the median of all
 
 
+def needs(lab: Lab) -> dict[int, Wanted]:
+    """Return the runs by rank."""
+    ranks = (2, 3) if lab.quick else RANKS
+    return {rank: Wanted(TASK, lora(rank, "q,v"), RATES) for rank in ranks}
+
+
 def run(lab: Lab) -> Report:
     """Compare adapters on query and value by their products, and by a alone as the paper."""
-    small, large = (lora(rank, "q,v") for rank in ((2, 3) if lab.quick else RANKS))
+    small, large = (wanted.arm for wanted in needs(lab).values())
     first = lab.best_trainable(TASK, small, RATES, seed=0).adapters
     second = lab.best_trainable(TASK, large, RATES, seed=0).adapters
     other = lab.best_trainable(TASK, large, RATES, seed=1).adapters
