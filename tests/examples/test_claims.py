@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fetch
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import reproduce
 import scipy.stats
-from claims import arms, report, tasks
+from claims import arms, lab, report, tasks
 from claims.training import Run
 from soak import killed
 
@@ -117,7 +119,7 @@ def reproduced(folder, *options):
 
 @pytest.mark.skipif(not fetch.has(*FILES), reason="weights and data are not in the cache")
 def test_claims_run_quickly_and_go_on_from_the_runs_that_are_there(tmp_path):
-    out = reproduced(tmp_path, "all", "--quick")
+    out = reproduced(tmp_path, "all", "--quick", "--processes", "2")
     assert re.findall(r"^== (\w+):", out, re.MULTILINE) == list(reproduce.CLAIMS)
     runs = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/**/*.json")}
     for name in reproduce.CLAIMS:
@@ -143,6 +145,31 @@ def test_every_claim_has_been_tried_and_is_shown(name):
     assert f"```{{claim}} {name}\n" in page
     assert f"(../../benchmarks/results/claims/{name}.png)" in page
     assert (reproduce.RESULTS / f"{name}.png").exists()
+
+
+def test_a_run_that_two_want_at_once_is_made_once(tmp_path, monkeypatch):
+    begun = []
+
+    def batches(seed):
+        begun.append(seed)
+        time.sleep(0.5)
+        return iter([jnp.ones((2, 6))] * 3)
+
+    linear_task = dataclasses.replace(task(), batches=batches, steps=3)
+    monkeypatch.setitem(lab.TASKS, "linear", lambda quick: linear_task)
+    labs = [lab.Lab(tmp_path, (0,)) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda each: each.run("linear", arms.lora(2), 1e-3, 0), labs)
+    assert first == second
+    assert begun == [0]
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--processes"])
+def test_none_of_what_is_counted_is_an_error(option):
+    command = [sys.executable, "examples/reproduce.py", "rates", option, "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{option} must be 1 or more: got 0" in done.stderr
 
 
 def test_unknown_claims_are_errors_that_list_what_there_is():
