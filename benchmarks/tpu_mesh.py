@@ -3,7 +3,9 @@
 libtpu compiles for a slice without one. The models have the sizes of Llama 3 (Grattafiori et al.
 2024, arXiv:2407.21783, table 3), bfloat16, with layers that are scanned and computed again in the
 backward pass, adapters of rank 16 on all of their products, and AdamW. Weights are split over a
-mesh of ``fsdp x tensor`` devices, rows of the batch over ``fsdp``. The variants:
+mesh of ``fsdp x tensor`` devices, rows of the batch over ``fsdp``. How weights come together is
+left to the compiler, or the program says that each layer gathers its own over ``fsdp``. The
+variants:
 
 - floor: the frozen model, forward and backward; one vector that is added to the input is trained.
 - lora: `jaxlora.lora` over a base in bfloat16.
@@ -72,6 +74,7 @@ class Case:
         tensor: devices with the same rows.
         batch: rows of all devices.
         tokens: tokens of a row.
+        gathers: whether the program says that a layer gathers its weights over ``fsdp``.
     """
 
     sizes: Sizes
@@ -80,6 +83,7 @@ class Case:
     tensor: int
     batch: int
     tokens: int = 2048
+    gathers: bool = False
 
     @property
     def chip(self) -> str:
@@ -94,6 +98,8 @@ CASES = {
     "70B on v5p-128": Case(LARGE, "v5p:4x4x4", fsdp=16, tensor=4, batch=32),
     "70B on v5e-256": Case(LARGE, "v5e:16x16", fsdp=32, tensor=8, batch=64),
 }
+CASES |= {f"{name}, gathered": dataclasses.replace(CASES[name], gathers=True) for name in CASES}
+COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")  # what the tensor axis splits
 
 
 def shapes(case: Case, mesh: Mesh, layers: int) -> Any:
@@ -101,9 +107,8 @@ def shapes(case: Case, mesh: Mesh, layers: int) -> Any:
     sizes = case.sizes
     d, f, v = sizes.width, sizes.hidden, sizes.vocabulary
     kv = d // sizes.heads * sizes.groups
-    columns: dict[str, tuple[int, int]] = {"q": (d, d), "k": (d, kv), "v": (d, kv)}
-    columns |= {"gate": (d, f), "up": (d, f)}
-    rows = {"o": (d, d), "down": (f, d)}
+    columns = dict(zip(COLUMNS, ((d, d), (d, kv), (d, kv), (d, f), (d, f)), strict=True))
+    rows = dict(zip(ROWS, ((d, d), (f, d)), strict=True))
 
     def shape(sizes, *spec):
         return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
@@ -143,9 +148,18 @@ def forward(case: Case, mesh: Mesh, params: Any, tokens: jax.Array, vector: Any 
     def place(x, last=None):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("fsdp", None, last)))
 
+    def gathered(w):
+        """Return the weights of a layer, those of products on the devices of one fsdp index."""
+        spec = dict.fromkeys(COLUMNS, P(None, "tensor")) | dict.fromkeys(ROWS, P("tensor", None))
+        placed = {
+            name: jax.lax.with_sharding_constraint(w[name], NamedSharding(mesh, spec[name]))
+            for name in spec
+        }
+        return w | placed
+
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(x, w):
-        return layer(case, place, x, w), None
+        return layer(case, place, x, gathered(w) if case.gathers else w), None
 
     x = place(params["embed"][tokens] + vector)
     x, _ = jax.lax.scan(body, x, params["layers"])
@@ -166,7 +180,7 @@ def variant(case: Case, mesh: Mesh, name: str, layers: int) -> peers.Variant:
         everywhere = NamedSharding(mesh, P())
         vector = jax.ShapeDtypeStruct((case.sizes.width,), jnp.bfloat16, sharding=everywhere)
         return lambda v, p, x, y: mean(fn(p, x, v), y), vector, params
-    targets = tuple(f"layers/{name}" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    targets = tuple(f"layers/{name}" for name in COLUMNS + ROWS)
     config = jaxlora.LoRAConfig(rank=RANK, alpha=16, targets=targets)
 
     base = params

@@ -1,6 +1,8 @@
 """Eight devices: the codes of quantized weights live where the weights lived."""
 
 import contextlib
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -98,6 +100,53 @@ def test_start_of_loftq_lives_where_the_base_does(placed):
         assert meshes.is_placed(adapted[path].base.codes, *spec)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", None])
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize("kind", meshes.KINDS)
+def test_a_program_that_gathers_its_weights_gathers_their_codes(plain, kind, turned, targets):
+    mesh = meshes.make(kind)
+    specs = {"up": P(None, "data", "model"), "down": P(None, "model", "data")}
+    gather = jax.sharding.reshard if kind == "explicit" else jax.lax.with_sharding_constraint
+
+    def gathered(w, *spec):
+        if turned:
+            return gather(w.T, NamedSharding(mesh, P(*reversed(spec)))).T
+        return gather(w, NamedSharding(mesh, P(*spec)))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def layer(x, w):
+        up, down = gathered(w["up"], None, "model"), gathered(w["down"], "model", None)
+        out: Any = {"out_sharding": P()} if kind == "explicit" else {}
+        return jnp.einsum("bi,io->bo", jnp.tanh(x @ up), down, **out), None
+
+    def fn(params, x):
+        return jax.lax.scan(layer, x, params)[0]
+
+    def largest(params):
+        base, adapters = params, {}
+        if targets is not None:
+            config = dataclasses.replace(LORA, targets=targets)
+            adapted = jaxlora.init(jax.random.key(0), fn, params, X, config=config)
+            base, adapters = jaxlora.split(adapted)
+
+        def loss(trained, base):
+            adapters, x = trained
+            bound = jaxlora.bind(base, adapters) if adapters else base
+            return jnp.sum(jaxlora.lora(fn)(bound, x) ** 2)
+
+        found = meshes.collectives(jax.grad(loss), (adapters, X), base)
+        return max(meshes.size(each) for each in found if each[0] == "all-gather")
+
+    with jax.set_mesh(mesh) if kind == "explicit" else contextlib.nullcontext():
+        params = meshes.place(plain, specs, mesh)
+        quantized = jaxlora.quantize(fn, params, X, config=NF4)
+        of_weight = SHAPES["up"][1] * SHAPES["up"][2] // mesh.shape["model"]
+        assert largest(params) == of_weight
+        assert largest(quantized) == of_weight // 2  # two codes in a byte
+        wanted = fn(jaxlora.dequantize(quantized), X)
+        assert_allclose(jax.jit(jaxlora.lora(fn))(quantized, X), wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize("adapted", [False, True], ids=["quantized", "adapted"])
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -125,3 +174,32 @@ def test_shards_of_blocks_in_shard_map(kind, double, adapted):
     assert_allclose(y, wanted[0], atol=1e-4)
     turned = jaxlora.merge(turned) if adapted else turned
     assert_allclose(turned, wanted[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["quantized", "adapted"])
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_shards_are_gathered_as_codes_in_shard_map(dim, double, adapted):
+    mesh = meshes.make("auto", "tp")
+    where = P("model", None) if dim == 0 else P(None, "model")
+
+    def fn(params, x):
+        def of_rows(w, x):
+            whole = jax.lax.all_gather(w, "model", axis=dim, tiled=True)
+            return jax.lax.psum(jnp.sum(jnp.tanh(x @ whole) ** 2), "model")
+
+        specs: Any = {"in_specs": (where, P("model")), "out_specs": P()}
+        return jax.shard_map(of_rows, mesh=mesh, **specs)(params["w"], x)
+
+    w = jax.device_put(meshes.random({"w": (128, 64)})["w"], NamedSharding(mesh, where))
+    x = jnp.cos(jnp.arange(16 * 128.0)).reshape(16, 128)
+    config = jaxlora.QuantizationConfig("nf4", block_size=8, double=double)
+    params = jaxlora.quantize(fn, {"w": w}, x, config=config)
+    if adapted:
+        params = jaxlora.init(jax.random.key(0), fn, params, x, config=LORA)
+    dense = jaxlora.merge(params) if adapted else jaxlora.dequantize(params)
+    wanted = jax.value_and_grad(fn, 1)(dense, x)
+    got = jax.jit(jax.value_and_grad(jaxlora.lora(fn), 1))(params, x)
+    jax.tree.map(lambda x, y: assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, wanted)
+    found = meshes.collectives(jax.grad(jaxlora.lora(fn), 1), params, x)
+    assert max(meshes.size(each) for each in found if each[0] == "all-gather") == w.size // 2

@@ -37,7 +37,15 @@ def _placed(weight: Weight, base: Base, sharding: Sharding | None, place: Place)
     return weight.replace(**fields)
 
 
-@rule("sharding_constraint")
+def _constrain_deferred(eqn: Eqn, base: Deferred) -> Base:
+    return _on_mesh(base, eqn.params["sharding"], lax.with_sharding_constraint)
+
+
+def _reshard_deferred(eqn: Eqn, base: Deferred) -> Base:
+    return _on_mesh(base, eqn.params["dst_sharding"], jax.sharding.reshard)
+
+
+@rule("sharding_constraint", deferred=_constrain_deferred)
 def sharding_constraint(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Constrain the factors along."""
     sharding = eqn.params["sharding"]
@@ -57,10 +65,10 @@ def _on_mesh(base: Base, sharding: Sharding, place: Place) -> Base:
 
 def _specs_of_parts(base: Deferred, sharding: Sharding) -> Deferred | None:
     """Return where each part of a base goes, or None where one cannot be cut as the base."""
-    in_order = base.order == tuple(range(base.ndim))
-    if not isinstance(sharding, NamedSharding) or not base.is_aligned or not in_order:
+    if not isinstance(sharding, NamedSharding) or not base.is_aligned:
         return None
-    cuts = [(axis, placement.shards(sharding, entry)) for axis, entry in enumerate(sharding.spec)]
+    entries = dict(zip(base.order, sharding.spec, strict=False))  # by axis
+    cuts = [(axis, placement.shards(sharding, entry)) for axis, entry in entries.items()]
     codes, *scales = jax.tree.leaves(base)
     sizes = [(codes.shape[axis], count) for axis, count in cuts]
     sizes += [(x.shape[axis], n) for x in scales for axis, n in cuts if x.shape[axis] != 1]
@@ -68,8 +76,8 @@ def _specs_of_parts(base: Deferred, sharding: Sharding) -> Deferred | None:
         return None
 
     def spec(part):
-        sizes = zip(part.shape, sharding.spec, strict=False)
-        return PartitionSpec(*(None if size == 1 else entry for size, entry in sizes))
+        in_full = (entries.get(i) if size != 1 else None for i, size in enumerate(part.shape))
+        return PartitionSpec(*in_full)
 
     return jax.tree.map(spec, base)
 
@@ -84,11 +92,11 @@ def constrained(value: Value, sharding: Sharding) -> Value:
     return _placed(value, base, sharding, lax.with_sharding_constraint)
 
 
-@rule("reshard")
+@rule("reshard", deferred=_reshard_deferred)
 def reshard(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Move the factors along."""
     base = deferred.bind(eqn, [weight.base])
-    return [_placed(weight, base, placement.typed(base), jax.sharding.reshard)]
+    return [_placed(weight, base, eqn.params["dst_sharding"], jax.sharding.reshard)]
 
 
 @rule("device_put")
@@ -125,22 +133,33 @@ def permute(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     return [jax.tree.map(send, weight)]
 
 
-@rule("all_gather")
+def _gather(eqn: Eqn, x: jax.Array, axis: int) -> jax.Array:
+    name, groups = eqn.params["axis_name"], eqn.params["axis_index_groups"]
+    return lax.all_gather(x, name, axis=axis, tiled=True, axis_index_groups=groups)
+
+
+def _gather_deferred(eqn: Eqn, base: Deferred) -> Deferred | None:
+    """Gather all that a base is made of but what is the same everywhere, where that is known."""
+    mesh_axes = set(eqn.params["axis_name"])
+    codes = jax.tree.leaves(base)[0]
+    if not (eqn.params["tiled"] and base.is_aligned and mesh_axes & compat.varying(codes)):
+        return None
+    axis = base.order[eqn.params["all_gather_dimension"]]
+
+    def gather(part):
+        return _gather(eqn, part, axis) if mesh_axes & compat.varying(part) else part
+
+    return base.on_parts(gather, base.order)
+
+
+@rule("all_gather", deferred=_gather_deferred)
 def all_gather(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Gather the shards of the factors along an axis."""
-    params = eqn.params
-    dim = params["all_gather_dimension"]
-    if not params["tiled"] or len(weight.dims[dim]) != 1:
+    dim = eqn.params["all_gather_dimension"]
+    if not eqn.params["tiled"] or len(weight.dims[dim]) != 1:
         return run.without_rule(eqn, [weight], "it gathers along what is not one axis")
     base = deferred.bind(eqn, [weight.base])
-
-    def gather(x, axis):
-        groups = params["axis_index_groups"]
-        return lax.all_gather(
-            x, params["axis_name"], axis=axis, tiled=True, axis_index_groups=groups
-        )
-
-    return [weight.along(dim, gather, base=base)]
+    return [weight.along(dim, lambda x, axis: _gather(eqn, x, axis), base=base)]
 
 
 @rule("shard_map", passes=True)
