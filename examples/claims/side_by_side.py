@@ -22,9 +22,9 @@ def make(lab: Lab, wanted: Iterable[Wanted], processes: int) -> None:
     Args:
         lab: where the runs belong.
         wanted: what to make, those that take longest first.
-        processes: how many at once; the cores are dealt out among them.
+        processes: how many at once; the cores are dealt out among them, where the system can.
     """
-    cores = sorted(os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     context = multiprocessing.get_context("spawn")
     shares = context.Queue()
     for i in range(processes):
@@ -41,7 +41,8 @@ def make(lab: Lab, wanted: Iterable[Wanted], processes: int) -> None:
 
 def _take_share(shares: "multiprocessing.Queue[list[int]]") -> None:
     """Keep this process to some of the cores, before JAX counts them."""
-    os.sched_setaffinity(0, shares.get())
+    if cores := shares.get():
+        os.sched_setaffinity(0, cores)
 
 
 def _runs(folder: Path, seeds: tuple[int, ...], quick: bool, wanted: Wanted) -> None:

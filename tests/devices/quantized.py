@@ -147,6 +147,24 @@ def test_a_program_that_gathers_its_weights_gathers_their_codes(plain, kind, tur
         assert_allclose(jax.jit(jaxlora.lora(fn))(quantized, X), wanted, atol=1e-4)
 
 
+def test_codes_are_gathered_whose_scales_of_scales_are_too_few_to_be_cut():
+    mesh = meshes.make("auto", "turned")
+
+    def fn(params, x):
+        w = jax.lax.with_sharding_constraint(params["w"], NamedSharding(mesh, P("model")))
+        return jnp.tanh(x @ w)
+
+    params = meshes.place(meshes.random({"w": (3584, 64)}), {"w": P("model", "data")}, mesh)
+    x = jnp.cos(jnp.arange(4 * 3584.0)).reshape(4, 3584)
+    quantized = jaxlora.quantize(fn, params, x, config=NF4)
+    assert quantized["w"].step.shape == (2, 64)  # on four shards of the 448 blocks
+    found = meshes.collectives(jaxlora.lora(fn), quantized, x)
+    largest = max(meshes.size(each) for each in found if each[0] == "all-gather")
+    assert largest == 3584 * 64 // 4 // 2
+    wanted = fn(jaxlora.dequantize(quantized), x)
+    assert_allclose(jax.jit(jaxlora.lora(fn))(quantized, x), wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize("adapted", [False, True], ids=["quantized", "adapted"])
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

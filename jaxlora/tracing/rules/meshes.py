@@ -16,7 +16,7 @@ from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
 from jaxlora.tracing.registry import rule
 from jaxlora.tracing.types import Base, Eqn, Value, Values
-from jaxlora.tracing.values import axes, deferred, placement
+from jaxlora.tracing.values import axes, deferred, part_specs, placement
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.weight import Role, Weight, base_of
 
@@ -55,31 +55,12 @@ def sharding_constraint(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
 
 def _on_mesh(base: Base, sharding: Sharding, place: Place) -> Base:
     """Return a base that is placed; what is deferred, all it is made of where that has its axes."""
-    specs = _specs_of_parts(base, sharding) if isinstance(base, Deferred) else None
+    specs = part_specs.of_whole(base, sharding) if isinstance(base, Deferred) else None
     if specs is None or not isinstance(sharding, NamedSharding):
         return deferred.lazily(lambda base: place(base, sharding), base)
     return jax.tree.map(
         lambda part, spec: place(part, NamedSharding(sharding.mesh, spec)), base, specs
     )
-
-
-def _specs_of_parts(base: Deferred, sharding: Sharding) -> Deferred | None:
-    """Return where each part of a base goes, or None where one cannot be cut as the base."""
-    if not isinstance(sharding, NamedSharding) or not base.is_aligned:
-        return None
-    entries = dict(zip(base.order, sharding.spec, strict=False))  # by axis
-    cuts = [(axis, placement.shards(sharding, entry)) for axis, entry in entries.items()]
-    codes, *scales = jax.tree.leaves(base)
-    sizes = [(codes.shape[axis], count) for axis, count in cuts]
-    sizes += [(x.shape[axis], n) for x in scales for axis, n in cuts if x.shape[axis] != 1]
-    if any(size % count for size, count in sizes):
-        return None
-
-    def spec(part):
-        in_full = (entries.get(i) if size != 1 else None for i, size in enumerate(part.shape))
-        return PartitionSpec(*in_full)
-
-    return jax.tree.map(spec, base)
 
 
 def constrained(value: Value, sharding: Sharding) -> Value:
@@ -216,7 +197,7 @@ class _Sharded:
     def enter(cls, run: Evaluation, eqn: Eqn, value: Value, sharding: NamedSharding) -> "_Sharded":
         """Return a value that enters, dense where its factors cannot be sharded along."""
         base, spec = base_of(value), sharding.spec
-        if isinstance(base, Deferred) and (spec := _specs_of_parts(base, sharding)) is None:
+        if isinstance(base, Deferred) and (spec := part_specs.of_shards(base, sharding)) is None:
             base, spec = deferred.now(base), sharding.spec
         if isinstance(value, Weight):
             value, specs = value.replace(base=base), _specs(value, sharding)
