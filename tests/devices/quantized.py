@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -221,3 +223,52 @@ def test_shards_are_gathered_as_codes_in_shard_map(dim, double, adapted):
     jax.tree.map(lambda x, y: assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, wanted)
     found = meshes.collectives(jax.grad(jaxlora.lora(fn), 1), params, x)
     assert max(meshes.size(each) for each in found if each[0] == "all-gather") == w.size // 2
+
+
+def sent(params, x):
+    """Each device gets the columns of its neighbour."""
+
+    def of_shard(w, x):
+        w = jax.lax.ppermute(w, "model", [(i, (i + 1) % 8) for i in range(8)])
+        return x @ w
+
+    specs: Any = {"in_specs": (P(None, "model"), P()), "out_specs": P(None, "model")}
+    return jax.shard_map(of_shard, mesh=meshes.make("auto", "tp"), **specs)(params["w"], x)
+
+
+def varied(params, x):
+    """Each device has all of the weight, and its own rows."""
+    specs: Any = {"in_specs": (P(), P("model")), "out_specs": P("model")}
+    rows = jax.shard_map(lambda w, x: x @ w, mesh=meshes.make("auto", "tp"), **specs)
+    return rows(params["w"], x)
+
+
+def put(params, x):
+    """All devices get all of the weight."""
+    everywhere = NamedSharding(meshes.make("auto", "tp"), P())
+    w, x = jax.device_put((params["w"], x), (everywhere, everywhere))
+    return x @ w
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["quantized", "adapted"])
+@pytest.mark.parametrize(
+    ("fn", "operation", "spec"),
+    [(sent, "ppermute", P(None, "model")), (varied, "pvary", P()), (put, "device_put", P("model"))],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_moves_a_weight_moves_its_codes(fn, operation, spec, adapted):
+    w = meshes.place(meshes.random({"w": (64, 64)}), {"w": spec}, meshes.make("auto", "tp"))
+    x = jnp.cos(jnp.arange(8 * 64.0)).reshape(8, 64)
+    params = jaxlora.quantize(fn, w, x, config=NF4)
+    if adapted:
+        params = jaxlora.init(jax.random.key(0), fn, params, x, config=LORA)
+        base, adapters = jaxlora.split(params)
+        params = jaxlora.bind(base, jax.tree.map(lambda x: x + 0.1, adapters))
+    wanted = fn(jaxlora.merge(params) if adapted else jaxlora.dequantize(params), x)
+    assert_allclose(jax.jit(jaxlora.lora(fn))(params, x), wanted, atol=1e-4)
+    program = str(jax.make_jaxpr(jaxlora.lora(fn))(params, x))
+    moved = re.findall(rf":(\w+)\[([\d,]*)\]\S* = {operation}\b", program)
+    sizes = {(dtype, math.prod(map(int, filter(None, n.split(","))))) for dtype, n in moved}
+    of_weight = 64 * 64 // (8 if operation == "ppermute" else 1)
+    assert ("u8", of_weight // 2) in sizes
+    assert not any(dtype == "f32" and size >= of_weight // 2 for dtype, size in sizes)

@@ -33,7 +33,7 @@ def _placed(weight: Weight, base: Base, sharding: Sharding | None, place: Place)
         spec = placement.spec_of(weight.dims, sharding, weight.carries[name].__contains__)
         if name != "keys" and spec is not None:
             spec = PartitionSpec(*spec[: factor.ndim])
-            fields[name] = place(factor, NamedSharding(sharding.mesh, spec))
+            fields[name] = place(factor, _with_spec(sharding, spec))
     return weight.replace(**fields)
 
 
@@ -58,9 +58,11 @@ def _on_mesh(base: Base, sharding: Sharding, place: Place) -> Base:
     specs = part_specs.of_whole(base, sharding) if isinstance(base, Deferred) else None
     if specs is None or not isinstance(sharding, NamedSharding):
         return deferred.lazily(lambda base: place(base, sharding), base)
-    return jax.tree.map(
-        lambda part, spec: place(part, NamedSharding(sharding.mesh, spec)), base, specs
-    )
+    return jax.tree.map(lambda part, spec: place(part, _with_spec(sharding, spec)), base, specs)
+
+
+def _with_spec(sharding: NamedSharding, spec: PartitionSpec) -> NamedSharding:
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 def constrained(value: Value, sharding: Sharding) -> Value:
@@ -80,38 +82,56 @@ def reshard(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     return [_placed(weight, base, eqn.params["dst_sharding"], jax.sharding.reshard)]
 
 
-@rule("device_put")
+@rule("device_put", passes=True)
 def device_put(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     """Put the factors on the same devices."""
-    bases = compat.bind(eqn, [deferred.now(base_of(value)) for value in values])
     moved = []
-    for value, base, device in zip(values, bases, eqn.params["devices"], strict=True):
+    for i, value in enumerate(values):
+        device, base = eqn.params["devices"][i], base_of(value)
+        if not isinstance(base, Deferred):
+            of_one = {name: of_each[i : i + 1] for name, of_each in eqn.params.items()}
+            (base,) = compat.bind(eqn.replace(params=of_one), [base])
+        elif isinstance(device, NamedSharding):
+            base = _on_mesh(base, device, jax.device_put)
+        elif device is not None:
+            base = jax.tree.map(lambda x, to=device: jax.device_put(x, to), base)
         if not isinstance(value, Weight):
             moved.append(base)
         elif device is None or isinstance(device, NamedSharding):
             moved.append(_placed(value, base, device, jax.device_put))
         else:
-            moved.append(jax.tree.map(lambda x, to=device: jax.device_put(x, to), value))
+            factors = jax.tree.map(lambda x, to=device: jax.device_put(x, to), value.arrays())
+            moved.append(value.replace(base=base, **factors))
     return moved
 
 
-@rule("pvary")
+def _vary(eqn: Eqn, value: Value) -> Value:
+    return jax.tree.map(lambda x: compat.bind(eqn, [x])[0], value)
+
+
+@rule("pvary", deferred=_vary)
 def vary(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
     """Let the factors vary over the mesh as the base does."""
-    return [jax.tree.map(lambda x: compat.bind(eqn, [x])[0], weight)]
+    return [_vary(eqn, weight)]
 
 
-@rule("ppermute")
-def permute(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
-    """Send each factor where the base goes, except one that is the same everywhere."""
+def _send(eqn: Eqn, value: Value) -> Value:
+    """Send each array where the base goes, except one that is the same everywhere."""
     mesh_axes = set(eqn.params["axis_name"])
-    is_known = mesh_axes & compat.varying(weight.base)  # else nothing says what varies
 
-    def send(x):
-        is_same = is_known and not mesh_axes & compat.varying(x)
-        return x if is_same else compat.bind(eqn, [x])[0]
+    def varies(x):
+        return bool(mesh_axes & compat.varying(x))
 
-    return [jax.tree.map(send, weight)]
+    is_known = any(map(varies, jax.tree.leaves(base_of(value))))  # else nothing says what varies
+    return jax.tree.map(
+        lambda x: x if is_known and not varies(x) else compat.bind(eqn, [x])[0], value
+    )
+
+
+@rule("ppermute", deferred=_send)
+def permute(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
+    """Send the factors along."""
+    return [_send(eqn, weight)]
 
 
 def _gather(eqn: Eqn, x: jax.Array, axis: int) -> jax.Array:
