@@ -1,6 +1,7 @@
 """Quantized weights: the laws on every case, NumPy, bytes and memory, and what cannot be."""
 
 import dataclasses
+import functools
 import sys
 from typing import Any
 
@@ -116,6 +117,30 @@ def test_one_dequantized_weight_at_a_time(fn, targets, compiled):
     small = jaxlora.quantize(fn, plain, x, config=QuantizationConfig())
     for quantized, usual in zip(programs(small), programs(plain), strict=True):
         assert quantized - usual <= 1.1 * LARGEST
+
+
+@pytest.mark.parametrize("take", [jnp.split, jnp.unstack], ids=["split", "unstack"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["quantized", "adapted"])
+def test_parts_of_a_quantized_weight_are_not_kept_as_they_are_made(take, adapted):
+    shape = (64, 96) if take is jnp.split else (3, 64, 32)
+
+    def fn(params, x):
+        parts = take(params["w"], 3, axis=1) if take is jnp.split else take(params["w"])
+        for part in parts:
+            x = jnp.tanh(x @ part @ part.T)
+        return x.sum()
+
+    params = {"w": jax.random.normal(jax.random.key(0), shape) / 8}
+    x = jnp.cos(jnp.arange(2 * 64.0)).reshape(2, 64)
+    params = jaxlora.quantize(fn, params, x, config=QuantizationConfig("nf4", block_size=8))
+    if adapted:
+        config = jaxlora.LoRAConfig(rank=2)
+        params = jaxlora.init(jax.random.key(0), fn, params, x, config=config)
+    dense = jaxlora.merge(params) if adapted else jaxlora.dequantize(params)
+    apply = functools.partial(jaxlora.lora(fn), params)
+    assert_allclose(jax.grad(apply)(x), jax.grad(functools.partial(fn, dense))(x), atol=1e-5)
+    _, backward = jax.vjp(apply, x)
+    assert max(leaf.nbytes for leaf in jax.tree.leaves(backward)) < 64 * 32 * 4
 
 
 @pytest.mark.parametrize(

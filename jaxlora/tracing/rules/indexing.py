@@ -65,16 +65,16 @@ def _cut(
     return weight, *labels
 
 
-@rule("split")
-def split(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
+@rule("split", passes=True)
+def split(run: Evaluation, eqn: Eqn, value: Value) -> Values:
     """Cut a dimension into parts, each a low-rank weight."""
     axis, ends = eqn.params["axis"], list(itertools.accumulate(eqn.params["sizes"]))
-    if len(weight.dims[axis]) != 1:
-        return run.without_rule(eqn, [weight], "it splits a dimension of several axes")
-    parts = []
-    for start, end in zip([0, *ends], ends, strict=False):
-        parts.append(weight.along(axis, slicing.between(start, end)))
-    return parts
+    cuts = [slicing.between(*ends) for ends in itertools.pairwise([0, *ends])]
+    if not isinstance(value, Weight):
+        return [deferred.along(value, axis, cut) for cut in cuts]
+    if len(value.dims[axis]) != 1:
+        return run.without_rule(eqn, [value], "it splits a dimension of several axes")
+    return [value.along(axis, cut) for cut in cuts]
 
 
 @rule("unstack", passes=True)
