@@ -143,7 +143,6 @@ def test_a_program_that_gathers_its_weights_gathers_their_codes(plain, kind, tur
         params = meshes.place(plain, specs, mesh)
         quantized = jaxlora.quantize(fn, params, X, config=NF4)
         of_weight = SHAPES["up"][1] * SHAPES["up"][2] // mesh.shape["model"]
-        assert largest(params) == of_weight
         assert largest(quantized) == of_weight // 2  # two codes in a byte
         wanted = fn(jaxlora.dequantize(quantized), X)
         assert_allclose(jax.jit(jaxlora.lora(fn))(quantized, X), wanted, atol=1e-4)
@@ -197,9 +196,8 @@ def test_shards_of_blocks_in_shard_map(kind, double, adapted):
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["quantized", "adapted"])
-@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_shards_are_gathered_as_codes_in_shard_map(dim, double, adapted):
+def test_shards_are_gathered_as_codes_in_shard_map(dim, adapted):
     mesh = meshes.make("auto", "tp")
     where = P("model", None) if dim == 0 else P(None, "model")
 
@@ -213,8 +211,7 @@ def test_shards_are_gathered_as_codes_in_shard_map(dim, double, adapted):
 
     w = jax.device_put(meshes.random({"w": (128, 64)})["w"], NamedSharding(mesh, where))
     x = jnp.cos(jnp.arange(16 * 128.0)).reshape(16, 128)
-    config = jaxlora.QuantizationConfig("nf4", block_size=8, double=double)
-    params = jaxlora.quantize(fn, {"w": w}, x, config=config)
+    params = jaxlora.quantize(fn, {"w": w}, x, config=NF4)
     if adapted:
         params = jaxlora.init(jax.random.key(0), fn, params, x, config=LORA)
     dense = jaxlora.merge(params) if adapted else jaxlora.dequantize(params)
