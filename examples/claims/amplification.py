@@ -30,7 +30,7 @@ def run(lab: Lab) -> Report:
     params = lab.task(TASK).params
     rows, figures, amplified = [], {}, {}
     for rank, wanted in needs(lab).items():
-        adapters = lab.best_trainable(TASK, wanted.arm, RATES, seed=0).adapters
+        adapters = lab.best_trainable(wanted, seed=0).adapters
         norms = analysis.amplification(params, adapters).norms
         for kind in ("query", "value"):
             of_layers = np.array(

@@ -27,7 +27,7 @@ def needs(lab: Lab) -> dict[str, Wanted]:
 def run(lab: Lab) -> Report:
     """Take the change of each matrix of the layers to a rank; all else stays as it was tuned."""
     task = lab.task(TASK)
-    rate = lab.best_rate(TASK, FULL, FULL_RATES[1:])
+    rate = lab.best_rate(needs(lab)["full"])
     predict = jax.jit(jaxlora.lora(task.fn, strict=True))
     ranks = lab.some(RANKS)
     energy, scores, whole = [], [], []

@@ -86,22 +86,21 @@ class Lab:
         loaded = jaxlora.load_adapters(adapters, base=base) if arm.rank else {}
         return Trainable(dict(np.load(leaves)), loaded)
 
-    def best_rate(self, task: str, arm: Arm, rates: Sequence[float]) -> float:
+    def best_rate(self, wanted: Wanted) -> float:
         """Return the rate with the best validation score, at the first seed."""
-        scores = [self.run(task, arm, rate, self.seeds[0]).validation for rate in self.some(rates)]
-        best = np.argmax(scores) if self.task(task).higher_is_better else np.argmin(scores)
+        arm, seed = wanted.chosen_by or wanted.arm, self.seeds[0]
+        rates = self.some(wanted.rates)
+        scores = [self.run(wanted.task, arm, rate, seed).validation for rate in rates]
+        best = np.argmax(scores) if self.task(wanted.task).higher_is_better else np.argmin(scores)
         return rates[int(best)]
 
-    def best_trainable(
-        self, task: str, arm: Arm, rates: Sequence[float], *, seed: int
-    ) -> Trainable:
+    def best_trainable(self, wanted: Wanted, *, seed: int) -> Trainable:
         """Return what the run of a seed at the best rate has trained."""
-        return self.trainable(task, arm, self.best_rate(task, arm, rates), seed)
+        return self.trainable(wanted.task, wanted.arm, self.best_rate(wanted), seed)
 
     def runs(self, wanted: Wanted) -> list[Run]:
         """Return the runs that are wanted, from the folder those that are there."""
-        rate = self.best_rate(wanted.task, wanted.chosen_by or wanted.arm, wanted.rates)
-        seeds = self.seeds[: wanted.seeds]
+        rate, seeds = self.best_rate(wanted), self.seeds[: wanted.seeds]
         return [self.run(wanted.task, wanted.arm, rate, seed) for seed in seeds]
 
     def some(self, choices: Sequence[Any]) -> Sequence[Any]:

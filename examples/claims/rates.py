@@ -46,7 +46,7 @@ def run(lab: Lab) -> Report:
     picture, (left, right) = figure(2)
     for name, of_name in found.items():
         _draw(right if name in SCALINGS else left, name, of_name)
-    rate = lab.best_rate(TASK, lora(8), LORA_RATES)
+    rate = lab.best_rate(Wanted(TASK, lora(8), LORA_RATES))
     left.set(xscale="log", xlabel="learning rate", ylabel="held out (%)")
     right.set(xscale="log", xlabel=f"rank, at rate {rate:g}", ylabel="held out (%)")
     right.set_xticks([4, 8, 64], ["4", "8", "64"], minor=False)

@@ -27,13 +27,13 @@ def needs(lab: Lab) -> dict[int, Wanted]:
 
 def run(lab: Lab) -> Report:
     """Compare adapters on query and value by their products, and by a alone as the paper."""
-    small, large = (wanted.arm for wanted in needs(lab).values())
-    first = lab.best_trainable(TASK, small, RATES, seed=0).adapters
-    second = lab.best_trainable(TASK, large, RATES, seed=0).adapters
-    other = lab.best_trainable(TASK, large, RATES, seed=1).adapters
+    small, large = needs(lab).values()
+    first = lab.best_trainable(small, seed=0).adapters
+    second = lab.best_trainable(large, seed=0).adapters
+    other = lab.best_trainable(large, seed=1).adapters
     pairs = {
-        f"rank {small.rank} and rank {large.rank}": (first, second),
-        f"two seeds, rank {large.rank}": (second, other),
+        f"rank {small.arm.rank} and rank {large.arm.rank}": (first, second),
+        f"two seeds, rank {large.arm.rank}": (second, other),
     }
     rows, figures = [], {}
     picture, axes = figure(4, 4.2)

@@ -102,6 +102,12 @@ def test_start_of_loftq_lives_where_the_base_does(placed):
         assert meshes.is_placed(adapted[path].base.codes, *spec)
 
 
+def largest_gather(fn, *args):
+    """Return the number of elements of the largest array that a compiled function gathers."""
+    found = meshes.collectives(fn, *args)
+    return max(meshes.size(each) for each in found if each[0] == "all-gather")
+
+
 @pytest.mark.parametrize("targets", ["all-linear", None])
 @pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
 @pytest.mark.parametrize("kind", meshes.KINDS)
@@ -124,26 +130,21 @@ def test_a_program_that_gathers_its_weights_gathers_their_codes(plain, kind, tur
     def fn(params, x):
         return jax.lax.scan(layer, x, params)[0]
 
-    def largest(params):
-        base, adapters = params, {}
-        if targets is not None:
-            config = dataclasses.replace(LORA, targets=targets)
-            adapted = jaxlora.init(jax.random.key(0), fn, params, X, config=config)
-            base, adapters = jaxlora.split(adapted)
-
-        def loss(trained, base):
-            adapters, x = trained
-            bound = jaxlora.bind(base, adapters) if adapters else base
-            return jnp.sum(jaxlora.lora(fn)(bound, x) ** 2)
-
-        found = meshes.collectives(jax.grad(loss), (adapters, X), base)
-        return max(meshes.size(each) for each in found if each[0] == "all-gather")
+    def loss(trained, base):
+        adapters, x = trained
+        bound = jaxlora.bind(base, adapters) if adapters else base
+        return jnp.sum(jaxlora.lora(fn)(bound, x) ** 2)
 
     with jax.set_mesh(mesh) if kind == "explicit" else contextlib.nullcontext():
         params = meshes.place(plain, specs, mesh)
         quantized = jaxlora.quantize(fn, params, X, config=NF4)
+        base, adapters = quantized, {}
+        if targets is not None:
+            config = dataclasses.replace(LORA, targets=targets)
+            adapted = jaxlora.init(jax.random.key(0), fn, base, X, config=config)
+            base, adapters = jaxlora.split(adapted)
         of_weight = SHAPES["up"][1] * SHAPES["up"][2] // mesh.shape["model"]
-        assert largest(quantized) == of_weight // 2  # two codes in a byte
+        assert largest_gather(jax.grad(loss), (adapters, X), base) == of_weight // 2  # packed
         wanted = fn(jaxlora.dequantize(quantized), X)
         assert_allclose(jax.jit(jaxlora.lora(fn))(quantized, X), wanted, atol=1e-4)
 
@@ -159,9 +160,7 @@ def test_codes_are_gathered_whose_scales_of_scales_are_too_few_to_be_cut():
     x = jnp.cos(jnp.arange(4 * 3584.0)).reshape(4, 3584)
     quantized = jaxlora.quantize(fn, params, x, config=NF4)
     assert quantized["w"].step.shape == (2, 64)  # on four shards of the 448 blocks
-    found = meshes.collectives(jaxlora.lora(fn), quantized, x)
-    largest = max(meshes.size(each) for each in found if each[0] == "all-gather")
-    assert largest == 3584 * 64 // 4 // 2
+    assert largest_gather(jaxlora.lora(fn), quantized, x) == 3584 * 64 // 4 // 2
     wanted = fn(jaxlora.dequantize(quantized), x)
     assert_allclose(jax.jit(jaxlora.lora(fn))(quantized, x), wanted, atol=1e-4)
 
@@ -218,8 +217,7 @@ def test_shards_are_gathered_as_codes_in_shard_map(dim, adapted):
     wanted = jax.value_and_grad(fn, 1)(dense, x)
     got = jax.jit(jax.value_and_grad(jaxlora.lora(fn), 1))(params, x)
     jax.tree.map(lambda x, y: assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, wanted)
-    found = meshes.collectives(jax.grad(jaxlora.lora(fn), 1), params, x)
-    assert max(meshes.size(each) for each in found if each[0] == "all-gather") == w.size // 2
+    assert largest_gather(jax.grad(jaxlora.lora(fn), 1), params, x) == w.size // 2
 
 
 def sent(params, x):

@@ -37,20 +37,16 @@ def _placed(weight: Weight, base: Base, sharding: Sharding | None, place: Place)
     return weight.replace(**fields)
 
 
-def _constrain_deferred(eqn: Eqn, base: Deferred) -> Base:
-    return _on_mesh(base, eqn.params["sharding"], lax.with_sharding_constraint)
+def _moved(value: Value, sharding: Sharding, place: Place) -> Value:
+    """Return a value that is placed, its factors and all that a deferred base is made of too."""
+    base = _on_mesh(base_of(value), sharding, place)
+    return _placed(value, base, sharding, place) if isinstance(value, Weight) else base
 
 
-def _reshard_deferred(eqn: Eqn, base: Deferred) -> Base:
-    return _on_mesh(base, eqn.params["dst_sharding"], jax.sharding.reshard)
-
-
-@rule("sharding_constraint", deferred=_constrain_deferred)
-def sharding_constraint(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
+@rule("sharding_constraint", passes=True)
+def sharding_constraint(run: Evaluation, eqn: Eqn, value: Value) -> Values:
     """Constrain the factors along."""
-    sharding = eqn.params["sharding"]
-    base = _on_mesh(weight.base, sharding, lax.with_sharding_constraint)
-    return [_placed(weight, base, sharding, lax.with_sharding_constraint)]
+    return [_moved(value, eqn.params["sharding"], lax.with_sharding_constraint)]
 
 
 def _on_mesh(base: Base, sharding: Sharding, place: Place) -> Base:
@@ -69,17 +65,13 @@ def constrained(value: Value, sharding: Sharding) -> Value:
     """Return a value with the sharding that an inner `jax.jit` asks for, if it asks for one."""
     if not isinstance(sharding, NamedSharding) or placement.explicit(base_of(value)):
         return value
-    base = _on_mesh(base_of(value), sharding, lax.with_sharding_constraint)
-    if not isinstance(value, Weight):
-        return base
-    return _placed(value, base, sharding, lax.with_sharding_constraint)
+    return _moved(value, sharding, lax.with_sharding_constraint)
 
 
-@rule("reshard", deferred=_reshard_deferred)
-def reshard(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
+@rule("reshard", passes=True)
+def reshard(run: Evaluation, eqn: Eqn, value: Value) -> Values:
     """Move the factors along."""
-    base = deferred.bind(eqn, [weight.base])
-    return [_placed(weight, base, eqn.params["dst_sharding"], jax.sharding.reshard)]
+    return [_moved(value, eqn.params["dst_sharding"], jax.sharding.reshard)]
 
 
 @rule("device_put", passes=True)
@@ -105,33 +97,25 @@ def device_put(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     return moved
 
 
-def _vary(eqn: Eqn, value: Value) -> Value:
-    return jax.tree.map(lambda x: compat.bind(eqn, [x])[0], value)
-
-
-@rule("pvary", deferred=_vary)
-def vary(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
+@rule("pvary", passes=True)
+def vary(run: Evaluation, eqn: Eqn, value: Value) -> Values:
     """Let the factors vary over the mesh as the base does."""
-    return [_vary(eqn, weight)]
+    return [jax.tree.map(lambda x: compat.bind(eqn, [x])[0], value)]
 
 
-def _send(eqn: Eqn, value: Value) -> Value:
+@rule("ppermute", passes=True)
+def permute(run: Evaluation, eqn: Eqn, value: Value) -> Values:
     """Send each array where the base goes, except one that is the same everywhere."""
     mesh_axes = set(eqn.params["axis_name"])
 
     def varies(x):
         return bool(mesh_axes & compat.varying(x))
 
+    def send(x):
+        return x if is_known and not varies(x) else compat.bind(eqn, [x])[0]
+
     is_known = any(map(varies, jax.tree.leaves(base_of(value))))  # else nothing says what varies
-    return jax.tree.map(
-        lambda x: x if is_known and not varies(x) else compat.bind(eqn, [x])[0], value
-    )
-
-
-@rule("ppermute", deferred=_send)
-def permute(run: Evaluation, eqn: Eqn, weight: Weight) -> Values:
-    """Send the factors along."""
-    return [_send(eqn, weight)]
+    return [jax.tree.map(send, value)]
 
 
 def _gather(eqn: Eqn, x: jax.Array, axis: int) -> jax.Array:

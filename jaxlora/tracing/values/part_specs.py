@@ -34,11 +34,11 @@ def of_whole(base: Deferred, sharding: Sharding) -> Deferred | None:
 def of_shards(base: Deferred, sharding: NamedSharding) -> Deferred | None:
     """Return the same, or None where the shards of the parts do not make shards of the whole."""
     found = of_whole(base, sharding)
-    codes = jax.tree.leaves(found)[:1]
+    if found is None:
+        return None
+    codes = jax.tree.leaves(found)[0]
 
     def is_cut_along(part, spec):
-        return all(n == 1 or spec[axis] == codes[0][axis] for axis, n in enumerate(part.shape))
+        return all(n == 1 or spec[axis] == codes[axis] for axis, n in enumerate(part.shape))
 
-    if found is None or not all(jax.tree.leaves(jax.tree.map(is_cut_along, base, found))):
-        return None
-    return found
+    return found if all(jax.tree.leaves(jax.tree.map(is_cut_along, base, found))) else None
