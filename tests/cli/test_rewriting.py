@@ -257,7 +257,7 @@ def test_truncate_to_a_rank_is_the_nearest(tmp_path):
         u, s, v = np.linalg.svd(dense(found[row["path"]]), full_matrices=False)
         assert row["rank"] == [4, 2]
         assert row["energy"] == pytest.approx((s[:2] ** 2).sum() / (s**2).sum())
-        assert_allclose(dense(smaller[row["path"]]), (u[:, :2] * s[:2]) @ v[:2], atol=1e-6)
+        assert_allclose(dense(smaller[row["path"]]), (u[:, :2] * s[:2]) @ v[:2], atol=1e-5)
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.999, 1.0])

@@ -30,8 +30,8 @@ def model(params, x):
     return x @ params["layer"].T
 
 
-def quantized():
-    return jaxlora.quantize(model, {"layer": jnp.asarray(WEIGHT)}, X, config=NF4)
+def quantized(weight=WEIGHT):
+    return jaxlora.quantize(model, {"layer": jnp.asarray(weight)}, X, config=NF4)
 
 
 def in_torch(weight):
@@ -104,20 +104,23 @@ def test_value_and_gradients_are_equal(magnitude):
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_loftq_is_the_same(iterations):
     """PEFT's own loop needs CUDA: this is it, of the same parts, on the CPU."""
-    weight = base = torch.from_numpy(WEIGHT)
+    rows = WEIGHT.copy()
+    rows[:4] *= np.array([[16], [12], [8], [6]])  # singular value 4 is then far from 5: rounding
+    # does not turn the best product of rank 4
+    weight = base = torch.from_numpy(rows)
     product = torch.zeros_like(weight)
     for _ in range(iterations):
         base = in_torch(weight - product)
         parts = loftq_utils._low_rank_decomposition(weight - base, reduced_rank=4)
         product = parts["L"] @ parts["R"]
-    start = jaxlora.initializers.loftq({"layer": jnp.asarray(WEIGHT)}, iterations=iterations)
+    start = jaxlora.initializers.loftq({"layer": jnp.asarray(rows)}, iterations=iterations)
     config = jaxlora.LoRAConfig(rank=4, alpha=12, initializer=start)
-    params = jaxlora.init(jax.random.key(0), model, quantized(), X, config=config)
+    params = jaxlora.init(jax.random.key(0), model, quantized(rows), X, config=config)
     close = np.isclose(jaxlora.dequantize(params)["layer"].base, base.numpy(), atol=1e-6)
     assert close.mean() > 1 - 1e-3  # where a later residual lies between two codes
     if iterations == 1:
         assert close.all()
-        assert_allclose(params["layer"].delta(), product.numpy(), atol=1e-5)
+        assert_allclose(params["layer"].delta(), product.numpy(), rtol=1e-4, atol=1e-4)
     merged = np.asarray(jaxlora.merge(params)["layer"])
-    errors = [np.linalg.norm(w - WEIGHT) for w in (merged, (base + product).numpy())]
+    errors = [np.linalg.norm(w - rows) for w in (merged, (base + product).numpy())]
     assert_allclose(*errors, rtol=1e-3)
