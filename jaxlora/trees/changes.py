@@ -1,7 +1,6 @@
 """What differs between two trees of weights of one structure, as before and after fine-tuning."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import jax
@@ -99,7 +98,7 @@ def _largest(path: str, before: Leaf, after: Leaf) -> float:
         )
     if not jnp.issubdtype(before.dtype, jnp.floating):
         return float(jnp.any(before != after))
-    largest = float(jnp.max(jnp.abs(after.astype("float32") - before.astype("float32")), initial=0))
-    if not math.isfinite(largest):
-        raise ValueError(f"the change of the leaf {path!r} is not finite: {largest}")
-    return largest
+    change = after.astype("float32") - before.astype("float32")
+    if not jnp.isfinite(change).all():
+        raise ValueError(f"the change of the leaf {path!r} is not finite: it holds NaN or inf")
+    return float(jnp.max(jnp.abs(change), initial=0))

@@ -1,22 +1,17 @@
 """Fold the product of the factors into the weights, and take it out again."""
 
-from collections.abc import Callable, Sequence
-
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxlora.messages import checks
 from jaxlora.trees.binding import nodes_over
+from jaxlora.trees.folding import fold
 from jaxlora.types import Leaf, Leaves, PyTree
-from jaxlora.weights import blocks, modules, paths, placed, quantized, sharding, tree_checks
+from jaxlora.weights import blocks, modules, paths, quantized, tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, merge_dtype
-from jaxlora.weights.magnitude import merged
 from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
-
-Terms = tuple[Adapter, ...]
-Folded = tuple[Leaf, jax.Array, Leaves]  # a weight, its rounding error, what of it is finite
 
 
 def merge(params: PyTree, *, donate: bool = False, requantize: bool = False) -> PyTree:
@@ -55,7 +50,7 @@ def merge(params: PyTree, *, donate: bool = False, requantize: bool = False) -> 
     leaves, treedef = _flatten(params, "merge", "use jaxlora.nnx.merge(adapted)")
     for path, leaf in leaves.items():
         if isinstance(leaf, LoRAWeight):
-            leaves[path], _ = _fold(path, leaf, 1, donate=donate, requantize=requantize)
+            leaves[path], _ = fold(path, leaf, 1, donate=donate, requantize=requantize)
         elif isinstance(leaf, QuantizedWeight) and not requantize:
             leaves[path] = jax.jit(quantized.values)(leaf)
         elif isinstance(leaf, TrainedLeaf):
@@ -97,7 +92,7 @@ def merge_error(params: PyTree, *, requantize: bool = False) -> dict[str, jax.Ar
     errors = {}
     for path, leaf in leaves.items():
         if isinstance(leaf, LoRAWeight):
-            _, errors[path] = _fold(path, leaf, 1, requantize=requantize)
+            _, errors[path] = fold(path, leaf, 1, requantize=requantize)
         elif isinstance(leaf, TrainedLeaf):
             _finite(path, leaf.now)
     return errors
@@ -152,7 +147,7 @@ def unmerge(plain: PyTree, adapters: Adapters, *, check_base: bool = True) -> Py
             raise ValueError(f"the {lost} of {path!r} cannot be unmerged: keep the base instead")
         if isinstance(node.base, QuantizedWeight):
             raise ValueError(f"{path!r} is quantized and cannot be unmerged: keep the base instead")
-        leaves[path], _ = _fold(path, node, -1)
+        leaves[path], _ = fold(path, node, -1)
     for name, adapter in adapters.items() if check_base else ():
         path, _ = blocks.locate(name, leaves)
         if isinstance(adapter, Adapter):
@@ -176,66 +171,8 @@ def _check_undone(name: str, base: Leaf, merged: Leaf, adapter: Adapter) -> None
         )
 
 
-def _fold(
-    path: str, node: LoRAWeight, sign: int, *, donate: bool = False, requantize: bool = False
-) -> tuple[Leaf, jax.Array]:
-    """Return ``base + sign * delta`` and its rounding error; raise if it is not finite."""
-    base, dtype = node.base, node.dtype
-    is_quantized = isinstance(base, QuantizedWeight)
-    if requantize and is_quantized:
-        names = ("sum", *_arrays(base, node.terms))
-        axes = (sharding.even_axes(base, base), (), dict.fromkeys(names, ()))
-        folded, error, finite = placed.run(_folded_again, sign, (base, node.terms), base, axes)
-    else:
-        run = jax.jit(
-            _folded,
-            static_argnums=2,
-            out_shardings=(sharding.concrete(base), None, None),
-            donate_argnums=0 if donate and not is_quantized else (),
-        )
-        folded, error, finite = run(base, node.terms, sign)
-    if donate and is_quantized:  # of other shapes than the result, which cannot take their place
-        jax.tree.map(lambda x: None if isinstance(x, Tracer) else x.delete(), base)
-    if not isinstance(finite["sum"], Tracer) and not finite["sum"]:
-        what = "merged" if sign > 0 else "unmerged"
-        found = [name for name in finite if name != "sum" and not finite[name]]
-        where = f"{' and '.join(found)} hold NaN or inf" if found else f"it overflows {dtype}"
-        raise ValueError(f"the {what} weight {path!r} is not finite: {where}")
-    return folded, error
-
-
 def _finite(path: str, value: Leaf) -> Leaf:
     """Return the value of a leaf that was trained whole, or raise if it is not finite."""
     if not isinstance(value, Tracer) and not jnp.isfinite(value).all():
         raise ValueError(f"the trained leaf {path!r} is not finite: it holds NaN or inf")
     return value
-
-
-def _folded_again(base: Leaf, terms: Terms, sign: int) -> Folded:
-    """Return what `_folded` does, quantized as the base."""
-    return _folded(base, terms, sign, round_as=lambda exact: quantized.again(exact, base))
-
-
-def _folded(
-    base: Leaf, terms: Terms, sign: int, round_as: Callable[[Leaf], Leaf] | None = None
-) -> Folded:
-    node = LoRAWeight(quantized.values(base), terms)
-    exact = merged(node) if sign > 0 else node.base.astype(merge_dtype(node.dtype)) - node.delta()
-    folded = exact.astype(node.dtype) if round_as is None else round_as(exact)
-    rounded = quantized.values(folded)
-    error = jnp.max(jnp.abs(exact - rounded.astype(exact.dtype)))
-    arrays = {"sum": [rounded], **_arrays(node.base, terms)}
-    return folded, error, {n: _all_finite(found) for n, found in arrays.items()}
-
-
-def _arrays(base: Leaf, terms: Terms) -> dict[str, list[Leaf]]:
-    """Return the arrays that a merged weight is computed from, by name."""
-    trained = [term.trained() for term in terms]
-    found = {n: [arrays[n] for arrays in trained if n in arrays] for n in Adapter.fields}
-    return {"base": [base]} | {name: arrays for name, arrays in found.items() if arrays}
-
-
-def _all_finite(arrays: Sequence[Leaf]) -> jax.Array:
-    """Tell whether all elements are finite: by the largest of each row, a loop that vectorizes."""
-    rows = [jnp.max(jnp.abs(array), axis=-1, initial=0) for array in arrays]
-    return jnp.all(jnp.stack([jnp.isfinite(largest).all() for largest in rows]))

@@ -90,11 +90,11 @@ class Entry:
             return self.form.part(tensor)
         return np.asarray(_part(self.form, tensor))
 
-    def to_tensor(self, leaf: jax.Array | np.ndarray) -> np.ndarray:
-        """Return the tensor of a leaf; the opposite of `from_tensor`."""
+    def to_tensor(self, leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+        """Return the tensor of a leaf, which need not be ready; the opposite of `from_tensor`."""
         if not isinstance(leaf, jax.Array):
             return self.form.tensor(leaf[self.index])
-        return np.asarray(_tensor(self.form, leaf, [start for start, _ in self.box]))
+        return _tensor(self.form, leaf, [start for start, _ in self.box])
 
 
 # under `jax.jit`, which transposes faster than NumPy does

@@ -16,6 +16,7 @@ from jaxlora.formats.safetensors.shards import Checkpoint
 from jaxlora.storage import directories, replacing
 from jaxlora.targets.sites import Sites
 from jaxlora.trees.binding import nodes_over
+from jaxlora.types import Leaf
 from jaxlora.weights.adapters import Adapters
 
 
@@ -59,7 +60,7 @@ def merge_checkpoint(
             for name, shape in found.shapes.items()
         }
 
-        def make(name: str) -> np.ndarray:
+        def make(name: str) -> Leaf:
             at_each(len(shapes))
             tensor = found[name]
             return _merged(name, tensor, entries[name], adapters) if name in entries else tensor
@@ -104,8 +105,8 @@ def _entries(found: Checkpoint, adapters: Adapters, names: Names, sites: Sites) 
     return entries
 
 
-def _merged(name: str, tensor: np.ndarray, entry: Entry, adapters: Adapters) -> np.ndarray:
+def _merged(name: str, tensor: np.ndarray, entry: Entry, adapters: Adapters) -> Leaf:
     path = entry.place.path
     leaf = jnp.asarray(entry.from_tensor(tensor))
     nodes = nodes_over({path: leaf}, {path: adapters[path]}, check_base=False)
-    return np.asarray(entry.to_tensor(jnp.asarray(writing.merged(name, nodes[path]))))
+    return entry.to_tensor(jnp.asarray(writing.merged(name, nodes[path])))

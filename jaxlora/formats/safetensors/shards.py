@@ -13,6 +13,7 @@ from jaxlora.formats import tensors
 from jaxlora.formats.safetensors import streaming
 from jaxlora.formats.tensors import TensorFile
 from jaxlora.messages import checks
+from jaxlora.types import Leaf
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -90,7 +91,7 @@ def _index(path: Path) -> dict[str, str]:
 def write(
     folder: Path,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
-    make: Callable[[str], np.ndarray],
+    make: Callable[[str], Leaf],
     most: int,
 ) -> None:
     """Write a checkpoint, the tensors of one file after the other.
@@ -98,7 +99,7 @@ def write(
     Args:
         folder: an empty folder.
         shapes: shape and dtype of each tensor by name.
-        make: returns a tensor.
+        make: returns a tensor, see `streaming.write`.
         most: bytes of one file, if no tensor is larger.
     """
     sizes = {name: x.size * x.dtype.itemsize for name, x in shapes.items()}

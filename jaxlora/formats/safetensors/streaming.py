@@ -9,24 +9,23 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxlora.formats.tensors import DTYPES
-from jaxlora.types import Json
+from jaxlora.types import Json, Leaf
 
 
 def write(
-    path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], make: Callable[[str], np.ndarray]
+    path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], make: Callable[[str], Leaf]
 ) -> None:
-    """Write a file. While a tensor is written, the next is made.
+    """Write a file. While a tensor is laid out in order and written, the next is made.
 
     Args:
         path: the file.
         shapes: shape and dtype of each tensor by name.
-        make: returns a tensor.
+        make: returns a tensor, an array of NumPy or of JAX, which need not be ready.
 
     Raises:
         ValueError: files have no name for a dtype.
@@ -38,13 +37,18 @@ def write(
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file, ThreadPoolExecutor(1) as writer:
         file.write(len(text).to_bytes(8, "little") + text)
-        last: Future[Any] | None = None
-        for name in order:
-            tensor = np.asarray(make(name), order="C")
+
+        def put(name: str, tensor: Leaf) -> None:
+            tensor = np.asarray(tensor, order="C")
             assert (tensor.shape, tensor.dtype) == (shapes[name].shape, shapes[name].dtype), name
+            file.write(tensor.reshape(-1).view(np.uint8).data)
+
+        last: Future[None] | None = None
+        for name in order:
+            tensor = make(name)
             if last is not None:
                 last.result()
-            last = writer.submit(file.write, tensor.reshape(-1).view(np.uint8).data)
+            last = writer.submit(put, name, tensor)
         if last is not None:
             last.result()
 

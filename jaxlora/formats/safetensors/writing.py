@@ -73,7 +73,7 @@ def save(
     weights = _Weights(leaves)
 
     def write(folder: Path) -> None:
-        def make(name: str) -> np.ndarray:
+        def make(name: str) -> Leaf:
             return found[name].to_tensor(weights[found[name].place.path])
 
         def first() -> None:

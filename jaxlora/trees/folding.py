@@ -1,0 +1,156 @@
+"""Fold the product of the factors into one weight.
+
+The sum is made in float32. Of a weight of 16 bits the product and the sum are four times its bytes,
+and what merging costs on a CPU is their way through memory. There such a weight, if it is whole on
+one device, is folded by blocks that stay in the cache.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxlora.types import Leaf, Leaves
+from jaxlora.weights import blocks, placed, quantized, sharding
+from jaxlora.weights.adapters import Adapter, merge_dtype
+from jaxlora.weights.magnitude import merged
+from jaxlora.weights.nodes import LoRAWeight
+from jaxlora.weights.quantized import QuantizedWeight
+
+Terms = tuple[Adapter, ...]
+Folded = tuple[Leaf, jax.Array, Leaves]  # a weight, its rounding error, what of it is finite
+_BLOCK = 2**16  # elements of a block, 256 KiB in float32
+
+
+def fold(
+    path: str, node: LoRAWeight, sign: int, *, donate: bool = False, requantize: bool = False
+) -> tuple[Leaf, jax.Array]:
+    """Return ``base + sign * delta`` and its rounding error; raise if it is not finite."""
+    base, dtype = node.base, node.dtype
+    is_quantized = isinstance(base, QuantizedWeight)
+    if requantize and is_quantized:
+        names = ("sum", *_arrays(base, node.terms))
+        axes = (sharding.even_axes(base, base), (), dict.fromkeys(names, ()))
+        folded, error, finite = placed.run(_folded_again, sign, (base, node.terms), base, axes)
+    else:
+        run = jax.jit(
+            _folded_by_blocks if _is_whole_on_one_device(base) else _folded,
+            static_argnums=2,
+            out_shardings=(sharding.concrete(base), None, None),
+            donate_argnums=0 if donate and not is_quantized else (),
+        )
+        folded, error, finite = run(base, node.terms, sign)
+    if donate and is_quantized:  # of other shapes than the result, which cannot take their place
+        jax.tree.map(lambda x: None if isinstance(x, Tracer) else x.delete(), base)
+    found = [] if isinstance(error, Tracer) else [name for name in finite if not finite[name]]
+    if found:
+        what = "merged" if sign > 0 else "unmerged"
+        causes = [name for name in found if name != "sum"]
+        where = f"{' and '.join(causes)} hold NaN or inf" if causes else f"it overflows {dtype}"
+        raise ValueError(f"the {what} weight {path!r} is not finite: {where}")
+    return folded, error
+
+
+def _is_whole_on_one_device(base: Leaf) -> bool:
+    base = quantized.stand_in(base)
+    if isinstance(base, Tracer):
+        return False  # the compiler decides where it is
+    placed = getattr(base, "sharding", None)
+    return placed is None or isinstance(placed, jax.sharding.SingleDeviceSharding)
+
+
+def _folded_by_blocks(base: Leaf, terms: Terms, sign: int) -> Folded:
+    """Return what `_folded` does, on a CPU by blocks where that pays."""
+    base = quantized.values(base)
+    sizes = _block(base.shape)
+    cut = [axis for axis, size in enumerate(sizes) if size < base.shape[axis]]
+    is_small = math.prod(sizes) < _BLOCK // 16  # of a size without divisors, or all of the weight
+    is_narrow = base.dtype.itemsize < merge_dtype(base.dtype).itemsize
+    if not (cut and is_narrow and all(_can_be_cut(term, cut) for term in terms)) or is_small:
+        return _folded(base, terms, sign)
+    by_blocks = functools.partial(_fold_blocks, sign=sign, sizes=sizes)
+    whole = functools.partial(_folded, sign=sign)
+    return jax.lax.platform_dependent(base, terms, cpu=by_blocks, default=whole)
+
+
+def _fold_blocks(base: Leaf, terms: Terms, sign: int, sizes: Sequence[int]) -> Folded:
+    """Return what `_folded` does, block by block in the order in which they lie in memory."""
+    counts = [whole // size for whole, size in zip(base.shape, sizes, strict=True)]
+    blocks = base.reshape(-1, *sizes)
+    # before JAX 0.12, XLA widens all of an array of bfloat16 to write a block of it
+    as_integers = jax.__version_info__ < (0, 12)
+    kept = jnp.dtype(f"uint{8 * base.dtype.itemsize}") if as_integers else base.dtype
+
+    def one(i):
+        block = jax.lax.dynamic_index_in_dim(blocks, i, 0, False)
+        at = jnp.unravel_index(i, counts)
+        index = [(j * size, size) for j, size in zip(at, sizes, strict=True)]
+        folded, error, finite = _folded(block, tuple(_cut(term, index) for term in terms), sign)
+        return jax.lax.bitcast_convert_type(folded, kept), error, finite
+
+    folded, errors, finite = jax.lax.map(one, jnp.arange(len(blocks)))
+    folded = jax.lax.bitcast_convert_type(folded, base.dtype).reshape(base.shape)
+    return folded, errors.max(), jax.tree.map(jnp.all, finite)
+
+
+def _block(shape: Sequence[int]) -> list[int]:
+    """Return the shape of the largest blocks, all alike, of which each lies at one in memory."""
+    sizes = [1] * len(shape)
+    for axis in reversed(range(len(shape))):
+        most = max(1, min(shape[axis], _BLOCK // math.prod(sizes)))
+        sizes[axis] = next(size for size in range(most, 0, -1) if shape[axis] % size == 0)
+        if sizes[axis] < shape[axis]:
+            break
+    return sizes
+
+
+def _can_be_cut(term: Adapter, axes: Sequence[int]) -> bool:
+    """Tell whether a block along some axes needs no more of a term than its own factors."""
+    return term.magnitude is None and blocks.has_all_of(term.block, axes)
+
+
+def _cut(term: Adapter, index: Sequence[tuple[Leaf, int]]) -> Adapter:
+    """Return the term for a block of its weight, which begins so far along each axis."""
+
+    def cut(array, axes):
+        whole = [(0, size) for size in array.shape]
+        found = [whole[d] if axis is None else index[axis] for d, axis in enumerate(axes)]
+        starts, sizes = zip(*found, strict=True)
+        return jax.lax.dynamic_slice(array, starts, sizes)
+
+    axes = term.axes()
+    arrays = {name: cut(array, axes[name]) for name, array in term.trained().items()}
+    return dataclasses.replace(term, **arrays)
+
+
+def _folded_again(base: Leaf, terms: Terms, sign: int) -> Folded:
+    """Return what `_folded` does, quantized as the base."""
+    return _folded(base, terms, sign, round_as=lambda exact: quantized.again(exact, base))
+
+
+def _folded(
+    base: Leaf, terms: Terms, sign: int, round_as: Callable[[Leaf], Leaf] | None = None
+) -> Folded:
+    node = LoRAWeight(quantized.values(base), terms)
+    exact = merged(node) if sign > 0 else node.base.astype(merge_dtype(node.dtype)) - node.delta()
+    folded = exact.astype(node.dtype) if round_as is None else round_as(exact)
+    rounded = quantized.values(folded)
+    error = jnp.max(jnp.abs(exact - rounded.astype(exact.dtype)))
+    arrays = {"sum": [rounded], **_arrays(node.base, terms)}
+    return folded, error, {n: _all_finite(found) for n, found in arrays.items()}
+
+
+def _arrays(base: Leaf, terms: Terms) -> dict[str, list[Leaf]]:
+    """Return the arrays that a merged weight is computed from, by name."""
+    trained = [term.trained() for term in terms]
+    found = {n: [arrays[n] for arrays in trained if n in arrays] for n in Adapter.fields}
+    return {"base": [base]} | {name: arrays for name, arrays in found.items() if arrays}
+
+
+def _all_finite(arrays: Sequence[Leaf]) -> jax.Array:
+    """Tell whether all elements are finite; the largest would not: on a CPU it passes over NaN."""
+    return jnp.all(jnp.stack([jnp.isfinite(array).all(-1).all() for array in arrays]))
