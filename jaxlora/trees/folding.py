@@ -66,11 +66,13 @@ def _is_whole_on_one_device(base: Leaf) -> bool:
 def _folded_by_blocks(base: Leaf, terms: Terms, sign: int) -> Folded:
     """Return what `_folded` does, on a CPU by blocks where that pays."""
     base = quantized.values(base)
+    is_narrow = base.dtype.itemsize < merge_dtype(base.dtype).itemsize
+    if math.prod(base.shape) <= _BLOCK or not is_narrow:
+        return _folded(base, terms, sign)
     sizes = _block(base.shape)
     cut = [axis for axis, size in enumerate(sizes) if size < base.shape[axis]]
-    is_small = math.prod(sizes) < _BLOCK // 16  # of a size without divisors, or all of the weight
-    is_narrow = base.dtype.itemsize < merge_dtype(base.dtype).itemsize
-    if not (cut and is_narrow and all(_can_be_cut(term, cut) for term in terms)) or is_small:
+    is_tiny = math.prod(sizes) < _BLOCK // 16  # a size has no divisor near to what fits
+    if is_tiny or not all(_can_be_cut(term, cut) for term in terms):
         return _folded(base, terms, sign)
     by_blocks = functools.partial(_fold_blocks, sign=sign, sizes=sizes)
     whole = functools.partial(_folded, sign=sign)
@@ -80,19 +82,19 @@ def _folded_by_blocks(base: Leaf, terms: Terms, sign: int) -> Folded:
 def _fold_blocks(base: Leaf, terms: Terms, sign: int, sizes: Sequence[int]) -> Folded:
     """Return what `_folded` does, block by block in the order in which they lie in memory."""
     counts = [whole // size for whole, size in zip(base.shape, sizes, strict=True)]
-    blocks = base.reshape(-1, *sizes)
+    in_blocks = base.reshape(-1, *sizes)
     # before JAX 0.12, XLA widens all of an array of bfloat16 to write a block of it
     as_integers = jax.__version_info__ < (0, 12)
     kept = jnp.dtype(f"uint{8 * base.dtype.itemsize}") if as_integers else base.dtype
 
     def one(i):
-        block = jax.lax.dynamic_index_in_dim(blocks, i, 0, False)
+        block = jax.lax.dynamic_index_in_dim(in_blocks, i, 0, False)
         at = jnp.unravel_index(i, counts)
         index = [(j * size, size) for j, size in zip(at, sizes, strict=True)]
         folded, error, finite = _folded(block, tuple(_cut(term, index) for term in terms), sign)
         return jax.lax.bitcast_convert_type(folded, kept), error, finite
 
-    folded, errors, finite = jax.lax.map(one, jnp.arange(len(blocks)))
+    folded, errors, finite = jax.lax.map(one, jnp.arange(len(in_blocks)))
     folded = jax.lax.bitcast_convert_type(folded, base.dtype).reshape(base.shape)
     return folded, errors.max(), jax.tree.map(jnp.all, finite)
 
@@ -101,8 +103,8 @@ def _block(shape: Sequence[int]) -> list[int]:
     """Return the shape of the largest blocks, all alike, of which each lies at one in memory."""
     sizes = [1] * len(shape)
     for axis in reversed(range(len(shape))):
-        most = max(1, min(shape[axis], _BLOCK // math.prod(sizes)))
-        sizes[axis] = next(size for size in range(most, 0, -1) if shape[axis] % size == 0)
+        most = max(1, _BLOCK // math.prod(sizes))
+        sizes[axis] = blocks.largest_divisor(shape[axis], most)
         if sizes[axis] < shape[axis]:
             break
     return sizes

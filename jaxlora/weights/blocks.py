@@ -115,6 +115,15 @@ def has_all_of(part: Part | None, axes: Sequence[int]) -> bool:
     return all(bounds is None or axis not in axes for axis, bounds in enumerate(part or ()))
 
 
+def largest_divisor(size: int, most: int) -> int:
+    """Return the largest divisor of a size that is not above a bound of 1 or more.
+
+    >>> largest_divisor(12, 5)
+    4
+    """
+    return next(n for n in range(min(size, most), 0, -1) if size % n == 0)
+
+
 def overlap(one: Part | None, other: Part | None) -> bool:
     """Tell whether two parts of a weight have an element in common."""
     pairs = zip(one, other, strict=True) if one and other else ()

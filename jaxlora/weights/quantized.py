@@ -28,6 +28,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxlora.types import Leaf
+from jaxlora.weights import blocks
 from jaxlora.weights.opaque import Opaque
 
 Kind = Literal["int8", "int4", "nf4"]
@@ -257,7 +258,7 @@ def again(weight: jax.Array, like: QuantizedWeight) -> QuantizedWeight:
 
 def _block(size: int, most: int) -> int:
     """Return the largest divisor of a size up to a bound, or the size if that is far below."""
-    divisor = next(n for n in range(min(size, most), 0, -1) if size % n == 0)
+    divisor = blocks.largest_divisor(size, most)
     return divisor if divisor > 1 and 4 * divisor >= min(size, most) else size
 
 

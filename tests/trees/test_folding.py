@@ -26,25 +26,24 @@ def convolved(params, x):
 
 
 CASES = {  # shape of the weight, program, shape of its input, targets
-    "matrix": ((512, 320), contracted("bi,io->bo"), (2, 512), "w"),
-    "transposed": ((512, 320), contracted("bi,oi->bo"), (2, 320), "w"),
-    "heads": ((320, 8, 64), contracted("bi,ihd->bhd"), (2, 320), "w"),
-    "out of heads": ((8, 64, 320), contracted("bhd,hdo->bo"), (2, 8, 64), "w"),
-    "stack": ((3, 256, 384), contracted("bi,sio->sbo"), (2, 256), "w"),
-    "stack inside": ((256, 3, 384), contracted("bsi,osi->bso"), (2, 3, 384), "w"),
-    "kernel": ((3, 3, 64, 256), convolved, (1, 4, 4, 64), "w"),
-    "columns": ((512, 320), contracted("bi,io->bo"), (2, 512), "w[:, 20:200]"),
-    "rows": ((512, 320), contracted("bi,io->bo"), (2, 512), "w[100:300]"),
+    "matrix": ((512, 320), contracted("bi,io->bo"), (2, 512), ("w",)),
+    "transposed": ((512, 320), contracted("bi,oi->bo"), (2, 320), ("w",)),
+    "heads": ((320, 8, 64), contracted("bi,ihd->bhd"), (2, 320), ("w",)),
+    "out of heads": ((8, 64, 320), contracted("bhd,hdo->bo"), (2, 8, 64), ("w",)),
+    "stack": ((3, 256, 384), contracted("bi,sio->sbo"), (2, 256), ("w",)),
+    "stack inside": ((256, 3, 384), contracted("bsi,osi->bso"), (2, 3, 384), ("w",)),
+    "kernel": ((3, 3, 64, 256), convolved, (1, 4, 4, 64), ("w",)),
+    "columns": ((512, 320), contracted("bi,io->bo"), (2, 512), ("w[:, 20:200]",)),
+    "rows": ((512, 320), contracted("bi,io->bo"), (2, 512), ("w[100:300]",)),
     "two parts": ((512, 320), contracted("bi,io->bo"), (2, 512), ("w[:, :64]", "w[:, 64:128]")),
-    "no divisors": ((1021, 131), contracted("bi,io->bo"), (2, 1021), "w"),
-    "long rows": ((2, 2**17), contracted("bi,io->bo"), (2, 2), "w"),
+    "no divisors": ((1021, 131), contracted("bi,io->bo"), (2, 1021), ("w",)),
+    "long rows": ((2, 2**17), contracted("bi,io->bo"), (2, 2), ("w",)),
 }
 
 
 def adapted(name, dtype="float32"):
     shape, fn, x, targets = CASES[name]
     params, x = {"w": normal(0, *shape).astype(dtype)}, normal(1, *x).astype(dtype)
-    targets = (targets,) if isinstance(targets, str) else targets
     config = jaxlora.LoRAConfig(rank=2, targets=targets)
     params = jaxlora.init(jax.random.key(0), fn, params, x, config=config)
     base, adapters = jaxlora.split(params)
@@ -76,13 +75,11 @@ def test_each_element_is_the_sum_rounded_once(name, dtype):
     error = np.abs(np.asarray(merged, np.float64) - wanted)
     assert (error <= half * np.abs(wanted) + 1e-6).all()
     told = jaxlora.merge_error(params)["w"]
-    assert_allclose(told, error.max(initial=0), rtol=1e-2, atol=1e-6)
+    assert_allclose(told, error.max(), rtol=1e-2, atol=1e-6)
     base, adapters = jaxlora.split(params)
-    if wanted.size:
-        undone = jaxlora.unmerge({"w": merged}, adapters, check_base=False)["w"]
-        assert_allclose(
-            *(np.asarray(x, np.float64) for x in (undone, base["w"])), atol=3 * half * 5
-        )
+    undone = jaxlora.unmerge({"w": merged}, adapters, check_base=False)["w"]
+    undone, before = (np.asarray(x, np.float64) for x in (undone, base["w"]))
+    assert_allclose(undone, before, atol=15 * half)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -107,11 +104,12 @@ def test_no_sum_of_the_size_of_a_weight_is_made(spec, compiled):
 
 
 @pytest.mark.parametrize("name", ["matrix", "stack", "rows"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["base", "a", "b"])
-def test_what_is_not_finite_anywhere_is_named(name, where, value):
-    """XLA's largest of many numbers on a CPU passes over NaN."""
-    node = adapted(name, "bfloat16")["w"]
+def test_what_is_not_finite_anywhere_is_named(name, dtype, where, value):
+    """XLA's largest of many numbers of float32 passes over NaN on a CPU."""
+    node = adapted(name, dtype)["w"]
     arrays = {"base": node.base, "a": node.a, "b": node.b}
     arrays[where] = arrays[where].at[-1, -1].set(value)
     term = dataclasses.replace(node.term, a=arrays["a"], b=arrays["b"])
