@@ -54,6 +54,9 @@ def lora(
     return Arm(name, rank, weights, alpha or 2.0 * rank, stabilized)
 
 
+COMPARED = (lora(8), FULL, BIASES, HEAD)  # by what they cost and forget, too
+
+
 def subspace(dimension: int) -> Arm:
     """Return an arm that trains coordinates of a random subspace, a prime number at best."""
     return Arm(f"subspace {dimension}", dimension=dimension)

@@ -7,13 +7,12 @@ head alone and a probe beside them.
 import dataclasses
 from collections.abc import Callable
 
-from .arms import BIASES, FULL, HEAD, lora
+from .arms import COMPARED
 from .lab import Lab, Wanted
 from .rates import FULL_RATES, LORA_RATES
 from .report import Report, as_dicts, figure, mean_and_error, nats, percent
 from .training import Run, seconds_of_steps
 
-ARMS = (lora(8), FULL, BIASES, HEAD)
 RATES = {  # of each arm; the head of the glosses sees larger vectors
     "sentiment": (LORA_RATES, FULL_RATES, (1.5e-3, 5e-3, 1.5e-2), (5e-3, 1.5e-2, 5e-2)),
     "glosses": (LORA_RATES[1:], FULL_RATES[1:], (5e-4, 1.5e-3, 5e-3), (2.5e-4, 7.5e-4, 2.5e-3)),
@@ -31,7 +30,7 @@ def needs(lab: Lab) -> dict[tuple[str, str], Wanted]:
     return {
         (name, arm.name): Wanted(name, arm, rates)
         for name, of_arms in RATES.items()
-        for arm, rates in lab.some(tuple(zip(ARMS, of_arms, strict=True)))
+        for arm, rates in lab.some(tuple(zip(COMPARED, of_arms, strict=True)))
     }
 
 
@@ -43,8 +42,8 @@ def run(lab: Lab) -> Report:
         task = lab.task(name)
         told = percent if task.higher_is_better else nats
         before, probed = task.general(task.params), task.probe()
-        found = {arm.name: lab.runs(wanted[name, arm.name]) for arm in lab.some(ARMS)}
-        seconds = seconds_of_steps(task, lab.some(ARMS), 2 if lab.quick else 15)
+        found = {arm.name: lab.runs(wanted[name, arm.name]) for arm in lab.some(COMPARED)}
+        seconds = seconds_of_steps(task, lab.some(COMPARED), 2 if lab.quick else 15)
         if probed is not None:
             rows.append([name, "probe", "", f"{100 * probed:.1f}", *[""] * 5])
         rows += [

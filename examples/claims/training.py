@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import jaxlora
 
-from .arms import Arm, Trainable, start, together
+from .arms import COMPARED, Arm, Trainable, start, together
 from .tasks import Task
 
 
@@ -31,7 +31,7 @@ class Run:
         loss: training loss, mean of the last tenth of the steps.
         validation: score that the rate is chosen by.
         held_out: score on data that chose nothing.
-        general: score on the other task.
+        general: score on the other task, of the arms that are compared by it.
         bytes: that the compiled step needs at once: arguments, results and temporaries.
     """
 
@@ -44,7 +44,7 @@ class Run:
     loss: float
     validation: float
     held_out: float
-    general: float
+    general: float | None
     bytes: int
 
 
@@ -82,7 +82,7 @@ class Trainer:
             loss=float(np.mean(losses[-tenth:])),
             validation=task.score(self._predict, params, "validation"),
             held_out=task.score(self._predict, params, "held out"),
-            general=task.general(params),
+            general=task.general(params) if self._arm in COMPARED else None,
             bytes=max(map(_bytes, self._compiled.values())),
         )
         return run, trainable
