@@ -5,6 +5,7 @@ the window being that of a convolution. What is computed is float32, or wider fo
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -30,7 +31,7 @@ class Form:
     shapes: Callable[[Shape, Shape], dict[str, Shape]]
     pair: Callable[[Tensors], Pair]
 
-    @property
+    @functools.cached_property
     def kinds(self) -> set[str]:
         """What its tensors are."""
         return {*self.shapes((1, 1), (1, 1))}

@@ -72,10 +72,16 @@ def adapters(pieces: Iterable[Piece]) -> dict[str, Adapter]:
     for group in groups.values():
         for piece in _joined(group):
             part = blocks.normal(piece.box, piece.shape)
-            arrays = {name: getattr(piece, name) for name in Adapter.fields}
+            arrays = {name: _kept(getattr(piece, name)) for name in Adapter.fields}
             static = {"roles": piece.roles, "alpha": piece.alpha, "shape": piece.shape}
             found[blocks.name(piece.path, part)] = Adapter(**arrays, **static, block=part)
     return jax.device_put(found)  # all at once, which is faster than one by one
+
+
+def _kept(array: np.ndarray | None) -> np.ndarray | None:
+    """Return an array without what is a view of a file and would stay one on JAX's CPU."""
+    is_view = array is not None and array.flags.c_contiguous and not array.flags.owndata
+    return array.copy() if is_view else array
 
 
 def warn_if_all_are_zero(found: Mapping[str, Leaf], where: str) -> None:

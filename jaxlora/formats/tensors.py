@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,12 +25,12 @@ DTYPES = MappingProxyType(  # what files call each dtype, by its name
     }
 )
 _NAMES = MappingProxyType({code: name for name, code in DTYPES.items()})
-# of these safetensors makes no arrays of NumPy
-_EIGHT_BITS = MappingProxyType({"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2})
 
 
 class TensorFile:
-    """The tensors of a file that is open, each read when it is asked for.
+    """The tensors of a file that is open.
+
+    Each is a view of the file, which is read when the tensor is. What is kept is a copy.
 
     Attributes:
         path: the file.
@@ -38,29 +39,23 @@ class TensorFile:
     """
 
     def __init__(self, path: Path, opened: Any, file: BinaryIO):
-        self.path, self._opened, self._file = path, opened, file
-        self._header = _header(path, file)
+        self.path, self._data = path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._start = 8 + int.from_bytes(self._data[:8], "little")
+        self._header = _header(path, self._data[8 : self._start])
         self.metadata: dict[str, str] = opened.metadata() or {}
-        self.shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        self.shapes = {name: tuple(self._header[name]["shape"]) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
 
     def __getitem__(self, name: str) -> np.ndarray:
-        kind = self._opened.get_slice(name).get_dtype()
-        if kind not in _EIGHT_BITS:
-            try:
-                return self._opened.get_tensor(name)
-            except AttributeError as error:
-                raise ValueError(_unread(self.path, name, kind)) from error
-        start, stop = self._header[name]["data_offsets"]
-        self._file.seek(0)
-        self._file.seek(8 + int.from_bytes(self._file.read(8), "little") + start)
-        data = self._file.read(stop - start)
-        return np.frombuffer(data, _EIGHT_BITS[kind]).reshape(self.shapes[name])
+        start = self._start + self._header[name]["data_offsets"][0]
+        return np.ndarray(self.shapes[name], self.dtype(name), self._data, start)
 
     def dtype(self, name: str) -> np.dtype:
         """Return the dtype of a tensor, which is not read."""
-        kind = self._opened.get_slice(name).get_dtype()
+        kind = self._header[name]["dtype"]
         if kind not in _NAMES:
-            raise ValueError(_unread(self.path, name, kind))
+            raise ValueError(
+                f"the tensor {name!r} of {str(self.path)!r} has the dtype {kind}, which is not read"
+            )
         return jnp.dtype(_NAMES[kind])
 
 
@@ -109,21 +104,15 @@ def data(tensors: Mapping[str, np.ndarray]) -> bytes:
     return file[8 + int.from_bytes(file[:8], "little") :]
 
 
-def _unread(path: Path, name: str, kind: str) -> str:
-    return f"the tensor {name!r} of {str(path)!r} has the dtype {kind}, which is not read"
-
-
-def _header(path: Path, file: BinaryIO) -> dict[str, Any]:
+def _header(path: Path, text: bytes) -> dict[str, Any]:
     """Return what a header says, or raise where two tensors have one name."""
 
     def once(pairs):
-        counts = collections.Counter(name for name, _ in pairs)
-        for name, count in counts.most_common(1):
-            if count > 1:
-                raise ValueError(f"{str(path)!r} has {count} entries named {checks.shown(name)}")
-        return dict(pairs)
+        if len(found := dict(pairs)) < len(pairs):
+            (name, count), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{str(path)!r} has {count} entries named {checks.shown(name)}")
+        return found
 
-    text = file.read(int.from_bytes(file.read(8), "little"))
     return json.loads(text, object_pairs_hook=once)
 
 

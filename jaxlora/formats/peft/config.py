@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,11 @@ class Config:
             )
 
 
-def named(module: str, names: str | Iterable[str]) -> bool:
+def named(module: str, names: str | Collection[str]) -> bool:
     """Tell whether one of some names, or one regular expression, means a module."""
     if isinstance(names, str):
         return bool(re.fullmatch(names, module))
-    return not {*suffixes(module)}.isdisjoint(names)
+    return bool(names) and not {*suffixes(module)}.isdisjoint(names)
 
 
 def suffixes(module: str) -> Iterator[str]:

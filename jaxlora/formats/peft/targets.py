@@ -23,14 +23,15 @@ def check(source: Source, config: Config, adapted: Iterable[str]) -> None:
     }
     modules = {*adapted} - {name.rpartition(".")[0] for name in parameters}
     inner = {m for m in modules if m.rpartition(".")[0] in modules}  # of MultiheadAttention
-    if strange := sorted(module for module in modules - inner if not config.means(module)):
+    meant = {name for name in {*source.table, *modules} if config.means(name)}
+    if strange := sorted(modules - inner - meant):
         raise ValueError(
             f"{where} has factors of modules that its config does not name: {_listed(strange)}"
         )
     wanted = {
         name
         for name, place in source.table.items()
-        if name not in parameters and config.means(name) and _is_module(source, place)
+        if name not in parameters and name in meant and _is_module(source, place)
     }
     if lost := sorted(wanted - modules):
         raise ValueError(
