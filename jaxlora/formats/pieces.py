@@ -80,8 +80,9 @@ def adapters(pieces: Iterable[Piece]) -> dict[str, Adapter]:
 
 def _kept(array: np.ndarray | None) -> np.ndarray | None:
     """Return an array without what is a view of a file and would stay one on JAX's CPU."""
-    is_view = array is not None and array.flags.c_contiguous and not array.flags.owndata
-    return array.copy() if is_view else array
+    if array is None or array.flags.owndata or not array.flags.c_contiguous:
+        return array
+    return array.copy()
 
 
 def warn_if_all_are_zero(found: Mapping[str, Leaf], where: str) -> None:

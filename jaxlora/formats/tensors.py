@@ -5,7 +5,7 @@ import contextlib
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -15,13 +15,13 @@ import numpy as np
 
 from jaxlora.messages import checks
 
-DTYPES = MappingProxyType(  # what files call each dtype, by its name
+DTYPES = MappingProxyType(  # what files call each dtype, by its name, in the order they have them
     {
-        **{"bool": "BOOL", "complex64": "C64"},
-        **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-        **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
-        **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
-        **{"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"},
+        **{"uint64": "U64", "int64": "I64", "float64": "F64", "complex64": "C64"},
+        **{"float32": "F32", "uint32": "U32", "int32": "I32"},
+        **{"bfloat16": "BF16", "float16": "F16", "uint16": "U16", "int16": "I16"},
+        **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"},
+        **{"int8": "I8", "uint8": "U8", "bool": "BOOL"},
     }
 )
 _NAMES = MappingProxyType({code: name for name, code in DTYPES.items()})
@@ -81,27 +81,6 @@ def opened(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
         raise ValueError(f"{str(path)!r} is no whole file of safetensors: {error}") from error
     with opened as reader, open(path, "rb") as file:
         yield TensorFile(path, reader, file)
-
-
-def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write tensors to a file."""
-    _safetensors()
-    from safetensors.numpy import save_file
-
-    ready = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    path.touch()
-    mode = path.stat().st_mode  # of new files here; those of safetensors 0.8 are private
-    save_file(ready, path, metadata=dict(metadata))
-    path.chmod(mode)
-
-
-def data(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """Return what a file of tensors has behind its header."""
-    _safetensors()
-    from safetensors.numpy import save
-
-    file = save({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()})
-    return file[8 + int.from_bytes(file[:8], "little") :]
 
 
 def _header(path: Path, text: bytes) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 import collections
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxlora.formats import tensors
+from jaxlora.formats import streaming
 from jaxlora.formats.diffusion import spellings
 from jaxlora.formats.diffusion.metadata import METADATA, packed
 from jaxlora.formats.modules import Module, arranged, norms
@@ -94,5 +93,5 @@ def _said_by_kohya(found: list[Module], made: Mapping[str, np.ndarray]) -> dict[
         said["ss_network_args"] = json.dumps({"algo": "lora", "dora_wd": "True"})
     for name, values in {"ss_network_dim": ranks, "ss_network_alpha": alphas}.items():
         said[name] = f"{values.pop():g}" if len(values) == 1 else "Dynamic"
-    said["sshs_model_hash"] = hashlib.sha256(tensors.data(made)).hexdigest()
+    said["sshs_model_hash"] = streaming.digest(made)
     return said

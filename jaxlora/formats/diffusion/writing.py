@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import jax
 
-from jaxlora.formats import arguments, tensors
+from jaxlora.formats import arguments, streaming, tensors
 from jaxlora.formats.diffusion import keys, styles
 from jaxlora.formats.diffusion.metadata import METADATA
 from jaxlora.formats.modules import Module, check_written, modules
@@ -50,7 +50,7 @@ def save(
 
     Raises:
         FileExistsError: something else is there.
-        ImportError: safetensors is not installed.
+        ImportError: a file is there, and safetensors, which tells what it is, is not installed.
         TypeError: an argument is of the wrong kind, or adapters are traced by JAX.
         ValueError: an adapter has no name in the file, or such files cannot say it; the path ends
             as that of a folder.
@@ -72,7 +72,7 @@ def save(
     replacing.replace_from_first(
         "diffusion.save",
         target,
-        lambda place: tensors.write(place, made, {"format": "pt"} | said | more),
+        lambda place: streaming.write_arrays(place, made, {**streaming.PYTORCH, **said, **more}),
         lambda place: _check_free(place, target),
     )
 

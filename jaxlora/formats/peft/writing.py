@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxlora.formats import arguments, tensors
+from jaxlora.formats import arguments, streaming
 from jaxlora.formats.modules import Module, arranged, check_written, modules, norms
 from jaxlora.formats.names.mapping import Names
 from jaxlora.formats.peft import experts, kept, plain
@@ -49,7 +49,6 @@ def save(
 
     Raises:
         FileExistsError: the folder holds something else.
-        ImportError: safetensors is not installed.
         TypeError: an argument is of the wrong kind, or adapters are traced by JAX.
         ValueError: an adapter has no name in the file, or says what PEFT cannot.
         OSError: it cannot be written.
@@ -80,7 +79,7 @@ def save_saying(
 
     def write(place: Path) -> None:
         place.mkdir()
-        tensors.write(place / TENSORS_FILE, found, {"format": "pt"})
+        streaming.write_arrays(place / TENSORS_FILE, found, streaming.PYTORCH)
         (place / CONFIG_FILE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
 
     replacing.replace_from_first(

@@ -9,8 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxlora.formats import tensors
-from jaxlora.formats.safetensors import streaming
+from jaxlora.formats import streaming, tensors
 from jaxlora.formats.tensors import TensorFile
 from jaxlora.messages import checks
 from jaxlora.types import Leaf

@@ -45,7 +45,6 @@ def save(
 
     Raises:
         FileExistsError: the folder holds something else.
-        ImportError: safetensors is not installed.
         TypeError: an argument is of the wrong kind, or params is traced by JAX.
         ValueError: a part of a leaf has no name, or a merged weight is not finite.
         OSError: it cannot be written.
