@@ -5,12 +5,16 @@ length, which tells each tensor's dtype, shape and bytes, and then the bytes
 (https://huggingface.co/docs/safetensors). Tensors lie where that library would put them.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
+from typing import BinaryIO, Self
 
 import jax
 import numpy as np
@@ -22,49 +26,109 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]  # shape and dtype of each tensor by
 PYTORCH = MappingProxyType({"format": "pt"})  # metadata of all files that PyTorch is to load
 
 
-def write(
-    path: Path,
-    shapes: Shapes,
-    make: Callable[[str], Leaf],
-    metadata: Mapping[str, str] = PYTORCH,
-) -> None:
-    """Write a file. While a tensor is laid out in order and written, the next is made.
+def write(path: Path, shapes: Shapes, make: Callable[[str], Leaf]) -> None:
+    """Write a file of tensors that are made one after the other, and wait until the disk has it.
+
+    While a tensor is made, the one before is written, and the disk takes what was.
 
     Args:
         path: the file.
         shapes: shape and dtype of each tensor by name, in the order in which they are made.
         make: returns a tensor, an array of NumPy or of JAX, which need not be ready.
+
+    Raises:
+        ValueError: files have no name for a dtype.
+        OSError: it cannot be written.
+    """
+    with _begun(path, shapes, PYTORCH) as file, _Worker() as disk, _Worker() as writer:
+
+        def put(name: str, tensor: Leaf) -> None:
+            file.put(name, tensor)
+            if disk.is_free:
+                disk.start(file.sync)
+
+        for name in shapes:
+            tensor = make(name)
+            writer.start(functools.partial(put, name, tensor))
+        writer.wait()
+        disk.start(file.sync)
+        disk.wait()
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write a file of arrays that are in memory.
+
+    Args:
+        path: the file.
+        arrays: the tensors by name.
         metadata: what the header says beside them.
 
     Raises:
         ValueError: files have no name for a dtype.
         OSError: it cannot be written.
     """
-    header = _header(shapes)
-    about: Json = {"__metadata__": dict(metadata)} if metadata else {}
-    text = json.dumps(about | header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file, ThreadPoolExecutor(1) as writer:
+    with _begun(path, _shapes(arrays), metadata) as file:
+        for name, array in arrays.items():
+            file.put(name, array)
+
+
+class _Worker:
+    """A thread that does one thing after the other, and raises what went wrong in the next."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether all that was started is done."""
+        return self._last is None or self._last.done()
+
+    def start(self, action: Callable[[], None]) -> None:
+        """Wait for what was started before, and start an action."""
+        self.wait()
+        self._last = self._pool.submit(action)
+
+    def wait(self) -> None:
+        """Wait for what was started, and raise what went wrong."""
+        if self._last is not None:
+            self._last.result()
+
+
+class _File:
+    """A file whose header is written."""
+
+    def __init__(self, file: BinaryIO, shapes: Shapes, metadata: Mapping[str, str]):
+        self._file, self._header = file, _header(shapes)
+        about: Json = {"__metadata__": dict(metadata)} if metadata else {}
+        text = json.dumps(about | self._header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
         file.write(len(text).to_bytes(8, "little") + text)
 
-        def put(name: str, tensor: Leaf) -> None:
-            assert (tensor.shape, tensor.dtype) == (shapes[name].shape, shapes[name].dtype), name
-            file.seek(8 + len(text) + header[name]["data_offsets"][0])
-            file.write(_bytes(tensor))
+    def put(self, name: str, tensor: Leaf) -> None:
+        """Write a tensor where it belongs."""
+        told = self._header[name]
+        assert (list(tensor.shape), DTYPES[tensor.dtype.name]) == (told["shape"], told["dtype"])
+        self._file.seek(self._start + told["data_offsets"][0])
+        self._file.write(_bytes(tensor))
 
-        last: Future[None] | None = None
-        for name in shapes:
-            tensor = make(name)
-            if last is not None:
-                last.result()
-            last = writer.submit(put, name, tensor)
-        if last is not None:
-            last.result()
+    def sync(self) -> None:
+        """Wait until the disk has what was written."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a file of arrays that are in memory, see `write`."""
-    write(path, _shapes(arrays), lambda name: np.asarray(arrays[name], order="C"), metadata)
+@contextlib.contextmanager
+def _begun(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Iterator[_File]:
+    with open(path, "wb") as file:
+        yield _File(file, shapes, metadata)
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:

@@ -6,7 +6,7 @@ from jax.core import Tracer
 
 from jaxlora.messages import checks
 from jaxlora.trees.binding import nodes_over
-from jaxlora.trees.folding import fold
+from jaxlora.trees.folding import fold, rounding_error
 from jaxlora.types import Leaf, Leaves, PyTree
 from jaxlora.weights import blocks, modules, paths, quantized, tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, merge_dtype
@@ -50,7 +50,7 @@ def merge(params: PyTree, *, donate: bool = False, requantize: bool = False) -> 
     leaves, treedef = _flatten(params, "merge", "use jaxlora.nnx.merge(adapted)")
     for path, leaf in leaves.items():
         if isinstance(leaf, LoRAWeight):
-            leaves[path], _ = fold(path, leaf, 1, donate=donate, requantize=requantize)
+            leaves[path] = fold(path, leaf, 1, donate=donate, requantize=requantize)
         elif isinstance(leaf, QuantizedWeight) and not requantize:
             leaves[path] = jax.jit(quantized.values)(leaf)
         elif isinstance(leaf, TrainedLeaf):
@@ -92,7 +92,7 @@ def merge_error(params: PyTree, *, requantize: bool = False) -> dict[str, jax.Ar
     errors = {}
     for path, leaf in leaves.items():
         if isinstance(leaf, LoRAWeight):
-            _, errors[path] = fold(path, leaf, 1, requantize=requantize)
+            errors[path] = rounding_error(path, leaf, requantize=requantize)
         elif isinstance(leaf, TrainedLeaf):
             _finite(path, leaf.now)
     return errors
@@ -147,7 +147,7 @@ def unmerge(plain: PyTree, adapters: Adapters, *, check_base: bool = True) -> Py
             raise ValueError(f"the {lost} of {path!r} cannot be unmerged: keep the base instead")
         if isinstance(node.base, QuantizedWeight):
             raise ValueError(f"{path!r} is quantized and cannot be unmerged: keep the base instead")
-        leaves[path], _ = fold(path, node, -1)
+        leaves[path] = fold(path, node, -1)
     for name, adapter in adapters.items() if check_base else ():
         path, _ = blocks.locate(name, leaves)
         if isinstance(adapter, Adapter):

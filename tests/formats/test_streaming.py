@@ -1,6 +1,8 @@
 """Files that are written a tensor at a time are those of the library of safetensors."""
 
+import errno
 import hashlib
+import os
 import tracemalloc
 
 import jax
@@ -73,3 +75,27 @@ def test_a_digest_is_of_all_behind_the_header():
     file = save({name: np.ascontiguousarray(x) for name, x in arrays.items()})
     data = file[8 + int.from_bytes(file[:8], "little") :]
     assert streaming.digest(arrays) == hashlib.sha256(data).hexdigest()
+
+
+def test_the_disk_has_all_at_the_end(tmp_path, monkeypatch):
+    path, synced, sync = tmp_path / "it", [], os.fsync
+
+    def recorded(descriptor):
+        sync(descriptor)
+        synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    shapes = {f"w{i}": jax.ShapeDtypeStruct((3,), np.float32) for i in range(5)}
+    streaming.write(path, shapes, lambda name: np.ones(3, np.float32))
+    assert synced[-1] == path.stat().st_size
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_what_the_disk_refuses_is_raised(count, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    shapes = {f"w{i}": jax.ShapeDtypeStruct((3,), np.float32) for i in range(count)}
+    with pytest.raises(OSError, match="No space left"):
+        streaming.write(tmp_path / "it", shapes, lambda name: np.ones(3, np.float32))

@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
 from jaxlora.trees import folding
+from jaxlora.weights.roles import Roles
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -94,8 +95,9 @@ def test_no_sum_of_the_size_of_a_weight_is_made(spec, compiled):
     params, x = {"w": normal(0, *shape, dtype="float16")}, jnp.ones((2, 1024), "float16")
     config = jaxlora.LoRAConfig(rank=2)
     node = jaxlora.init(jax.random.key(0), contracted(spec), params, x, config=config)["w"]
+    how = folding.How(1, with_error=True)
     temp, of_whole = (
-        compiled(functools.partial(fold, sign=1), node.base, node.terms)
+        compiled(functools.partial(fold, how=how), node.base, node.terms)
         .memory_analysis()
         .temp_size_in_bytes
         for fold in (folding._folded_by_blocks, folding._folded)
@@ -140,3 +142,14 @@ def test_a_change_that_is_not_finite_anywhere_is_refused():
     after = {"w": before["w"].at[-1, -1].set(jnp.nan)}
     with pytest.raises(ValueError, match="the change of the leaf 'w' is not finite"):
         jaxlora.algebra.extract(before, after, 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weight_without_elements_is_merged(dtype):
+    roles = Roles((), (0,), (1,))
+    adapter = jaxlora.Adapter(jnp.ones((0, 2)), jnp.ones((2, 4)), roles, alpha=2.0, shape=(0, 4))
+    params = jaxlora.bind({"w": jnp.ones((0, 4), dtype)}, {"w": adapter})
+    merged = jaxlora.merge(params)
+    assert (merged["w"].shape, merged["w"].dtype) == ((0, 4), dtype)
+    assert jaxlora.merge_error(params) == {"w": 0}
+    assert jaxlora.unmerge(merged, {"w": adapter})["w"].shape == (0, 4)
