@@ -8,8 +8,8 @@ left to the compiler, or the program says that each layer gathers its own over `
 variants:
 
 - floor: the frozen model, forward and backward; one vector that is added to the input is trained.
-- lora: `jaxlora.lora` over a base in bfloat16.
-- nf4: the same over a base in four bits.
+- lora: `jaxlora.lora` over it.
+- nf4 floor, nf4: the two over weights of the layers in four bits.
 
 Of each, for one device: the bytes of arguments and temporaries, as the compiler counts them, and
 their share of its memory; operations; what collectives bring, loops in full; a bound on tokens a
@@ -43,7 +43,7 @@ import jaxlora
 from jaxlora.planning import layout, operations
 
 RANK = 16
-VARIANTS = ("lora", "nf4")
+FLOORS = {"lora": "floor", "nf4": "nf4 floor"}  # of each variant, the frozen model's step
 COMPARED = ("tflops", "gb", "moved_gb", "collectives_gb", "tokens_per_s_at_most")
 CHIPS = {  # operations a second, bytes a second, bytes of memory
     "v5e": (197e12, 819e9, 16 * 2**30),
@@ -176,23 +176,23 @@ def variant(case: Case, mesh: Mesh, name: str, layers: int) -> peers.Variant:
         losses = optax.softmax_cross_entropy_with_integer_labels
         return losses(logits.astype(jnp.float32), following).mean()
 
-    if name == "floor":
-        everywhere = NamedSharding(mesh, P())
-        vector = jax.ShapeDtypeStruct((case.sizes.width,), jnp.bfloat16, sharding=everywhere)
-        return lambda v, p, x, y: mean(fn(p, x, v), y), vector, params
     targets = tuple(f"layers/{name}" for name in COLUMNS + ROWS)
-    config = jaxlora.LoRAConfig(rank=RANK, alpha=16, targets=targets)
-
-    base = params
-    if name == "nf4":
+    apply, base = fn, params
+    if name.startswith("nf4"):
         how = jaxlora.QuantizationConfig("nf4", targets=targets)
         base = layout.of_quantized(jaxlora.quantize(fn, params, tokens, config=how), params)
+    if name != "floor":
+        apply = jaxlora.lora(fn, strict=True)
+    if name in FLOORS.values():
+        everywhere = NamedSharding(mesh, P())
+        vector = jax.ShapeDtypeStruct((case.sizes.width,), jnp.bfloat16, sharding=everywhere)
+        return lambda v, p, x, y: mean(apply(p, x, v), y), vector, base
+    config = jaxlora.LoRAConfig(rank=RANK, alpha=16, targets=targets)
 
     def adapted(base):
         return jaxlora.split(jaxlora.init(jax.random.key(0), fn, base, tokens, config=config))
 
     adapters = layout.of_factors(jax.eval_shape(adapted, base)[1], params, mesh)
-    apply = jaxlora.lora(fn, strict=True)
     return lambda a, b, x, y: mean(apply(jaxlora.bind(b, a), x), y), adapters, base
 
 
@@ -257,15 +257,15 @@ def told(case: Case, mesh: Mesh, name: str, without_layers: dict[str, float]) ->
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return the figures of each variant of each case, and their ratios to its floor."""
+    """Return the figures of each variant of each case and of its floor, and ratios to that."""
     rows: dict[str, dict[str, float]] = {}
     for name in options.cases:
-        case, floor = CASES[name], dict[str, float]()
+        case, found = CASES[name], dict[str, dict[str, float]]()
         mesh = mesh_of(case)
         without_layers = tpu.figures(traced(case, mesh, "floor", 0)[0].lower().compile())
-        for kind in dict.fromkeys(["floor", *options.variants]):
-            row = told(case, mesh, kind, without_layers)
-            floor = floor or row
+        for kind in [kind for variant in options.variants for kind in (FLOORS[variant], variant)]:
+            row = found[kind] = told(case, mesh, kind, without_layers)
+            floor = found[FLOORS.get(kind, kind)]
             ratios = {f"{key}_over_floor": row[key] / floor[key] for key in COMPARED}
             row = rows[f"{name}: {kind}"] = row | ratios
             shown = ", ".join(f"{key} {value:.3f}" for key, value in row.items())
@@ -281,7 +281,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--variants", nargs="+", choices=FLOORS, default=list(FLOORS))
     add("--out", type=Path, help="write JSON here")
     options = parser.parse_args()
     tpu.need_no_tpu()
