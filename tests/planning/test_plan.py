@@ -75,7 +75,10 @@ class Case:
         return step.lower(made.params, state, *made.args).compile()
 
 
-@pytest.fixture(scope="module", params=MODELS)
+ONCE = [pytest.param(name, marks=pytest.mark.once) for name in ("minilm", "scanned")]
+
+
+@pytest.fixture(scope="module", params=["benchmark", *ONCE])
 def case(request):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield Case(request.param)
