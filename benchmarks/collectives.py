@@ -21,23 +21,23 @@ def count(text: str) -> dict[str, float]:
 
     Loops count in full, as often as their condition says: it compares a counter with a constant.
     The compiler writes a collective that goes on beside several products at each of them, with one
-    channel: it is counted once. ``moved_gb`` is of weights: what is gathered or passed on and
-    larger than any factor of an adapter.
+    channel: it is counted once. ``moved_gb`` is of weights: arrays that are gathered or passed on
+    and larger than any factor of an adapter.
     """
     numbers: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
-    for kind, size, times in _collectives(text):
+    for kind, arrays, times in _collectives(text):
         numbers[kind] += times
-        sizes[kind] += times * size
-        sizes["collectives"] += times * size
-        if kind in ("all-gather", "collective-permute") and size > OF_FACTORS:
-            sizes["moved"] += times * size
+        sizes[kind] += times * sum(arrays)
+        sizes["collectives"] += times * sum(arrays)
+        if kind in ("all-gather", "collective-permute"):
+            sizes["moved"] += times * sum(size for size in arrays if size > OF_FACTORS)
     row = {f"{kind}s": float(numbers[kind]) for kind in KINDS}
     return row | {f"{kind}_gb": sizes[kind] / 1e9 for kind in (*KINDS, "moved", "collectives")}
 
 
-def _collectives(text: str) -> Iterator[tuple[str, int, int]]:
-    """Yield the kind, the bytes and the number of runs of each collective."""
+def _collectives(text: str) -> Iterator[tuple[str, list[int], int]]:
+    """Yield the kind, the bytes of each result and the number of runs of each collective."""
     bodies = {name: body for _, name, body in _COMPUTATION.findall(text)}
     seen = set()
     for name, times in _runs(text, bodies).items():
@@ -66,12 +66,12 @@ def _turns(condition: str) -> int:
     return int(limit)
 
 
-def _nbytes(kind: str, arrays: str, begins: str) -> int:
-    """Return the bytes of the results of a collective, from the type of it in the program."""
+def _nbytes(kind: str, arrays: str, begins: str) -> list[int]:
+    """Return the bytes of each result of a collective, from the type of it in the program."""
     found = _ARRAY.findall(arrays)
     if begins and kind == "collective-permute":
         found = found[1:2]  # what is sent, what comes, and two signals
     elif begins and kind == "all-gather":
         found = found[len(found) // 2 :]  # what is sent, then what comes
     sizes = ((_BITS[dtype], map(int, filter(None, dims.split(",")))) for dtype, dims in found)
-    return sum(bits * math.prod(dims) // 8 for bits, dims in sizes)
+    return [bits * math.prod(dims) // 8 for bits, dims in sizes]

@@ -15,155 +15,41 @@ Of each, for one device: the bytes of arguments and temporaries, as the compiler
 their share of its memory; operations; what collectives bring, loops in full; a bound on tokens a
 second; and the seconds of tracing and compiling. The bound is the least of what the chip is sold
 for, in operations and in bytes a second, and of the compiler's own seconds, where it tells them.
+
+With `--at-once` the compiler sends together what is gathered in one place and smaller than so many
+bytes, as the factors of a layer are.
 """
 
 import argparse
-import dataclasses
 import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import collectives
 import jax
 import jax.numpy as jnp
-import llama
 import models
 import numpy as np
 import optax
 import peers
 import report
 import tpu
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from slices import CASES, COLUMNS, ROWS, Case, forward, mesh_of, shapes
 
 import jaxlora
 from jaxlora.planning import layout, operations
 
 RANK = 16
 FLOORS = {"lora": "floor", "nf4": "nf4 floor"}  # of each variant, the frozen model's step
+AT_ONCE = "xla_all_gather_latency_bound_threshold_in_bytes"
 COMPARED = ("tflops", "gb", "moved_gb", "collectives_gb", "tokens_per_s_at_most")
 CHIPS = {  # operations a second, bytes a second, bytes of memory
     "v5e": (197e12, 819e9, 16 * 2**30),
     "v5p": (459e12, 2765e9, 95 * 2**30),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Sizes of a model."""
-
-    layers: int
-    width: int
-    hidden: int
-    heads: int
-    groups: int = 8
-    vocabulary: int = 128256
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A model on a slice.
-
-    Attributes:
-        sizes: of the model.
-        topology: chip and shape of the slice.
-        fsdp: devices that each have other rows.
-        tensor: devices with the same rows.
-        batch: rows of all devices.
-        tokens: tokens of a row.
-        gathers: whether the program says that a layer gathers its weights over ``fsdp``.
-    """
-
-    sizes: Sizes
-    topology: str
-    fsdp: int
-    tensor: int
-    batch: int
-    tokens: int = 2048
-    gathers: bool = False
-
-    @property
-    def chip(self) -> str:
-        """The generation of the chips."""
-        return self.topology.partition(":")[0]
-
-
-SMALL = Sizes(layers=32, width=4096, hidden=14336, heads=32)
-LARGE = Sizes(layers=80, width=8192, hidden=28672, heads=64)
-CASES = {
-    "8B on v5e-16": Case(SMALL, "v5e:4x4", fsdp=4, tensor=4, batch=16),
-    "70B on v5p-128": Case(LARGE, "v5p:4x4x4", fsdp=16, tensor=4, batch=32),
-    "70B on v5e-256": Case(LARGE, "v5e:16x16", fsdp=32, tensor=8, batch=64),
-}
-CASES |= {f"{name}, gathered": dataclasses.replace(CASES[name], gathers=True) for name in CASES}
-COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")  # what the tensor axis splits
-
-
-def shapes(case: Case, mesh: Mesh, layers: int) -> Any:
-    """Return the shapes of the parameters, each on its place in the mesh."""
-    sizes = case.sizes
-    d, f, v = sizes.width, sizes.hidden, sizes.vocabulary
-    kv = d // sizes.heads * sizes.groups
-    columns = dict(zip(COLUMNS, ((d, d), (d, kv), (d, kv), (d, f), (d, f)), strict=True))
-    rows = dict(zip(ROWS, ((d, d), (f, d)), strict=True))
-
-    def shape(sizes, *spec):
-        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
-
-    stack: dict[str, Any] = {
-        name: shape((layers, *size), None, "fsdp", "tensor") for name, size in columns.items()
-    }
-    stack |= {name: shape((layers, *size), None, "tensor", "fsdp") for name, size in rows.items()}
-    stack |= {name: shape((layers, d)) for name in ("attention_norm", "norm")}
-    return {
-        "embed": shape((v, d), "tensor", "fsdp"),
-        "layers": stack,
-        "norm": shape((d,)),
-        "head": shape((d, v), "fsdp", "tensor"),
-    }
-
-
-def layer(case: Case, place: Callable[..., jax.Array], x: jax.Array, w: Any) -> jax.Array:
-    """Return the output of one layer, ``(batch, time, width)`` as x."""
-    per_head = case.sizes.width // case.sizes.heads
-
-    def heads(y):
-        return y.reshape(*y.shape[:2], -1, per_head)
-
-    h = llama.normed(x, w["attention_norm"])
-    q, k, v = (heads(h @ w[name]) for name in "qkv")
-    h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
-    x = place(x + h @ w["o"])
-    h = llama.normed(x, w["norm"])
-    h = place(jax.nn.silu(h @ w["gate"]) * (h @ w["up"]), "tensor")
-    return place(x + h @ w["down"])
-
-
-def forward(case: Case, mesh: Mesh, params: Any, tokens: jax.Array, vector: Any = 0) -> jax.Array:
-    """Return logits ``(batch, time, vocabulary)`` for ids ``(batch, time)``."""
-
-    def place(x, last=None):
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("fsdp", None, last)))
-
-    def gathered(w):
-        """Return the weights of a layer, those of products on the devices of one fsdp index."""
-        spec = dict.fromkeys(COLUMNS, P(None, "tensor")) | dict.fromkeys(ROWS, P("tensor", None))
-        placed = {
-            name: jax.lax.with_sharding_constraint(w[name], NamedSharding(mesh, spec[name]))
-            for name in spec
-        }
-        return w | placed
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def body(x, w):
-        return layer(case, place, x, gathered(w) if case.gathers else w), None
-
-    x = place(params["embed"][tokens] + vector)
-    x, _ = jax.lax.scan(body, x, params["layers"])
-    return place(llama.normed(x, params["norm"]) @ params["head"], "tensor")
 
 
 def variant(case: Case, mesh: Mesh, name: str, layers: int) -> peers.Variant:
@@ -223,14 +109,13 @@ def in_full(case: Case, once: dict[str, float], *outside: dict[str, float]) -> d
     return {key: rest[key] + case.sizes.layers * (once[key] - rest[key]) for key in once}
 
 
-def mesh_of(case: Case) -> Mesh:
-    """Return the devices of the slice, which is not there."""
-    topology = topologies.get_topology_desc(case.topology, "tpu")
-    devices = np.array(topology.devices).reshape(case.fsdp, case.tensor)
-    return Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-
-
-def told(case: Case, mesh: Mesh, name: str, without_layers: dict[str, float]) -> dict[str, float]:
+def told(
+    case: Case,
+    mesh: Mesh,
+    name: str,
+    without_layers: dict[str, float],
+    compiler_options: dict[str, str],
+) -> dict[str, float]:
     """Return the figures of a step, of each device.
 
     Args:
@@ -238,10 +123,11 @@ def told(case: Case, mesh: Mesh, name: str, without_layers: dict[str, float]) ->
         mesh: its devices.
         name: of the variant.
         without_layers: what the compiler tells of a step of the frozen model that has none.
+        compiler_options: what the compiler of the step is told.
     """
     begun = time.perf_counter()
     step, update = traced(case, mesh, name, case.sizes.layers)
-    program = step.lower().compile()
+    program = step.lower().compile(compiler_options)
     took = time.perf_counter() - begun
     once = tpu.figures(program)
     flops = operations.count(step.jaxpr, "tpu") / mesh.size
@@ -259,12 +145,13 @@ def told(case: Case, mesh: Mesh, name: str, without_layers: dict[str, float]) ->
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Return the figures of each variant of each case and of its floor, and ratios to that."""
     rows: dict[str, dict[str, float]] = {}
+    settings = {AT_ONCE: str(options.at_once)} if options.at_once else {}
     for name in options.cases:
         case, found = CASES[name], dict[str, dict[str, float]]()
         mesh = mesh_of(case)
         without_layers = tpu.figures(traced(case, mesh, "floor", 0)[0].lower().compile())
         for kind in [kind for variant in options.variants for kind in (FLOORS[variant], variant)]:
-            row = found[kind] = told(case, mesh, kind, without_layers)
+            row = found[kind] = told(case, mesh, kind, without_layers, settings)
             floor = found[FLOORS.get(kind, kind)]
             ratios = {f"{key}_over_floor": row[key] / floor[key] for key in COMPARED}
             row = rows[f"{name}: {kind}"] = row | ratios
@@ -282,6 +169,7 @@ def main() -> None:
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
     add("--variants", nargs="+", choices=FLOORS, default=list(FLOORS))
+    add("--at-once", type=int, metavar="BYTES", help="of what is gathered together")
     add("--out", type=Path, help="write JSON here")
     options = parser.parse_args()
     tpu.need_no_tpu()

@@ -42,15 +42,16 @@ u32[]{:S(2)}) collective-permute-start(%p.3), channel_id=11
 ENTRY %main (p.7: s8[8,16]) -> s8[32,16] {
   %all-gather-start.7 = (s8[8,16]{1,0}, s8[32,16]{1,0}) all-gather-start(%p.7), channel_id=9
   %all-gather-done.7 = s8[32,16]{1,0} all-gather-done(%all-gather-start.7)
+  %all-gather.8 = (bf16[4096,48]{1,0}, bf16[4096,48]{1,0}) all-gather(%p.7, %p.7), channel_id=12
   %while.7 = (s32[], bf16[8,16]) while(%p.7), condition=%layers_go_on, body=%layer
 }
 """
 
 
 def test_each_is_counted_as_often_as_it_runs_with_the_bytes_that_come():
-    weight, passed_on = 3584 * 4096 * 2, 3584 * 1024 * 2
+    weight, passed_on, factors = 3584 * 4096 * 2, 3584 * 1024 * 2, 2 * 4096 * 48 * 2
     sizes = {
-        "all-gather_gb": 3 * weight + 32 * 16,
+        "all-gather_gb": 3 * weight + factors + 32 * 16,
         "all-reduce_gb": 3 * (4 * 8 * 2 + 4),
         "reduce-scatter_gb": 0,
         "all-to-all_gb": 0,
@@ -58,7 +59,7 @@ def test_each_is_counted_as_often_as_it_runs_with_the_bytes_that_come():
     }
     assert collectives.count(PROGRAM) == pytest.approx(
         {
-            "all-gathers": 3 + 1,
+            "all-gathers": 3 + 2,
             "all-reduces": 3,
             "reduce-scatters": 0,
             "all-to-alls": 0,

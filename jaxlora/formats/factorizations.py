@@ -32,9 +32,9 @@ class Form:
     pair: Callable[[Tensors], Pair]
 
     @functools.cached_property
-    def kinds(self) -> set[str]:
+    def kinds(self) -> frozenset[str]:
         """What its tensors are."""
-        return {*self.shapes((1, 1), (1, 1))}
+        return frozenset(self.shapes((1, 1), (1, 1)))
 
     def rank(self, shapes: Mapping[str, Shape]) -> int:
         """Return the rank of tensors of some shapes, 0 where they have none."""
@@ -47,7 +47,7 @@ def form_of(kinds: Iterable[str]) -> Form | None:
     return next((form for form in _FORMS if form.kinds == {*kinds}), None)
 
 
-def missing(kinds: Iterable[str]) -> set[str] | None:
+def missing(kinds: Iterable[str]) -> frozenset[str] | None:
     """Return what lacks beside some tensors for a form to be whole, None where no form has all."""
     forms = [form.kinds for form in _FORMS if form.kinds >= {*kinds}]
     return min(forms, key=len) - {*kinds} if forms else None
