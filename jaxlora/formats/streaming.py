@@ -22,7 +22,7 @@ import numpy as np
 from jaxlora.formats.tensors import DTYPES
 from jaxlora.types import Json, Leaf
 
-Shapes = Mapping[str, jax.ShapeDtypeStruct]  # shape and dtype of each tensor by name
+Shapes = Mapping[str, jax.ShapeDtypeStruct] | Mapping[str, np.ndarray]  # of each tensor by name
 PYTORCH = MappingProxyType({"format": "pt"})  # metadata of all files that PyTorch is to load
 
 
@@ -51,8 +51,8 @@ def write(path: Path, shapes: Shapes, make: Callable[[str], Leaf]) -> None:
             tensor = make(name)
             writer.start(functools.partial(put, name, tensor))
         writer.wait()
-        disk.start(file.sync)
         disk.wait()
+        file.sync()
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -67,7 +67,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
         ValueError: files have no name for a dtype.
         OSError: it cannot be written.
     """
-    with _begun(path, _shapes(arrays), metadata) as file:
+    with _begun(path, arrays, metadata) as file:
         for name, array in arrays.items():
             file.put(name, array)
 
@@ -106,8 +106,8 @@ class _File:
 
     def __init__(self, file: BinaryIO, shapes: Shapes, metadata: Mapping[str, str]):
         self._file, self._header = file, _header(shapes)
-        about: Json = {"__metadata__": dict(metadata)} if metadata else {}
-        text = json.dumps(about | self._header, separators=(",", ":"), ensure_ascii=False).encode()
+        about = {"__metadata__": dict(metadata)} | self._header
+        text = json.dumps(about, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
         file.write(len(text).to_bytes(8, "little") + text)
@@ -134,13 +134,9 @@ def _begun(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Iterator[
 def digest(arrays: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256 of what a file of arrays has behind its header."""
     found = hashlib.sha256()
-    for name in _in_order(_shapes(arrays)):
+    for name in _in_order(arrays):
         found.update(_bytes(arrays[name]))
     return found.hexdigest()
-
-
-def _shapes(arrays: Mapping[str, np.ndarray]) -> Shapes:
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
 
 
 def _bytes(array: Leaf) -> memoryview:

@@ -75,7 +75,7 @@ class Case:
         return step.lower(made.params, state, *made.args).compile()
 
 
-ONCE = [pytest.param(name, marks=pytest.mark.once) for name in ("minilm", "scanned")]
+ONCE = [pytest.param(name, marks=pytest.mark.once) for name in MODELS if name != "benchmark"]
 
 
 @pytest.fixture(scope="module", params=["benchmark", *ONCE])
