@@ -2,7 +2,8 @@
 
 - peft: the adapters of a Llama of 7 billion weights, rank 16 on all of its 224 linear layers, as a
   folder of PEFT; loading against safetensors reading the same file, saving against it writing the
-  same tensors.
+  same tensors. Each loads in a process of its own, once and again: what a process loads first has
+  memory that is new, and in one process the second would have what the first gave back.
 - merged: weights of so many bytes, each adapted, merged and written as a checkpoint; against the
   disk writing as many bytes, with `fsync` in both.
 
@@ -10,6 +11,8 @@ In every round the two run one after the other, and the median of their ratios i
 """
 
 import argparse
+import functools
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -40,7 +43,11 @@ def ratios(
     ours: Callable[[], Any], theirs: Callable[[], Any], size: int, rounds: int
 ) -> dict[str, float]:
     """Return the median times of both, and of their ratio in each round."""
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds + 1)][1:]
+    return of_pairs([(seconds(ours), seconds(theirs)) for _ in range(rounds + 1)][1:], size)
+
+
+def of_pairs(pairs: list[tuple[float, float]], size: int) -> dict[str, float]:
+    """Return the medians of the seconds of both in each round, and of their ratio."""
     return {
         "mb": size / 1e6,
         "seconds": statistics.median(a for a, _ in pairs),
@@ -49,8 +56,8 @@ def ratios(
     }
 
 
-def of_llama(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """Return the figures of loading and saving the adapters of a Llama."""
+def llama() -> tuple[jaxlora.Sites, Names]:
+    """Return where the adapters of a Llama go, and what PEFT calls their modules."""
     layer = {name: jax.ShapeDtypeStruct(size, jnp.bfloat16) for name, size in SIZES.items()}
     params = {str(i): layer for i in range(LAYERS)}
 
@@ -58,10 +65,36 @@ def of_llama(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
         return [inputs[w.shape[0]] @ w for layer in params.values() for w in layer.values()]
 
     inputs = {n: jax.ShapeDtypeStruct((1, n), jnp.bfloat16) for n in (4096, 11008)}
-    sites = jaxlora.find_sites(fn, params, inputs)
     names = Names(
         *((f"model.layers.{{i}}.{name}_proj", f"{{i}}/{name}") for name in SIZES),
     )
+    return jaxlora.find_sites(fn, params, inputs), names
+
+
+def loads(is_ours: bool, folder: Path) -> tuple[float, float]:
+    """Return the seconds of the first load of a process, and of one after it."""
+    if is_ours:
+        sites, names = llama()
+        jax.block_until_ready(jax.device_put(np.ones(1)))  # JAX has started
+        load = functools.partial(peft.load, folder, sites=sites, names=names)
+    else:
+        load = functools.partial(load_file, folder / "adapter_model.safetensors")
+    first, *others = (seconds(load) for _ in range(6))
+    return first, statistics.median(others)
+
+
+def in_new_processes(folder: Path, size: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Return the figures of loading in processes that have loaded nothing, and again there."""
+    spawn, both = multiprocessing.get_context("spawn"), [(True, folder), (False, folder)]
+    with spawn.Pool(1, maxtasksperchild=1) as processes:
+        measured = [processes.starmap(loads, both, chunksize=1) for _ in range(rounds)]
+    first, again = ([(ours[i], theirs[i]) for ours, theirs in measured] for i in range(2))
+    return {"peft load": of_pairs(first, size), "peft load, again": of_pairs(again, size)}
+
+
+def of_llama(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+    """Return the figures of loading and saving the adapters of a Llama."""
+    sites, names = llama()
     adapters = {}
     for site in sites:
         a, b = site.roles.factor_shapes(site.shape, 16)
@@ -72,12 +105,7 @@ def of_llama(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     file = folder / "peft" / "adapter_model.safetensors"
     arrays, size = load_file(file), file.stat().st_size
     return {
-        "peft load": ratios(
-            lambda: peft.load(folder / "peft", sites=sites, names=names),
-            lambda: load_file(file),
-            size,
-            rounds,
-        ),
+        **in_new_processes(folder / "peft", size, rounds),
         "peft save": ratios(
             lambda: peft.save(folder / "peft", adapters, names=names),
             lambda: save_file(arrays, folder / "theirs.safetensors"),

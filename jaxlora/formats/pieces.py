@@ -14,7 +14,7 @@ import numpy as np
 from jaxlora.messages import checks
 from jaxlora.types import Leaf
 from jaxlora.weights import blocks
-from jaxlora.weights.adapters import Adapter
+from jaxlora.weights.adapters import Adapter, Adapters
 from jaxlora.weights.blocks import Part
 from jaxlora.weights.roles import Roles
 
@@ -64,7 +64,7 @@ def box(part: Part | None, shape: Sequence[int]) -> Box:
 
 
 def adapters(pieces: Iterable[Piece]) -> dict[str, Adapter]:
-    """Return adapters by name, as few as hold all pieces."""
+    """Return adapters of NumPy's arrays by name, as few as hold all pieces."""
     groups = collections.defaultdict(list)
     for piece in pieces:
         groups[piece.joins()].append(piece)
@@ -72,31 +72,34 @@ def adapters(pieces: Iterable[Piece]) -> dict[str, Adapter]:
     for group in groups.values():
         for piece in _joined(group):
             part = blocks.normal(piece.box, piece.shape)
-            arrays = {name: _kept(getattr(piece, name)) for name in Adapter.fields}
+            arrays = {name: getattr(piece, name) for name in Adapter.fields}
             static = {"roles": piece.roles, "alpha": piece.alpha, "shape": piece.shape}
             found[blocks.name(piece.path, part)] = Adapter(**arrays, **static, block=part)
-    return jax.device_put(found)  # all at once, which is faster than one by one
+    return found
 
 
-def _kept(array: np.ndarray | None) -> np.ndarray | None:
-    """Return an array without what is a view of a file and would stay one on JAX's CPU."""
-    if array is None or array.flags.owndata or not array.flags.c_contiguous:
-        return array
-    return array.copy()
+def placed(found: Adapters, where: str) -> Adapters:
+    """Return what was read of a file on the device; warn if it changes nothing of a program.
 
-
-def warn_if_all_are_zero(found: Mapping[str, Leaf], where: str) -> None:
-    """Warn if nothing that was read of a file changes what a program computes."""
+    It is looked at before, for NumPy compiles nothing.
+    """
     if not any(map(_changes, found.values())):
         checks.warn(
             f"the adapters of {where} change nothing: all their products are 0", UserWarning
         )
+    return jax.device_put(jax.tree.map(_kept, found))  # at once, faster than one by one
 
 
 def _changes(term: Leaf) -> bool:
     """Tell whether something trained changes what it is of."""
     is_product = isinstance(term, Adapter) and term.magnitude is None
-    return not is_product or bool(np.any(term.a) and np.any(term.b))
+    return not is_product or all(factor.astype(bool).any() for factor in (term.a, term.b))
+
+
+def _kept(array: np.ndarray) -> np.ndarray:
+    """Return an array without what is a view of a file and would stay one on JAX's CPU."""
+    is_view = not array.flags.owndata and array.flags.c_contiguous
+    return array.copy() if is_view else array
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:

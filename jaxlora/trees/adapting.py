@@ -111,15 +111,14 @@ def _fresh(
     stack, in_, _ = (math.prod(group) for group in site.roles.sizes(sizes))
     shape = (in_, target.rank)
     _check_initializer(initializer, key, shape, config.dtype, site.path)
-    factors = _Factors(
-        _Itself(initializer),
-        stack,
-        shape,
-        config.dtype,
-        site.roles.factor_shapes(sizes, target.rank),
-    )
-    axes = factor_axes(site.roles, target.block)[:2]
-    a, b = placed.make(_draw, factors, key, base, axes)
+    # each is a program of its own, which serves all weights that it can
+    a_axes, b_axes, _ = factor_axes(site.roles, target.block)
+    a_shape, b_shape = site.roles.factor_shapes(sizes, target.rank)
+    first = _First(_Itself(initializer), shape, config.dtype, a_shape)
+    with jax.threefry_partitionable(True):  # as all that is drawn of a key that may be sharded
+        keys = jax.random.split(key, stack)
+    (a,) = placed.make(_draw, first, keys, base, [a_axes])
+    (b,) = placed.make(_zeros, (b_shape, config.dtype), key, base, [b_axes])
     return base, Adapter(a, b, site.roles, target.alpha, tuple(site.shape), block=target.block)
 
 
@@ -172,19 +171,26 @@ class _Itself:
         return isinstance(other, _Itself) and self.function is other.function
 
 
-class _Factors(NamedTuple):
-    """What has to be known to draw the factors of one weight."""
+class _First(NamedTuple):
+    """What has to be known to draw the first factor of a weight."""
 
     initializer: _Itself
-    entries: int
     shape: tuple[int, int]
     dtype: DTypeLike
-    factor_shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    whole: tuple[int, ...]
 
 
-def _draw(key: jax.Array, factors: _Factors) -> tuple[jax.Array, jax.Array]:
-    """Return ``a``, each entry of the stack from a key of its own, and ``b``, zero."""
-    a_shape, b_shape = factors.factor_shapes
-    keys = jax.random.split(key, factors.entries)
-    a = jax.vmap(lambda key: factors.initializer.function(key, factors.shape, factors.dtype))(keys)
-    return a.reshape(a_shape), jnp.zeros(b_shape, factors.dtype)
+def _draw(keys: jax.Array, first: _First) -> tuple[jax.Array]:
+    """Return ``a``, each entry of the stack from a key of its own."""
+
+    def of(key):
+        return first.initializer.function(key, first.shape, first.dtype)
+
+    drawn = jax.vmap(of)(keys) if len(keys) > 1 else of(keys[0])  # which compiles in half the time
+    return (drawn.reshape(first.whole),)
+
+
+def _zeros(key: jax.Array, static: tuple[tuple[int, ...], DTypeLike]) -> tuple[jax.Array]:
+    """Return ``b``."""
+    del key
+    return (jnp.zeros(*static),)

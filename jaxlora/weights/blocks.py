@@ -95,6 +95,8 @@ def name(path: str, part: Part | None) -> str:
 
 def shape(part: Part | None, whole: Sequence[int]) -> tuple[int, ...]:
     """Return the shape of a part of a weight of shape ``whole``."""
+    if part is None:
+        return tuple(whole)
     around = padding(part, whole)
     return tuple(size - low - high for size, (low, high) in zip(whole, around, strict=True))
 

@@ -47,7 +47,7 @@ class Roles:
 
     def sizes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Return the sizes of the (stack, in, out) axes of a weight of this shape."""
-        return tuple(tuple(shape[i] for i in axes) for axes in (self.stack, self.in_, self.out))
+        return tuple([tuple([shape[i] for i in axes]) for axes in (self.stack, self.in_, self.out)])
 
     def factor_shapes(
         self, shape: Sequence[int], rank: int

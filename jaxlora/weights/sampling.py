@@ -101,9 +101,18 @@ def _sample_quantized(weight: QuantizedWeight, part: Part) -> tuple[jax.Array, j
 
 
 def _elements(array: Leaf, positions: tuple[np.ndarray, ...]) -> jax.Array:
-    if (typed := sharding.explicit(array)) is None:
-        return jnp.asarray(array)[positions]
-    return array.at[positions].get(out_sharding=jax.NamedSharding(typed.mesh, jax.P()))
+    if array.ndim == 0 or array.size == 0:
+        return jnp.reshape(array, -1)
+    if (typed := sharding.explicit(array)) is not None:
+        return array.at[positions].get(out_sharding=jax.NamedSharding(typed.mesh, jax.P()))
+    axes = tuple(range(array.ndim))
+    return jax.lax.gather(  # as array[positions], whose indices would be programs of their own
+        array,
+        np.stack(positions, axis=-1),
+        jax.lax.GatherDimensionNumbers((), collapsed_slice_dims=axes, start_index_map=axes),
+        slice_sizes=(1,) * array.ndim,
+        mode="promise_in_bounds",
+    )
 
 
 def _positions(shape: Sequence[int], part: Part | None) -> tuple[np.ndarray, ...]:

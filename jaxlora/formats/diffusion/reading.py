@@ -63,8 +63,7 @@ def load(path: PathLike, *, sites: Sites, names: Names, ignore: Sequence[str] = 
         }
         if not found:
             raise ValueError(f"{source.where} has no adapters: got {len(file.shapes)} tensors")
-        pieces.warn_if_all_are_zero(found, source.where)
-        return found
+        return pieces.placed(found, source.where)
 
 
 def file_of(path: Path) -> Path:

@@ -75,5 +75,4 @@ def _adapters(folder: Folder) -> Adapters:
                 "one of them"
             )
         found[path] = replacement
-    pieces.warn_if_all_are_zero(found, folder.where)
-    return found
+    return pieces.placed(found, folder.where)

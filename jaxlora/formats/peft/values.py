@@ -3,7 +3,6 @@
 import collections
 from collections.abc import Container, Iterator
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.formats import pieces
@@ -107,7 +106,7 @@ def _replacement(folder: Folder, path: str, entries: list[Entry]) -> Replacement
         value[blocks.slices(place.part)] = part
         count += part.size
     if count == value.size:
-        return Replacement(jnp.asarray(value), shape)
+        return Replacement(value, shape)
     rows = []
     for place, key, _ in entries:
         (start, stop), *rest = pieces.box(place.part, shape)
@@ -117,7 +116,7 @@ def _replacement(folder: Folder, path: str, entries: list[Entry]) -> Replacement
                 f"entry along its first axis: got {str(place)!r}"
             )
         rows.append(start)
-    return Replacement(jnp.asarray(value[sorted(rows)]), shape, rows=tuple(sorted(rows)))
+    return Replacement(value[sorted(rows)], shape, rows=tuple(sorted(rows)))
 
 
 def read_tokens(folder: Folder, keys: list[Key]) -> Iterator[tuple[str, Replacement]]:
@@ -146,5 +145,5 @@ def read_tokens(folder: Folder, keys: list[Key]) -> Iterator[tuple[str, Replacem
         order = np.argsort(rows)
         yield (
             place.path,
-            Replacement(jnp.asarray(value[order]), shape, rows=tuple(rows[i] for i in order)),
+            Replacement(value[order], shape, rows=tuple(rows[i] for i in order)),
         )
