@@ -111,7 +111,7 @@ def test_merge_then_unmerge_gives_the_base_back(make, key):
     shapes = ([(x.shape, x.dtype) for x in arrays(tree)] for tree in (merged, case.params))
     assert next(shapes) == next(shapes)
     assert_close(jaxlora.unmerge(merged, adapters), base, case.epsilon, ulps=8)
-    moved = [not jnp.array_equal(x, y) for x, y in zip(arrays(merged), arrays(base), strict=True)]
+    moved = [not np.array_equal(x, y) for x, y in zip(arrays(merged), arrays(base), strict=True)]
     assert sum(moved) == len(adapters)
 
 
@@ -125,17 +125,18 @@ def test_base_gets_no_gradient_and_no_optimizer_state(make, key):
     def step(params):
         grads = jax.grad(lambda params: loss(fn, params, *case.args))(params)
         with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32
-            return grads, *tx.update(grads, tx.init(params), params)
+            updates, state = tx.update(grads, tx.init(params), params)
+            return grads, optax.apply_updates(params, updates), state
 
-    grads, updates, state = step(params)
+    grads, updated, state = step(params)
     base_before, factors_before = jaxlora.split(params)
-    base_after, factors_after = jaxlora.split(optax.apply_updates(params, updates))
+    base_after, factors_after = jaxlora.split(updated)
     for x, y in zip(jax.tree.leaves(base_after), jax.tree.leaves(base_before), strict=True):
         assert_array_equal(x, y)
     for node in paths.flatten(grads)[0].values():
-        assert not isinstance(node, jaxlora.LoRAWeight) or not node.base.any()
+        assert not isinstance(node, jaxlora.LoRAWeight) or not np.asarray(node.base, bool).any()
     for x, y in zip(jax.tree.leaves(factors_after), jax.tree.leaves(factors_before), strict=True):
-        assert not jnp.array_equal(x, y)
+        assert not np.array_equal(x, y)
     factors = sum(x.size for x in jax.tree.leaves(factors_before))
     assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == 2 * factors
 
@@ -146,8 +147,8 @@ def test_same_key_gives_the_same_adapters(make, key):
     _, other = jaxlora.split(case.init(jax.random.key(1)))
     for path in one:
         assert_array_equal(one[path].a, two[path].a)
-        assert not jnp.array_equal(one[path].a, other[path].a)
-        assert not one[path].b.any()
+        assert not np.array_equal(one[path].a, other[path].a)
+        assert not np.asarray(one[path].b, bool).any()
         roles, shape = one[path].roles, one[path].shape
         assert (one[path].a.shape, one[path].b.shape) == roles.factor_shapes(shape, case.rank)
 

@@ -80,13 +80,9 @@ def case(make: Callable[[], Case]) -> Callable[[], Case]:
 
 
 def trained(key, adapters):
-    """Return factors drawn so that the product is about as large as a weight."""
-    leaves, treedef = jax.tree.flatten(adapters)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [
-        jax.random.normal(k, x.shape, x.dtype) * 0.3 for k, x in zip(keys, leaves, strict=True)
-    ]
-    return treedef.unflatten(drawn)
+    """Return factors drawn so that the product is about as large as a weight, by no program."""
+    draw = np.random.default_rng(np.asarray(jax.random.key_data(key))).normal
+    return jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape, scale=0.3), x.dtype), adapters)
 
 
 def normal(seed, *shape, dtype=jnp.float32):
