@@ -24,7 +24,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
     "sphinx_design",
-    "benchmark_tables",
+    "benchmark_bars",
     "linked_names",
     "mathml",
     "short_signatures",

@@ -5,6 +5,7 @@ import inspect
 import re
 from pathlib import Path
 
+import figures
 import pages
 import pytest
 
@@ -34,6 +35,16 @@ def test_code_prints_what_the_page_shows(page):
     own_process = pages.OWN_PROCESS in page.read_text()
     faults = pages.compare_in_own_process(page) if own_process else pages.compare(page)
     assert not faults, "\n\n".join(faults)
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=ids(TEXTS))
+def test_tables_show_the_newest_results(page):
+    assert figures.filled(page.read_text()) == page.read_text(), "run python docs/figures.py"
+
+
+def test_pages_have_tables():
+    shown = [page for page in TEXTS if figures.BLOCK.search(page.read_text())]
+    assert {"docs/benchmarks.md", "docs/guides/claims.md"} <= set(ids(shown))
 
 
 def test_pages_have_code():

@@ -56,7 +56,7 @@ def test_a_fingerprint_is_one_program(compiles, key):
     assert compiles(jaxlora.split, tree) == ["_sample"]
 
 
-@pytest.mark.parametrize("files, outs", [(peft, (53, 59)), (diffusion, (61, 67))])
+@pytest.mark.parametrize(("files", "outs"), [(peft, (53, 59)), (diffusion, (61, 67))])
 def test_reading_a_file_compiles_nothing(files, outs, compiles, tmp_path, key):
     adapters, sites = adapted(outs, key)
     moved = jax.tree.map(lambda leaf: leaf + 0.1, adapters)

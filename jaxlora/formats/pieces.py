@@ -6,7 +6,7 @@ all whose rank and alpha are equal, or one for each run of entries where they ar
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np

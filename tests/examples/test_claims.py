@@ -142,7 +142,7 @@ def test_every_claim_has_been_tried_and_is_shown(name):
     assert found["rows"]
     assert all(len(row) == len(found["columns"]) for row in found["rows"])
     page = (ROOT / "docs/guides/claims.md").read_text()
-    assert f"```{{claim}} {name}\n" in page
+    assert f"<!-- claim {name} -->\n" in page
     assert f"(../../benchmarks/results/claims/{name}.png)" in page
     assert (reproduce.RESULTS / f"{name}.png").exists()
 
