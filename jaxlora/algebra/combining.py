@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping, Sequence, Set
 
+import jax
+import jax.numpy as jnp
+
 from jaxlora.algebra import embedding
 from jaxlora.algebra.methods import Concatenation, Method
 from jaxlora.linalg import matrices
@@ -86,8 +89,11 @@ def combine(
 def _as_one(
     path: str, adapters: Sequence[Adapter], weights: Sequence[float], method: Method
 ) -> Adapter:
-    """Return the one adapter that a method makes of several."""
-    return matrices.from_adapters(lambda several: method.adapter(path, several, weights), adapters)
+    """Return the one adapter that a method makes of several, in a dtype that holds those of all."""
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*(x.dtype for one in adapters for x in (one.a, one.b)))
+    alike = [jax.tree.map(lambda x: x.astype(dtype), one) for one in adapters]
+    return matrices.from_adapters(lambda several: method.adapter(path, several, weights), alike)
 
 
 def _summed(path: str, adapters: Sequence[Adapter]) -> Adapter:

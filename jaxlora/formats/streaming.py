@@ -114,8 +114,8 @@ class _File:
 
     def put(self, name: str, tensor: Leaf) -> None:
         """Write a tensor where it belongs."""
-        told = self._header[name]
-        assert (list(tensor.shape), DTYPES[tensor.dtype.name]) == (told["shape"], told["dtype"])
+        told, got = self._header[name], (list(tensor.shape), DTYPES[tensor.dtype.name])
+        assert got == (told["shape"], told["dtype"]), f"{name} is no {told}: got {got}"
         self._file.seek(self._start + told["data_offsets"][0])
         self._file.write(_bytes(tensor))
 

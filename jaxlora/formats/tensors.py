@@ -69,18 +69,20 @@ def opened(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
     Raises:
         FileNotFoundError: there is none.
         ImportError: safetensors is not installed.
+        PermissionError: it may not be read.
         ValueError: it is no whole file of tensors, or has two of one name.
     """
     path = Path(path)
     library = _safetensors()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
-    try:
-        opened = library.safe_open(path, "np")
-    except library.SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is no whole file of safetensors: {error}") from error
-    with opened as reader, open(path, "rb") as file:
-        yield TensorFile(path, reader, file)
+    with open(path, "rb") as file:  # which says so where it may not be read
+        try:
+            opened = library.safe_open(path, "np")
+        except library.SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is no whole file of safetensors: {error}") from error
+        with opened as reader:
+            yield TensorFile(path, reader, file)
 
 
 def _header(path: Path, text: bytes) -> dict[str, Any]:

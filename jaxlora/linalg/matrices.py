@@ -5,12 +5,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 
 from jaxlora.linalg import meshes, svd
 from jaxlora.types import Leaf
 from jaxlora.weights import sharding, tree_checks
-from jaxlora.weights.adapters import Adapter, Replacement
+from jaxlora.weights.adapters import Adapter, Replacement, merge_dtype
 from jaxlora.weights.roles import Roles
 
 
@@ -31,30 +30,31 @@ def check_linear(adapters: Mapping[str, Adapter | Replacement]) -> dict[str, Ada
 
 
 def factors(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
-    """Return ``a (stack, in, rank)`` and ``b (stack, rank, out)`` in float32."""
+    """Return ``a (stack, in, rank)`` and ``b (stack, rank, out)``, in float32 or wider."""
     a, b = factors_by_entry(adapter)
     return a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
 
 
 def factors_by_entry(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
-    """Return ``a (*stack, in, rank)`` and ``b (*stack, rank, out)`` in float32."""
+    """Return ``a (*stack, in, rank)`` and ``b (*stack, rank, out)``, in the dtype of `factors`."""
     stack, rank = adapter.a.shape[: len(adapter.roles.stack)], adapter.rank
     in_, out = (math.prod(x.shape) // (math.prod(stack) * rank) for x in (adapter.a, adapter.b))
-    a = adapter.a.reshape(*stack, in_, rank).astype(jnp.float32)
-    return a, adapter.b.reshape(*stack, rank, out).astype(jnp.float32)
+    dtype = merge_dtype(adapter.a.dtype)
+    a = adapter.a.reshape(*stack, in_, rank).astype(dtype)
+    return a, adapter.b.reshape(*stack, rank, out).astype(dtype)
 
 
 def of_weight(weight: jax.Array, roles: Roles) -> jax.Array:
-    """Return a weight ``(stack, in, out)`` in float32."""
+    """Return a weight ``(stack, in, out)`` in float32, or wider for wider."""
     found = by_entry(weight, roles)
     return found.reshape(-1, *found.shape[-2:])
 
 
 def by_entry(weight: jax.Array, roles: Roles) -> jax.Array:
-    """Return a weight ``(*stack, in, out)`` in float32."""
+    """Return a weight ``(*stack, in, out)`` in float32, or wider for wider."""
     stack, in_, out = roles.sizes(weight.shape)
     order = (*roles.stack, *roles.in_, *roles.out)
-    whole = weight.astype(jnp.float32).transpose(order)
+    whole = weight.astype(merge_dtype(weight.dtype)).transpose(order)
     return whole.reshape(*stack, math.prod(in_), math.prod(out))
 
 

@@ -61,7 +61,7 @@ def save_adapters(path: PathLike, adapters: Adapters, *, base: PyTree = None) ->
     if base is not None:
         adapters = split(bind(base, adapters, check_base=False))[1]
     arrays = _arrays(adapters)
-    _check_finite(arrays)
+    together("save_adapters", lambda: _check_finite(arrays))
     _warn_of_unknown_bases(adapters)
     about = description.describe(adapters)
     try:
@@ -72,8 +72,7 @@ def save_adapters(path: PathLike, adapters: Adapters, *, base: PyTree = None) ->
     def check(place):
         like = jax.tree.map(checkpoints.like, arrays)
         restored = together("save_adapters", lambda: checkpoints.read(place, like))
-        if fingerprints.checksums(restored) != about["checksums"]:
-            raise ValueError(checkpoints.NOT_WRITTEN)
+        together("save_adapters", lambda: _check_written(restored, about))
 
     checkpoints.write("save_adapters", path, arrays, about, check)
 
@@ -150,6 +149,12 @@ def _arrays(adapters: Adapters) -> dict[str, Leaves]:
     return {path: adapter.trained() for path, adapter in adapters.items()}
 
 
+def _check_written(restored: dict[str, Leaves], about: Json) -> None:
+    """Raise if what was read again is not what was to be written."""
+    if fingerprints.checksums(restored) != about["checksums"]:
+        raise ValueError(checkpoints.NOT_WRITTEN)
+
+
 def _check_finite(arrays: dict[str, Leaves]) -> None:
     """Raise if a factor holds NaN or inf."""
     finite = jax.device_get(jax.tree.map(_is_finite, arrays))
@@ -189,10 +194,13 @@ def _load(place: Place, target: Place, leaves: Leaves | None) -> Adapters:
         adapters = {e["path"]: description.abstract(e, known) for e in about["adapters"]}
     except ValueError as error:
         raise ValueError(f"the adapters at {target} are damaged: {error}") from error
-    if leaves is not None and (problems := _differences(adapters, leaves)):
-        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-        listed = "\n  ".join([*problems[:5], *more])
-        raise ValueError(f"the adapters at {target} are for another base:\n  {listed}")
+
+    def check():
+        _check_width(adapters, target)
+        if leaves is not None and (problems := _differences(adapters, leaves)):
+            more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+            listed = "\n  ".join([*problems[:5], *more])
+            raise ValueError(f"the adapters at {target} are for another base:\n  {listed}")
 
     def read():
         try:
@@ -203,13 +211,30 @@ def _load(place: Place, target: Place, leaves: Leaves | None) -> Adapters:
                 raise OSError(number, text) from error
             raise ValueError(f"the adapters at {target} are damaged: {error}") from error
 
+    def verify():
+        sums = fingerprints.checksums(arrays)
+        if bad := [name for name in sums if sums[name] != about["checksums"][name]]:
+            raise ValueError(
+                f"the adapters at {target} are damaged: {bad} are not as they were saved"
+            )
+
+    together(call, check)
     arrays = together(call, read)
-    sums = fingerprints.checksums(arrays)
-    if bad := [name for name in sums if sums[name] != about["checksums"][name]]:
-        raise ValueError(f"the adapters at {target} are damaged: {bad} are not as they were saved")
+    together(call, verify)
     if leaves is not None:
         adapters = {name: _known_by(name, found, leaves) for name, found in adapters.items()}
     return {name: dataclasses.replace(found, **arrays[name]) for name, found in adapters.items()}
+
+
+def _check_width(adapters: Adapters, target: Place) -> None:
+    """Raise if factors are of 64 bits, and JAX has none now."""
+    for name, fields in _arrays(adapters).items():
+        for array in fields.values():
+            if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+                raise ValueError(
+                    f"the adapter of {name!r} at {target} is {array.dtype}, which needs "
+                    "jax_enable_x64"
+                )
 
 
 def _differences(adapters: Adapters, leaves: Leaves) -> list[str]:

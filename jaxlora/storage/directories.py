@@ -146,31 +146,41 @@ def settled(
     *,
     mark: str = "_CHECKPOINT_METADATA",
     agree: Callable[[bool], bool] = bool,
+    alone: bool = False,
 ) -> T:
     """Return what a function reads at a destination, repeated while that is being replaced.
 
     Args:
         target: the destination.
         read: takes the path where the directory is; what it raises is raised only if the
-            directory was the same before and after.
+            destination was the same before and after.
         mark: name of a file that differs between any two directories.
         agree: makes one decision of those of several processes, true if it is in any.
+        alone: nothing in the directory tells that it is of one save: it has to be the same also
+            where nothing was raised.
 
     Raises:
         TimeoutError: it is replaced faster than it can be read.
     """
+
+    def is_other(place, before):
+        now = standing(target)
+        return (place, before) != (now, _identity(now, mark))
+
     last: Exception | None = None
     for attempt in range(_ATTEMPTS):
         place = standing(target)
         before = _identity(place, mark)
         try:
-            return read(place)
+            found = read(place)
         except (OSError, ValueError) as error:
             time.sleep(min(0.01 * (attempt + 1), 0.1))
-            now = standing(target)
-            if not agree((place, before) != (now, _identity(now, mark))):
+            if not agree(is_other(place, before)):
                 raise
             last = error
+        else:
+            if not (alone and is_other(place, before)):
+                return found
     raise TimeoutError(f"{target} is replaced faster than it can be read") from last
 
 

@@ -89,11 +89,17 @@ def init(
         leaves[path] = paths.with_term(leaves[path], base, term)
     for path, rows in select_whole(config, leaves).items():
         leaf, now = leaves[path], quantized.values(leaves[path])
-        value = jnp.array(now) if rows is None else jnp.asarray(now)[jnp.array(rows)]
+        value = jnp.array(now)
+        if rows is not None:
+            value = placed.run(_rows, rows, (now,), now, (None, *range(1, now.ndim)))
         leaves[path] = TrainedLeaf(leaf, Replacement(value, tuple(leaf.shape), rows=rows))
     adapted = treedef.unflatten(leaves.values())
     warn_of_skipped(config, sites, adapted)
     return adapted
+
+
+def _rows(leaf: Leaf, rows: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(leaf)[jnp.array(rows)]
 
 
 def _fresh(

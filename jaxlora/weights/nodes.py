@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.types import Leaf
-from jaxlora.weights import blocks, quantized
+from jaxlora.weights import blocks, placed, quantized
 from jaxlora.weights.adapters import Adapter, Replacement
 from jaxlora.weights.opaque import Opaque
 from jaxlora.weights.roles import Roles
@@ -154,12 +154,23 @@ class TrainedLeaf(Node):
 
     @property
     def now(self) -> jax.Array:
-        """The leaf as it is trained; by rows, with a copy of the others, which get no gradient."""
+        """The leaf as it is trained, in its own dtype.
+
+        By rows it has a copy of the others, which get no gradient.
+        """
         value, rows = self.replacement.value, self.replacement.rows
+        dtype = jax.dtypes.canonicalize_dtype(self.base.dtype)
+        value = value if value.dtype == dtype else value.astype(dtype)
         if rows is None:
             return value
-        base = jnp.asarray(jax.lax.stop_gradient(quantized.values(self.base)))
-        return base.at[jnp.array(rows)].set(value, unique_indices=True)
+        base = jax.lax.stop_gradient(quantized.values(self.base))
+        axes = tuple(range(base.ndim))
+        return placed.run(_with_rows, rows, (base, value), base, axes)
+
+
+def _with_rows(base: Leaf, value: Leaf, rows: tuple[int, ...]) -> jax.Array:
+    """Return a leaf with other values in some rows."""
+    return jnp.asarray(base).at[jnp.array(rows)].set(value, unique_indices=True)
 
 
 def over(base: Leaf, terms: Sequence[Adapter | Replacement]) -> LoRAWeight | TrainedLeaf:

@@ -23,6 +23,7 @@ from jaxlora.algebra import (
     add,
     combine,
 )
+from jaxlora.weights import Roles
 
 pytestmark = pytest.mark.once
 
@@ -38,6 +39,33 @@ def test_joined_product_is_the_weighted_sum(weights):
     assert {adapter.rank for adapter in joined.values()} == {5}
     if weights == (1.0, 1.0):
         assert_products(add(one, two), wanted)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("method", [Concatenation(), Svd(), Linear()])
+def test_factors_of_two_dtypes_are_rounded_to_neither(method, order):
+    narrow, wide = trained(0)[1], trained(1)[1]
+    narrow = jax.tree.map(lambda x: x.astype("bfloat16"), narrow)
+    found = combine([narrow, wide][::order], [0.5, 2.0][::order], method)
+    same = jax.tree.map(lambda x: x.astype("float32"), narrow)
+    wanted = combine([same, wide][::order], [0.5, 2.0][::order], method)
+    jax.tree.map(assert_array_equal, found, wanted)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype("float32")}
+
+
+@jax.enable_x64(True)
+def test_factors_of_64_bits_are_combined_in_64():
+    rng = np.random.default_rng(0)
+
+    def drawn():
+        a, b = (jax.numpy.asarray(rng.normal(size=shape)) for shape in ((5, 2), (2, 4)))
+        return {"w": jaxlora.Adapter(a, b, Roles((), (0,), (1,)), alpha=2.0, shape=(5, 4))}
+
+    first, second = drawn(), drawn()
+    wanted = first["w"].a @ first["w"].b + second["w"].a @ second["w"].b
+    for method in (Concatenation(), Svd(rank=4)):
+        found = combine([first, second], [1.0, 1.0], method)["w"]
+        assert_allclose(found.a @ found.b, wanted, rtol=1e-13)
 
 
 @pytest.mark.parametrize(("given", "rank"), [(None, 3), (1, 1), (4, 4)])

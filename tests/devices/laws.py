@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from jax import P
 from jax.sharding import NamedSharding
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 import jaxlora
 from devices import meshes
+from jaxlora.formats import Names, safetensors
 
 RANK = 3
 HEADS, WIDTH, HEAD, HIDDEN, BATCH, TIME = 8, 32, 4, 64, 16, 10
@@ -154,6 +155,26 @@ def test_step_leaves_the_factors_where_they_are(case):
     _, after = jax.jit(functools.partial(lora_step, case))(adapters, base, x)
     for old, new in zip(jax.tree.leaves(adapters), jax.tree.leaves(after), strict=True):
         assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
+
+
+def test_rows_are_trained_where_the_leaf_is_and_weights_are_written(case, tmp_path):
+    base, _, x = case.arrays
+    rows = {"up": (1, 7, 30)}
+    config = jaxlora.LoRAConfig(rank=RANK, targets=("down",), rows=rows)
+    params = jaxlora.init(jax.random.key(0), case.block, base, x, config=config)
+    plain, adapters = jaxlora.split(params)
+    moved = jax.tree.map(lambda x: x + 1, adapters)
+    tree = jaxlora.bind(plain, moved)
+    wanted = np.array(base["up"])
+    wanted[[1, 7, 30]] += 1
+    merged = jaxlora.merge(tree)
+    assert_array_equal(merged["up"], wanted)
+    assert merged["up"].sharding.is_equivalent_to(base["up"].sharding, 2)
+    assert_allclose(jax.jit(jaxlora.lora(case.block))(tree, x), case.block(merged, x), atol=1e-4)
+    names, sites = Names(("{w}", "{w}")), jaxlora.find_sites(case.block, base, x)
+    safetensors.save(tmp_path / "it", tree, names, sites=sites)
+    loaded = safetensors.load(tmp_path / "it", names, base, sites=sites)
+    jax.tree.map(assert_array_equal, loaded, merged)
 
 
 def test_step_sends_no_more_than_the_base_but_of_the_size_of_the_rank(case):

@@ -165,6 +165,21 @@ def test_another_base_is_refused_by_all(params, folder):
         jaxlora.load_adapters(folder / "other", base=other)
 
 
+def test_factors_and_bases_that_differ_are_refused_by_all(folder, expected):
+    base, adapters = jaxlora.split({"dense": expected})
+    jaxlora.save_adapters(folder / "own", adapters)
+    is_first = jax.process_index() == 0
+    for wrong, message in ((np.nan, "must be finite"), (1.0, "is not what was to be saved")):
+        drifted = jax.tree.map(lambda x, by=wrong: x + (0 if is_first else by), adapters)
+        with pytest.raises(ValueError, match=message):
+            jaxlora.save_adapters(folder / "own", drifted)
+    other = jax.tree.map(lambda w: w if is_first else w + 1, base)
+    with pytest.raises(ValueError, match="another base"):
+        jaxlora.load_adapters(folder / "own", base=other)
+    loaded = jaxlora.load_adapters(folder / "own", base=base)
+    jax.tree.map(assert_array_equal, loaded, adapters)
+
+
 def test_error_of_one_is_raised_by_all(params, folder):
     base, adapters = jaxlora.split(params)
     (folder / "thesis").mkdir(exist_ok=True)

@@ -205,6 +205,16 @@ def test_a_module_is_saved_whole_and_no_other_is_meant(tmp_path):
     equal(peft.load(tmp_path / "it", sites=sites, names=names), adapters)
 
 
+def test_a_module_that_was_saved_with_nan_is_read_as_it_is(tmp_path):
+    shutil.copytree(GOLDEN / "saved_head", tmp_path / "it")
+    tensors = load_file(tmp_path / "it" / TENSORS)
+    tensors[f"{PREFIX}head.bias"][0] = np.nan
+    save_file(tensors, tmp_path / "it" / TENSORS)
+    found = load(tmp_path / "it", programs.layers())
+    (bias,) = (x for path, x in found.items() if path.endswith("bias"))
+    assert np.isnan(bias.value).sum() == 1
+
+
 def test_an_embedding_is_called_one(tmp_path):
     program = programs.layers()
     adapters, sites = adapted(program.fn, program.params, program.x, targets=("embed",))

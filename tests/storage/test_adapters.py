@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from cases.layers_linen import linen_attention, linen_layers_scanned
@@ -16,6 +17,7 @@ from cases.layers_nnx import nnx_transformer
 from numpy.testing import assert_array_equal
 
 import jaxlora
+from jaxlora.weights import Roles
 
 
 @pytest.fixture
@@ -238,6 +240,19 @@ def test_interrupted_save_leaves_the_earlier_one(stage, tmp_path, key):
     jaxlora.save_adapters(path, later)
     jax.tree.map(assert_array_equal, jaxlora.load_adapters(path, base=base), later)
     assert [p.name for p in tmp_path.iterdir()] == ["adapters"]
+
+
+def test_adapters_of_64_bits_say_what_they_need(tmp_path):
+    base = {"w": np.ones((4, 4), np.float32)}
+    roles = Roles((), (0,), (1,))
+    with jax.enable_x64(True):
+        a, b = (jnp.full(shape, 1 / 3) for shape in ((4, 2), (2, 4)))
+        adapters = {"w": jaxlora.Adapter(a, b, roles, alpha=2.0, shape=(4, 4))}
+        jaxlora.save_adapters(tmp_path / "wide", adapters, base=base)
+        loaded = jaxlora.load_adapters(tmp_path / "wide", base=base)
+        jax.tree.map(assert_array_equal, loaded, adapters)
+    with pytest.raises(ValueError, match=r"'w' at .*wide is float64, which needs jax_enable_x64"):
+        jaxlora.load_adapters(tmp_path / "wide", base=base)
 
 
 def test_nothing_to_save_is_refused(tmp_path):

@@ -4,6 +4,8 @@ As in `jaxlora.formats.peft.described`: a module's tensors tell the sizes of its
 name gives a path. Names with underscores for dots stay as they are, in one part of the path.
 """
 
+from pathlib import Path
+
 from jaxlora.formats import arguments, tensors
 from jaxlora.formats.diffusion import keys, reading
 from jaxlora.formats.peft import keys as peft_keys
@@ -24,7 +26,11 @@ def described(path: PathLike) -> tuple[Described, dict[str, str]]:
         ImportError: safetensors is not installed.
         ValueError: it is damaged, or is no such file.
     """
-    with tensors.opened(reading.file_of(arguments.local(path))) as file:
+    return arguments.read(path, _described, reading.FILE)
+
+
+def _described(place: Path) -> tuple[Described, dict[str, str]]:
+    with tensors.opened(reading.file_of(place)) as file:
         source = Source(file, Sites({}, {}, {}), {})
         modules: dict[str, dict[str, str]] = {}
         for tensor in file.shapes:

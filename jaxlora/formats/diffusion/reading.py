@@ -15,7 +15,6 @@ from jaxlora.formats.names.mapping import Names, missing
 from jaxlora.formats.peft import targets
 from jaxlora.formats.pieces import Piece
 from jaxlora.formats.source import Source
-from jaxlora.storage import directories
 from jaxlora.storage.locations import PathLike
 from jaxlora.targets.sites import Sites, check_sites
 from jaxlora.weights.adapters import Adapters
@@ -53,23 +52,31 @@ def load(path: PathLike, *, sites: Sites, names: Names, ignore: Sequence[str] = 
     check_sites(sites)
     arguments.check_names(names)
     unwanted = arguments.expressions(ignore)
-    with tensors.opened(file_of(arguments.local(path))) as file:
-        source = Source(file, sites, names.table(sites.shapes))
-        modules = _modules(source, unwanted)
-        said = Metadata.read(file)
-        _check_targets(source, modules, said, unwanted)
-        found: Adapters = {
-            **pieces.adapters(_piece(source, name, own, said) for name, own in modules.items())
-        }
-        if not found:
-            raise ValueError(f"{source.where} has no adapters: got {len(file.shapes)} tensors")
-        return pieces.placed(found, source.where)
+    table = names.table(sites.shapes)
+
+    def read(place: Path) -> Adapters:
+        with tensors.opened(file_of(place)) as file:
+            return _adapters(Source(file, sites, table), unwanted)
+
+    return arguments.read(path, read, FILE)
 
 
-def file_of(path: Path) -> Path:
+def file_of(place: Path) -> Path:
     """Return the file that a path means, which may be that of its folder."""
-    place = directories.standing(path)
     return place / FILE if place.is_dir() else place
+
+
+def _adapters(source: Source, unwanted: Sequence[re.Pattern[str]]) -> Adapters:
+    """Return the adapters of a file that is open."""
+    modules = _modules(source, unwanted)
+    said = Metadata.read(source.file)
+    _check_targets(source, modules, said, unwanted)
+    found: Adapters = {
+        **pieces.adapters(_piece(source, name, own, said) for name, own in modules.items())
+    }
+    if not found:
+        raise ValueError(f"{source.where} has no adapters: got {len(source.file.shapes)} tensors")
+    return pieces.placed(found, source.where)
 
 
 def _modules(source: Source, unwanted: Sequence[re.Pattern[str]]) -> dict[str, dict[str, str]]:

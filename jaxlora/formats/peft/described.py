@@ -9,6 +9,7 @@ tells, as which parameter is a stack of experts, is refused.
 import dataclasses
 import os
 from collections.abc import Container, Mapping
+from pathlib import Path
 
 import jax.numpy as jnp
 
@@ -20,7 +21,6 @@ from jaxlora.formats.peft import config as configs
 from jaxlora.formats.peft import projections, reading
 from jaxlora.formats.peft.folder import Folder
 from jaxlora.formats.source import Source
-from jaxlora.storage import directories
 from jaxlora.targets.sites import Site, Sites
 from jaxlora.tracing.recorder import Kind, Use
 from jaxlora.weights.roles import Roles
@@ -76,7 +76,10 @@ def described(folder: str | os.PathLike[str]) -> Described:
         ImportError: safetensors is not installed.
         ValueError: a file is damaged, or the folder does not tell.
     """
-    place = directories.standing(arguments.local(folder))
+    return arguments.read(folder, _described, configs.CONFIG_FILE)
+
+
+def _described(place: Path) -> Described:
     config = configs.read(place)
     with tensors.opened(reading.tensors_path(place)) as file:
         opened = Folder(file, Sites({}, {}, {}), {}, config)

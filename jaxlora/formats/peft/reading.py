@@ -8,7 +8,6 @@ from jaxlora.formats.names.mapping import Names
 from jaxlora.formats.peft import config as configs
 from jaxlora.formats.peft import factors, targets, values
 from jaxlora.formats.peft.folder import Folder
-from jaxlora.storage import directories
 from jaxlora.targets.sites import Sites, check_sites
 from jaxlora.weights import blocks
 from jaxlora.weights.adapters import Adapters
@@ -40,11 +39,14 @@ def load(folder: str | os.PathLike[str], *, sites: Sites, names: Names) -> Adapt
     """
     check_sites(sites)
     arguments.check_names(names)
-    place = directories.standing(arguments.local(folder))
-    config = configs.read(place)
     table = names.table(sites.shapes)
-    with tensors.opened(tensors_path(place)) as file:
-        return _adapters(Folder(file, sites, table, config))
+
+    def read(place: Path) -> Adapters:
+        config = configs.read(place)
+        with tensors.opened(tensors_path(place)) as file:
+            return _adapters(Folder(file, sites, table, config))
+
+    return arguments.read(folder, read, configs.CONFIG_FILE)
 
 
 def tensors_path(place: Path) -> Path:

@@ -47,7 +47,7 @@ def read(
         found.add(name)
         value = _value(folder, key, place)
         _, known, other = entries[place.path].setdefault(place, (place, key, value))
-        if not np.array_equal(value, other):
+        if known is not key and not np.array_equal(value, other, equal_nan=True):
             raise ValueError(
                 f"the tensors {known.name!r} and {key.name!r} of {folder.where} are of one place, "
                 f"{str(place)!r}, and must be equal: got different values"

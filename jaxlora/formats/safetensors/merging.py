@@ -13,7 +13,7 @@ from jaxlora.formats.names.mapping import Names, missing
 from jaxlora.formats.safetensors import shards, writing
 from jaxlora.formats.safetensors.entries import Entry
 from jaxlora.formats.safetensors.shards import Checkpoint
-from jaxlora.storage import directories, replacing
+from jaxlora.storage import replacing
 from jaxlora.targets.sites import Sites
 from jaxlora.trees.binding import nodes_over
 from jaxlora.types import Leaf
@@ -53,7 +53,7 @@ def merge_checkpoint(
         OSError: it cannot be written.
     """
     target = arguments.local(path)
-    with shards.opened(directories.standing(arguments.local(base))) as found:
+    with shards.opened(arguments.standing(base)) as found:
         entries = _entries(found, adapters, names, sites)
         shapes = {
             name: jax.ShapeDtypeStruct(shape, found.dtype(name))

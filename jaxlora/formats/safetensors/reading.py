@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,11 @@ from jaxlora.formats.names.mapping import Names, missing
 from jaxlora.formats.safetensors import entries, shards
 from jaxlora.formats.safetensors.entries import Entry
 from jaxlora.formats.safetensors.shards import Checkpoint
-from jaxlora.storage import directories
 from jaxlora.storage.locations import PathLike
 from jaxlora.targets.sites import Sites, check_sites
-from jaxlora.types import Leaf, PyTree
+from jaxlora.types import Leaf, Leaves, PyTree
 from jaxlora.weights import paths, tree_checks
+from jaxlora.weights.quantized import QuantizedWeight
 
 
 def load(
@@ -42,23 +43,43 @@ def load(
         FileNotFoundError: a file is missing.
         ImportError: safetensors is not installed.
         TypeError: an argument is of the wrong kind.
-        ValueError: a file is damaged; a tensor has no place, or another shape than that needs; a
-            part of a leaf has no tensor.
+        ValueError: a file is damaged; a tensor has no place, another shape than that needs, or a
+            number that its leaf's dtype cannot hold; a part of a leaf has no tensor; a leaf of
+            like is adapted, quantized, or of 64 bits without jax_enable_x64.
     """
     arguments.check_names(names)
     check_sites(sites)
     leaves, treedef = paths.flatten(like)
     tree_checks.check_leaves(leaves, like, "load(path, names, like)", "like")
+    tree_checks.check_plain(leaves, "like of safetensors.load")
+    _check_dtypes(leaves)
     unwanted = arguments.expressions(ignore)
     table = entries.entries(leaves, names, sites)
-    with shards.opened(directories.standing(arguments.local(path))) as found:
-        sources = entries.by_path(_sources(found, table, unwanted))
-        for leaf_path, leaf in leaves.items():
-            entries.check_whole(
-                leaf_path, leaf, sources[leaf_path], f"have a tensor in {found.where}"
+
+    def read(place: Path) -> list[jax.Array]:
+        with shards.opened(place) as found:
+            sources = entries.by_path(_sources(found, table, unwanted))
+            for leaf_path, leaf in leaves.items():
+                entries.check_whole(
+                    leaf_path, leaf, sources[leaf_path], f"have a tensor in {found.where}"
+                )
+            return [_read(leaf, found, sources[leaf_path]) for leaf_path, leaf in leaves.items()]
+
+    return treedef.unflatten(arguments.read(path, read, shards.INDEX))
+
+
+def _check_dtypes(leaves: Leaves) -> None:
+    """Raise if a leaf has a dtype that JAX has not now, or is quantized."""
+    for path, leaf in leaves.items():
+        if isinstance(leaf, QuantizedWeight):
+            raise ValueError(
+                f"the leaf {path!r} of like is quantized: load the weights plain, and give them to "
+                "jaxlora.quantize"
             )
-        made = [_read(leaf, found, sources[leaf_path]) for leaf_path, leaf in leaves.items()]
-    return treedef.unflatten(made)
+        if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+            raise ValueError(
+                f"the leaf {path!r} of like is {leaf.dtype}, which needs jax_enable_x64"
+            )
 
 
 def _sources(
@@ -92,11 +113,18 @@ def _cast(part: np.ndarray, leaf: Leaf, name: str, where: str) -> np.ndarray:
     is_kind = any(jnp.issubdtype(part.dtype, k) and jnp.issubdtype(leaf.dtype, k) for k in kinds)
     with np.errstate(over="ignore"):
         made = part.astype(leaf.dtype)
-    if not is_kind or (np.isinf(made) & ~np.isinf(part)).any():
+    if not is_kind or _is_lost(made, part):
         raise ValueError(
             f"the tensor {name!r} of {where}, {part.dtype}, cannot be {leaf.dtype}, as its leaf is"
         )
     return made
+
+
+def _is_lost(made: np.ndarray, part: np.ndarray) -> bool:
+    """Tell whether a number became another than its nearest."""
+    if jnp.issubdtype(part.dtype, jnp.integer):
+        return bool((made.astype(part.dtype) != part).any() or ((made < 0) != (part < 0)).any())
+    return bool((np.isfinite(part) & ~np.isfinite(made)).any())
 
 
 def _read(leaf: Leaf, found: Checkpoint, sources: Mapping[str, Entry]) -> jax.Array:

@@ -21,6 +21,7 @@ from jaxlora.types import Leaf, Leaves, PyTree
 from jaxlora.weights import paths, quantized, tree_checks
 from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import QuantizedWeight
+from jaxlora.weights.sharding import explicit
 
 _SWALLOWED = 0.01  # the share of changed entries below which merging has lost the product
 _EVERY = 16  # of so many rows one is compared first
@@ -64,8 +65,9 @@ def save(
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"the leaf {leaf_path!r} must be an array: got a shape")
     found = _targets(plain, names, sites)
+    dtypes = {leaf_path: _dtype(leaf) for leaf_path, leaf in leaves.items()}
     shapes = {
-        name: jax.ShapeDtypeStruct(entry.form.tensor_shape, plain[entry.place.path].dtype)
+        name: jax.ShapeDtypeStruct(entry.form.tensor_shape, dtypes[entry.place.path])
         for name, entry in found.items()
     }
     target = arguments.local(path)
@@ -88,6 +90,11 @@ def save(
         write,
         lambda place: replacing.check_free(place, target, shards.is_of_checkpoint),
     )
+
+
+def _dtype(leaf: Leaf) -> np.dtype:
+    """Return the dtype that a leaf is written in: what JAX merges has one of JAX."""
+    return jax.dtypes.canonicalize_dtype(leaf.dtype) if paths.is_node(leaf) else leaf.dtype
 
 
 class _Weights:
@@ -119,7 +126,7 @@ def merged(path: str, leaf: Leaf) -> jax.Array | np.ndarray:
     elif paths.is_node(leaf):
         leaf = merge({path: leaf})[path]
     is_here = isinstance(leaf, jax.Array) and jax.process_count() == 1
-    return leaf if is_here else processes.whole(leaf)
+    return leaf if is_here and explicit(leaf) is None else processes.whole(leaf)
 
 
 def _warn_of_rounding(path: str, leaf: LoRAWeight, merged: jax.Array) -> None:
