@@ -12,9 +12,10 @@ from jaxlora.linalg import matrices
 from jaxlora.messages import checks
 from jaxlora.targets.config import LoRAConfig
 from jaxlora.targets.selection import select
-from jaxlora.targets.sites import find_sites
+from jaxlora.targets.sites import Site, find_sites
 from jaxlora.targets.stacking import with_stacks
 from jaxlora.tracing.transform import lora, observe
+from jaxlora.trees import parting
 from jaxlora.trees.binding import bind, split
 from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import blocks, paths, tree_checks
@@ -46,7 +47,8 @@ def moments(
 
     Raises:
         ValueError: there is no batch, the targets do not fit the program, or a target has no
-            inputs: it is looked up in or convolved with, not multiplied.
+            inputs that are told: it is looked up in, convolved with, or multiplied in ragged
+            groups.
 
     >>> import jax.numpy as jnp, jaxlora
     >>> model, params = lambda params, x: x @ params["w"], {"w": jnp.ones((4, 3))}
@@ -60,8 +62,10 @@ def moments(
     base, adapters = split(_observed(fn, params, first, config))
     run = observe(fn)
 
-    @jax.jit
-    def of_batch(adapters, base, args):
+    @parting.jitted
+    def of_batch(given):
+        adapters, base, args = given
+
         def summed_outputs(adapters):
             outs = jax.tree.leaves(run(bind(base, adapters), *args))
             floating = [x for x in outs if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -70,7 +74,7 @@ def moments(
         found = jax.grad(summed_outputs)(adapters)
         return {name: found[name].a for name in found}
 
-    total, _ = _summed(lambda args: of_batch(adapters, base, args), batches)
+    total, _ = _summed(lambda args: of_batch((adapters, base, args)), batches)
     for name, found in total.items():
         if not found.any():
             raise ValueError(f"the target {name!r} has no inputs: it is not multiplied with any")
@@ -102,10 +106,13 @@ def gradients(
     if held := [path for path, *_ in targets if isinstance(leaves[path], QuantizedWeight)]:
         raise ValueError(f"{held[0]!r} is quantized and has no gradient: dequantize it before")
     run = lora(loss)  # others may be quantized
-    _check_scalar(jax.eval_shape(run, params, *first))
+    arrays, rebuild = parting.parted((params, *first))
+    _check_scalar(jax.eval_shape(lambda arrays: run(*rebuild(arrays)), arrays))
 
-    @jax.jit
-    def of_batch(weights, leaves, args):
+    @parting.jitted
+    def of_batch(given):
+        weights, leaves, args = given
+
         def lost(weights):
             return run(treedef.unflatten((leaves | weights).values()), *args)
 
@@ -118,7 +125,7 @@ def gradients(
         }
 
     weights = {target.path: leaves[target.path] for target in targets}
-    total, count = _summed(lambda args: of_batch(weights, leaves, args), batches)
+    total, count = _summed(lambda args: of_batch((weights, leaves, args)), batches)
     return jax.tree.map(lambda x: x / count, total)
 
 
@@ -156,11 +163,22 @@ def _summed(of_batch: Callable[[Args], PyTree], batches: Iterable[Args]) -> tupl
     return total, count
 
 
+def _check_observed(site: Site) -> None:
+    """Raise if a target is multiplied by an operation that does not tell of its inputs."""
+    for use in site.uses:
+        if use.operation.startswith("ragged_dot"):
+            raise ValueError(
+                f"the inputs of {site.path!r} cannot be told: it is multiplied by {use.operation}, "
+                f"at {use.source}; leave it out of the targets"
+            )
+
+
 def _observed(fn: Function, params: PyTree, args: Args, config: LoRAConfig) -> PyTree:
     """Return the parameters with the identity as ``a``, and no product, at each target."""
     leaves, treedef = paths.flatten(params)
     sites = with_stacks(find_sites(fn, params, *args), config.stack)
     for path, block, _, _ in select(config, sites):
+        _check_observed(sites[path])
         leaf, roles = leaves[path], sites[path].roles
         shape = blocks.shape(block, leaf.shape)
         size = math.prod(roles.sizes(shape)[1])

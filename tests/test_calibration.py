@@ -131,6 +131,44 @@ def test_corda_starts_at_what_matters_for_the_inputs(keep):
         assert_allclose(got, plain, rtol=1e-3, atol=1e-3)
 
 
+def test_flags_and_names_among_the_arguments_are_not_traced():
+    def flagged(params, x, is_wide, name):
+        return x @ params["w"][name] * (2.0 if is_wide else 1.0)
+
+    params, x = {"w": {"up": normal(0, 8, 4)}, "kind": "dense"}, normal(1, 3, 8)
+    config = jaxlora.LoRAConfig(rank=2)
+    batches = [(x, True, "up"), (x, False, "up"), (x + 1, True, "up")]
+    found = jaxlora.calibration.moments(flagged, params, batches, config=config)["w/up"]
+    assert_allclose(found[0], 2 * gram(x, 8) + gram(x + 1, 8), rtol=1e-4)
+    slopes = jaxlora.calibration.gradients(
+        lambda *args: flagged(*args).sum(), params, batches, config=config
+    )["w/up"]
+    rows = (2 * x + x + 2 * (x + 1)).sum(0) / 3
+    assert_allclose(slopes[0], np.broadcast_to(rows[:, None], (8, 4)), rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_that_no_row_came_to_takes_no_rank_and_starts_all_the_same():
+    found = moments() | {"experts": moments()["experts"].at[1].set(0)}
+    ranks = initializers.eva_ranks(found, 2)
+    others = initializers.eva_ranks(moments(), 2)
+    assert 0 < ranks["experts"] <= others["experts"]
+    params = init(initializers.corda(found))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    broken = found | {"out": found["out"].at[0, 0].set(jnp.nan)}
+    for start in (initializers.eva, initializers.corda):
+        with pytest.raises(ValueError, match="moments must be finite: 'out' holds NaN or inf"):
+            start(broken)
+
+
+def test_inputs_that_are_not_told_are_refused():
+    def routed(params, x):
+        return jax.lax.ragged_dot(x, params["experts"], jnp.array([1, 2, 0]))
+
+    config = jaxlora.LoRAConfig(rank=2, targets=("experts",))
+    with pytest.raises(ValueError, match=r"'experts' cannot be told: .* by ragged_dot"):
+        jaxlora.calibration.moments(routed, PARAMS, [(normal(0, 3, 8),)], config=config)
+
+
 def test_what_has_no_moments_is_refused():
     def looked_up(params, i):
         return params["table"][i]

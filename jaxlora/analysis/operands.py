@@ -116,7 +116,7 @@ def on_base(
 
 def _operand(term: Adapter, leaf: Leaf | None) -> Operand:
     """Return an adapter as one of all of a weight, without what is known of the leaf it is for."""
-    index, shape = blocks.slices(term.block), blocks.shape(term.block, term.shape)
-    base = jax.tree.map(lambda x: x[index], leaf) if index else leaf
+    shape = blocks.shape(term.block, term.shape)
+    base = None if leaf is None else quantized.part_of(leaf, term.block)
     whole = dataclasses.replace(term, block=None, shape=shape, fingerprint=Fingerprint())
     return Operand(whole, base)

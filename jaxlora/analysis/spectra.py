@@ -45,8 +45,8 @@ class Spectrum:
         Roy and Vetterli 2007, "The effective rank", definition 1.
         """
         p = over(self.values, self.values.sum(-1, keepdims=True))
-        entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0).sum(-1)
-        return jnp.where(self.values[..., 0] > 0, jnp.exp(entropy), 0)
+        entropy = -(p * jnp.log(jnp.where(p == 0, 1, p))).sum(-1)
+        return jnp.where(self.values[..., 0] == 0, 0, jnp.exp(entropy))
 
     @property
     def stable_rank(self) -> jax.Array:
@@ -73,8 +73,9 @@ class Spectrum:
         return jnp.sum(self.values <= DEAD * self.values[..., :1], -1)
 
     def rank_for(self, energy: float) -> jax.Array:
-        """Return the least rank with this share of the squared norm, ``(*stack,)``."""
-        return 1 + jnp.sum(self.energy < energy, -1)
+        """Return the least rank with this share of the squared norm, ``(*stack,)``; 0 of a zero."""
+        found = jnp.minimum(1 + jnp.sum(self.energy < energy, -1), self.values.shape[-1])
+        return jnp.where(self.values[..., 0] == 0, 0, found)
 
 
 @register
@@ -138,4 +139,4 @@ def norm(matrix: jax.Array) -> jax.Array:
 
 def over(part: jax.Array, whole: jax.Array) -> jax.Array:
     """Return a quotient, 0 where what it is divided by is 0."""
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
+    return jnp.where(whole == 0, 0, part / jnp.where(whole == 0, 1, whole))

@@ -48,6 +48,11 @@ def combine(
 
     Example: jaxlora combine polite brief both --weights 0.7,0.3 --method svd --rank 8
     """
+    if len(folders) == 1 and out.expanduser().exists():
+        raise ValueError(
+            f"two folders were given, of which the last is the one to write: {out} is there, and "
+            "would be lost; name another behind it"
+        )
     read = [adapters_folder.read(folder) for folder in output.track(folders, "reading")]
     for found in read:
         adapters_folder.check_finite(found)

@@ -34,6 +34,9 @@ def told(command: Callable[P, T]) -> Callable[P, T]:
             except _EXPECTED as error:
                 _tell("error", error)
                 raise typer.Exit(FAILED) from None
+            except Exception as error:  # of a model that is traced
+                _tell("error", f"{type(error).__name__}: {error}")
+                raise typer.Exit(FAILED) from None
 
     return run
 

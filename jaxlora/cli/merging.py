@@ -40,7 +40,8 @@ def merge(
     if out.resolve() == (base.parent if base.is_file() else base).resolve():
         raise ValueError(f"out must be another folder than that of the base: got {out} for both")
     kind = adapters_folder.kind_of(adapters.expanduser())
-    is_of_hub = _is_of_hub(base)
+    if not (is_of_hub := _is_of_hub(base)):
+        trees.check_is_tree(base)
     if kind != ("peft" if is_of_hub else "jaxlora"):
         got = "one of Hugging Face" if is_of_hub else "one of Orbax"
         shown = adapters_folder.SHOWN[kind]

@@ -2,8 +2,8 @@
 
 import importlib
 import importlib.machinery
+import importlib.util
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,8 +77,14 @@ def _imported(name: str) -> Leaf:
 
 
 def _from_file(name: str) -> Leaf:
+    """Return what a file defines, which imports what lies beside it, as where Python runs it."""
     path = Path(name).expanduser()
-    module = types.ModuleType(path.stem)
+    loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
+    spec = importlib.util.spec_from_file_location(path.stem, path, loader=loader)
+    assert spec is not None  # there is a loader
+    module = importlib.util.module_from_spec(spec)
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)
     sys.modules.setdefault(path.stem, module)  # where Flax looks the types of its fields up
-    importlib.machinery.SourceFileLoader(path.stem, str(path)).exec_module(module)
+    loader.exec_module(module)
     return module

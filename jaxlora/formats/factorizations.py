@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class Form:
 
 def form_of(kinds: Iterable[str]) -> Form | None:
     """Return the form that has just these tensors, None where there is none."""
-    return next((form for form in _FORMS if form.kinds == {*kinds}), None)
+    return _BY_KINDS.get(frozenset(kinds))
 
 
 def missing(kinds: Iterable[str]) -> frozenset[str] | None:
@@ -134,3 +135,4 @@ _FORMS = (
         _elementwise_with_cores,
     ),
 )
+_BY_KINDS = MappingProxyType({form.kinds: form for form in _FORMS})

@@ -66,7 +66,8 @@ def eva_ranks(moments: Mapping[str, jax.Array], rank: int, *, rho: float = 2.0) 
     most, shares = round(rho * rank), []
     for name, found in moments.items():
         values = jnp.maximum(jnp.linalg.eigvalsh(found)[:, ::-1], 0)
-        mean = jnp.mean(values / values.sum(-1, keepdims=True), 0)[:most]
+        whole = values.sum(-1, keepdims=True)  # 0 of an expert that no row came to
+        mean = jnp.mean(values / jnp.where(whole > 0, whole, 1), 0)[:most]
         shares += [(-float(share), name) for share in mean]
     left, ranks = rank * sum(map(len, moments.values())), dict.fromkeys(moments, 0)
     for _, name in sorted(shares, key=lambda pair: pair[0]):
@@ -96,7 +97,7 @@ def corda(moments: Mapping[str, jax.Array], *, keep: bool = False) -> FromWeight
     def factors(key, weight, rank, scaling, moments):
         del key
         mean = jnp.trace(moments) / len(moments)
-        damped = moments / mean + 0.01 * jnp.eye(len(moments))
+        damped = moments / jnp.where(mean > 0, mean, 1) + 0.01 * jnp.eye(len(moments))
         u, s, v = jnp.linalg.svd(matmul(damped, weight), full_matrices=False)
         kept = slice(-rank, None) if keep else slice(rank)
         a, b = svd.factors((u[:, kept], s[kept], v[kept]), scaling)

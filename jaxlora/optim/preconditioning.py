@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,7 +13,7 @@ from jaxlora.linalg import matrices
 from jaxlora.linalg.precise import matmul
 from jaxlora.messages import checks
 from jaxlora.optim.factor_names import check_has_params, init_stateless
-from jaxlora.weights import paths
+from jaxlora.weights import paths, sharding
 from jaxlora.weights.adapters import Adapter
 from jaxlora.weights.nodes import LoRAWeight
 
@@ -57,17 +58,25 @@ def precondition(damping: float = 1e-6) -> optax.GradientTransformation:
             return dataclasses.replace(gradient, terms=tuple(terms))
         if not isinstance(leaf, Adapter):
             return gradient
-        a, b = matrices.factors(leaf)
-        da, db = matrices.factors(gradient)
-        identity = damping * jnp.eye(leaf.rank)[None]
-        da = jnp.linalg.solve(matmul(b, b.mT) + identity, da.mT).mT
-        db = jnp.linalg.solve(matmul(a.mT, a) + identity, db)
-        shaped = {"a": da.reshape(leaf.a.shape), "b": db.reshape(leaf.b.shape)}
-        cast = {name: x.astype(getattr(gradient, name).dtype) for name, x in shaped.items()}
-        return dataclasses.replace(gradient, **cast)
+        solve = functools.partial(_solved, damping=damping)
+        placed = {"a": sharding.explicit(gradient.a), "b": sharding.explicit(gradient.b)}
+        if any(placed.values()):  # what is contracted may be sharded: the compiler decides
+            solve = jax.jit(jax.sharding.auto_axes(solve, out_sharding=placed))
+        return dataclasses.replace(gradient, **solve(leaf, gradient))
 
     def update(updates, state, params=None):
         check_has_params(params)
         return jax.tree.map(preconditioned, params, updates, is_leaf=paths.is_node), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _solved(leaf: Adapter, gradient: Adapter, damping: float) -> dict[str, jax.Array]:
+    """Return the gradients of the two factors, each preconditioned by the other."""
+    a, b = matrices.factors(leaf)
+    da, db = matrices.factors(gradient)
+    identity = damping * jnp.eye(leaf.rank, dtype=a.dtype)[None]
+    da = jnp.linalg.solve(matmul(b, b.mT) + identity, da.mT).mT
+    db = jnp.linalg.solve(matmul(a.mT, a) + identity, db)
+    shaped = {"a": da.reshape(leaf.a.shape), "b": db.reshape(leaf.b.shape)}
+    return {name: x.astype(getattr(gradient, name).dtype) for name, x in shaped.items()}

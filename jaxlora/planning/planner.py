@@ -13,6 +13,7 @@ from jaxlora.reports.counts import summary
 from jaxlora.targets.config import LoRAConfig
 from jaxlora.trees.adapting import init
 from jaxlora.trees.binding import split
+from jaxlora.trees.parting import parted
 from jaxlora.trees.quantization import QuantizationConfig, quantize
 from jaxlora.types import Function, Leaves, PyTree
 from jaxlora.weights import tree_checks
@@ -114,7 +115,9 @@ def plan(
         try:
             made[name] = make()
         except (ImportError, TypeError, ValueError) as error:
-            made[name], missing[name] = None, str(error).splitlines()[0]
+            made[name], missing[name] = None, steps.first_line(error)
+        except RuntimeError as error:  # of JAX: no derivative, or no room on the device
+            made[name], missing[name] = None, steps.said(error)
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     return Plan(
         lora=found,
@@ -138,7 +141,7 @@ def _check_optimizer(optimizer: object) -> None:
 
 def _adapters(fn: Function, params: PyTree, args: tuple[Any, ...], config: LoRAConfig) -> Adapters:
     """Return the abstract adapters that a config gives a model."""
-    arrays, rebuild = steps.parted(params)
+    arrays, rebuild = parted(params)
 
     def made(key, arrays):
         return split(init(key, fn, rebuild(arrays), *args, config=config))[1]

@@ -5,7 +5,6 @@ returns what is trained and the state anew, which take the place of the old ones
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jaxlora.planning.costs import Step
 from jaxlora.tracing.program import is_array
 from jaxlora.tracing.transform import lora
 from jaxlora.trees.binding import bind
+from jaxlora.trees.parting import parted
 from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights.adapters import Adapters
 
@@ -39,20 +39,6 @@ class Variant:
     trained: PyTree
     base: list[Leaf]
     data: list[Leaf]
-
-
-def parted(tree: PyTree) -> tuple[list[Leaf], Callable[[Sequence[Leaf]], PyTree]]:
-    """Return the arrays of a tree, and what makes the tree from others in their place."""
-    leaves, treedef = jax.tree.flatten(tree)
-    places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-
-    def rebuild(arrays):
-        filled = list(leaves)
-        for place, array in zip(places, arrays, strict=True):
-            filled[place] = array
-        return treedef.unflatten(filled)
-
-    return [leaves[place] for place in places], rebuild
 
 
 def adapted(fn: Function, base: PyTree, adapters: Adapters, args: Args) -> Variant:
@@ -114,14 +100,18 @@ def check_traces(fn: Function, params: PyTree, args: Args) -> None:
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         raise TypeError(
             "fn cannot be traced from shapes: what it does must not depend on values of arrays, "
-            f"as an `if` of one does; make such arguments Python values: JAX said: {_said(error)}"
+            f"as an `if` of one does; make such arguments Python values: JAX said: {said(error)}"
         ) from error
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """Return the type of an error, and the first line of what it says."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
     """Return the first line of what an error says, without the period that may end it."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}"
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
 
 
 def state_of(optimizer: Any, trained: PyTree) -> PyTree:
@@ -135,14 +125,14 @@ def state_of(optimizer: Any, trained: PyTree) -> PyTree:
     except Exception as error:
         raise ValueError(
             "the state of the optimizer cannot be known from shapes: its init must take what is "
-            f"trained, abstract: it said: {_said(error)}"
+            f"trained, abstract: it said: {said(error)}"
         ) from error
     try:
         jax.eval_shape(optimizer.update, trained, state, trained)
     except Exception as error:
         raise ValueError(
             "the optimizer must update from gradients, its state and what is trained alone: it "
-            f"said: {_said(error)}"
+            f"said: {said(error)}"
         ) from error
     return state
 

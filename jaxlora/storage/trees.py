@@ -39,16 +39,23 @@ def read(path: PathLike) -> PyTree:
         ValueError: it holds no tree, or a damaged one.
     """
     target = locations.resolve(path)
-    place = directories.standing(target) if locations.is_local(target) else target
-    if not place.exists():
-        raise FileNotFoundError(f"no weights at {target}: there is no such directory")
-    if not (place / _STRUCTURE).is_file():
-        raise ValueError(f"no weights at {target}: it is no tree that Orbax saved")
+    place = check_is_tree(path)
     try:
         found = _read(place)
     except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
         raise ValueError(f"the weights at {target} are damaged: {error}") from error
     return _boxed(found) if _is_boxed(found) else found
+
+
+def check_is_tree(path: PathLike) -> Place:
+    """Return where a checkpoint of Orbax stands, or raise where there is none."""
+    target = locations.resolve(path)
+    place = directories.standing(target) if locations.is_local(target) else target
+    if not place.exists():
+        raise FileNotFoundError(f"no weights at {target}: there is no such directory")
+    if not (place / _STRUCTURE).is_file():
+        raise ValueError(f"no weights at {target}: it is no tree that Orbax saved")
+    return place
 
 
 def _read(place: Place) -> PyTree:

@@ -37,8 +37,7 @@ def norms(base: Leaf, term: Adapter) -> jax.Array:
     Returns:
         Array ``(*stack, *out)`` of what the factors are for, float32 or wider.
     """
-    index = blocks.slices(term.block)
-    base = jax.tree.map(lambda x: x[index], base) if index else base
+    base = quantized.part_of(base, term.block)
     return _norms(LoRAWeight(base, (dataclasses.replace(term, block=None),)))
 
 

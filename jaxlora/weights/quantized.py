@@ -127,6 +127,15 @@ def values(weight: Leaf) -> Leaf:
     return dequantized(weight).astype(weight.dtype) if _is_quantized(weight) else weight
 
 
+def part_of(weight: Leaf, part: blocks.Part | None) -> Leaf:
+    """Return a part of a weight; that of a quantized one as values where it cuts the blocks."""
+    if part is None:
+        return weight
+    if _is_quantized(weight) and part[weight.axis] is not None:
+        weight = values(weight)
+    return jax.tree.map(lambda x: x[blocks.slices(part)], weight)
+
+
 def stand_in(weight: Leaf) -> Leaf:
     """Return an array with the sharding of a weight, and if traced its shape, of other values."""
     if not _is_quantized(weight):

@@ -90,6 +90,8 @@ def check_matrices(arrays: Any, name: str, source: str = "jaxlora.calibration.mo
             raise TypeError(f"{needed}: got {shown(array)} for {target!r}")
         if array.ndim != 3:
             raise ValueError(f"{needed}: got {shown(array)} for {target!r}")
+        if not isinstance(array, Tracer) and not jnp.isfinite(array).all():
+            raise ValueError(f"{name} must be finite: {target!r} holds NaN or inf")
 
 
 def check_untraced(call: str, tree: PyTree) -> None:

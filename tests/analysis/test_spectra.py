@@ -158,3 +158,39 @@ def test_one_program_serves_adapters_of_one_shape():
     before = compiled._cache_size()
     analysis.spectrum({"v": known["v"]})
     assert compiled._cache_size() == before
+
+
+def test_a_rank_is_none_of_a_zero_and_at_most_that_of_the_adapter():
+    a, b = np.ones((2, 5, 3), np.float32), np.zeros((2, 3, 4), np.float32)
+    b[1] = np.random.default_rng(0).normal(size=(3, 4))
+    found = analysis.spectrum({"w": adapter(a + np.eye(5, 3), b)})["w"]
+    assert_array_equal(found.rank_for(0.9)[0], 0)
+    assert 1 <= found.rank_for(1.0)[1] <= 3
+
+
+def test_nan_is_told_as_nan():
+    a, b = np.ones((5, 2), np.float32), np.full((2, 4), np.nan, np.float32)
+    found = analysis.spectrum({"w": adapter(a, b)}, {"w": np.ones((5, 4), np.float32)})["w"]
+    for value in (found.norm, found.stable_rank, found.effective_rank, found.share):
+        assert np.isnan(value)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("part", ["[0:64]", "[64:128]", "[0:32, 8:24]", "[:, 8:24]"])
+def test_parts_of_quantized_weights_are_those_of_their_values(kind, part):
+    def fn(params, x):
+        return x @ params["w"]
+
+    params, x = {"w": normal(0, 128, 64)}, normal(1, 2, 128)
+    config = jaxlora.QuantizationConfig(kind, block_size=64)
+    quantized = jaxlora.quantize(fn, params, x, config=config)
+    config = jaxlora.LoRAConfig(rank=2, targets=(f"w{part}",))
+    base, adapters = jaxlora.split(jaxlora.init(jax.random.key(0), fn, quantized, x, config=config))
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    plain = jaxlora.dequantize(base)
+    (name,) = adapters
+    found, wanted = (
+        analysis.spectrum(jaxlora.bind(tree, adapters, check_base=False))[name]
+        for tree in (base, plain)
+    )
+    assert_allclose(found.weight_norm, wanted.weight_norm, rtol=1e-5)

@@ -107,6 +107,26 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path):
     assert "NameError" in refused("plan", f"{tmp_path / 'broken.py'}:model")
 
 
+def test_a_model_in_a_file_is_found_with_what_lies_beside_it(tmp_path):
+    (tmp_path / "sizes_of_it.py").write_text("WIDTH = 12")
+    (tmp_path / "shape.txt").write_text("5")
+    (tmp_path / "model_of_it.py").write_text(
+        "from pathlib import Path\n"
+        "import jax\n"
+        "import sizes_of_it\n"
+        "OUT = int((Path(__file__).parent / 'shape.txt').read_text())\n"
+        "def small():\n"
+        "    w = jax.ShapeDtypeStruct((sizes_of_it.WIDTH, OUT), 'float32')\n"
+        "    return lambda p, x: x @ p['w'], {'w': w}, jax.ShapeDtypeStruct((2, 12), 'float32')\n"
+        "def broken():\n"
+        "    return lambda p, x: x @ p['wrong'], *small()[1:]\n"
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        report = told("plan", f"{tmp_path / 'model_of_it.py'}:small", "--rank", "2")
+    assert report["lora"]["trained"] == 2 * (12 + 5)
+    assert "KeyError: 'wrong'" in refused("plan", f"{tmp_path / 'model_of_it.py'}:broken")
+
+
 def test_a_full_disk_leaves_no_picture(tmp_path):
     pytest.importorskip("resource", reason="limits of file sizes are of POSIX")
     saved(tmp_path / "run", adapters())

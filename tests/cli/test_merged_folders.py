@@ -146,7 +146,8 @@ def test_merge_refuses_what_does_not_belong_together(tmp_path):
     )
     assert "got one of Orbax and a folder of PEFT" in refused("merge", base, GOLDEN / "lora", out)
     assert "no weights at" in refused("merge", tmp_path, run_, out)
-    assert "no such directory" in refused("merge", tmp_path / "nowhere", run_, out)
+    for folder in (run_, GOLDEN / "lora"):
+        assert "no such directory" in refused("merge", tmp_path / "nowhere", folder, out)
     assert "has no tensor for the adapter of" in refused(
         "merge", tmp_path / "hub", GOLDEN / "split_heads", out
     )

@@ -177,6 +177,16 @@ def test_rows_are_trained_where_the_leaf_is_and_weights_are_written(case, tmp_pa
     jax.tree.map(assert_array_equal, loaded, merged)
 
 
+def test_preconditioned_gradients_are_those_of_one_device(case):
+    _, adapters, _ = case.arrays
+    tx = jaxlora.optim.precondition(1e-3)
+    alone = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), adapters)
+    wanted, _ = tx.update(alone, tx.init(alone), alone)
+    for update in (tx.update, jax.jit(tx.update)):
+        found, _ = update(adapters, tx.init(adapters), adapters)
+        jax.tree.map(functools.partial(assert_allclose, rtol=1e-3, atol=1e-4), found, wanted)
+
+
 def test_step_sends_no_more_than_the_base_but_of_the_size_of_the_rank(case):
     base, adapters, x = case.arrays
 

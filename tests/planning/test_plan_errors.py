@@ -86,3 +86,16 @@ def test_arrays_of_another_mesh_are_refused():
     adapted = jaxlora.init(jax.random.key(0), loss, PARAMS, X, config=CONFIG)
     with pytest.raises(ValueError, match="is adapted already: plan needs a plain tree"):
         planned(loss, adapted)
+
+
+def test_a_step_that_has_no_derivative_leaves_the_others():
+    def fn(params, x):
+        return loss(params, x) + jnp.sum(jax.lax.linalg.schur(params["other"])[0])
+
+    params = {**PARAMS, "other": shape(4, 4)}
+    config = jaxlora.LoRAConfig(rank=4, targets=("up", "down"))
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32
+        found = planned(fn, params, config=config)
+    assert found.full is None
+    assert "NotImplementedError" in found.missing["full"]
+    assert found.trained == 4 * 2 * (64 + 256)
