@@ -156,8 +156,8 @@ class Evaluation:
         values: what the variables stand for, see `dataflow.values`.
         varying: along which dimensions predicates vary, see `dataflow.varying`.
         last: the last product with a weight that was made for it, see `deferred.product`.
-        narrowed: by product, that of its input and the first factor, and how many products share
-            it, where it was made for several at the first of them.
+        narrowed: by product and side of its weight, that of its input and the first factor, and
+            how many products share it, where it was made for several at the first of them.
         splits: by product the reshape after which its term is added, see `sums.splits`.
         late: by reshape what products before it left to be done to its result.
     """
@@ -171,7 +171,7 @@ class Evaluation:
         self.env.update(zip(program.invars, args, strict=True))
         self.values, self.varying = dataflow.values(program), dataflow.varying(program)
         self.last: jax.Array | None = None
-        self.narrowed: dict[Eqn, tuple[jax.Array, int]] = {}
+        self.narrowed: dict[tuple[Eqn, int], tuple[jax.Array, int]] = {}
         self.splits = sums.splits(program)
         self.late: dict[Eqn, list[Callable[[jax.Array], jax.Array]]] = {}
 
@@ -199,9 +199,9 @@ class Evaluation:
     def _with_late(self, eqn: Eqn, outs: Values) -> Values:
         """Return the outputs of an equation after what products before it left to be done."""
         for change in self.late.pop(eqn, ()):
-            (y,) = outs
-            assert isinstance(y, jax.Array)  # the reshape of a product
-            outs = [change(y)]
+            (y,) = outs  # the reshape of a product, or of its sum with a weight
+            base = change(deferred.now(base_of(y)))
+            outs = [y.replace(base=base) if isinstance(y, Weight) else base]
         return outs
 
     def _step(self, eqn: Eqn, values: list[Value]) -> Values:

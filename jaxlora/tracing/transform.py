@@ -17,6 +17,7 @@ from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.lowrank import LowRank
 from jaxlora.tracing.values.weight import Weight
 from jaxlora.types import Function
+from jaxlora.weights.adapters import merge_dtype
 
 F = TypeVar("F", bound=Function)
 
@@ -92,5 +93,7 @@ def _left(evaluator: Evaluator, out: Value) -> object:
     """Return an output as the caller gets it: an array, or the node of a weight passed through."""
     if not isinstance(out, Weight):
         return deferred.leave(out)
+    if isinstance(out, LowRank) and out.is_reduced():
+        return out.dense(merge_dtype(out.base.dtype))
     node = boundary.leave(out) if isinstance(out, LowRank) else None
     return evaluator.leave(out, "it leaves the function") if node is None else node

@@ -85,23 +85,28 @@ def _narrowed(
 
     It is made at the first of them, for all at once; a product that shares nothing has None.
     """
-    if eqn in run.narrowed:
-        return run.narrowed.pop(eqn)
+    if (eqn, side) in run.narrowed:
+        return run.narrowed.pop((eqn, side))
     if weight.has_dropout or term.scales_input:
         return None, 1
-    group = {eqn: weight, **_sharing(run, Reader(eqn, 1 - side), x, term.start(weight))}
+    group = {(eqn, side): weight, **_sharing(run, Reader(eqn, 1 - side), x, term.start(weight))}
     if len(group) == 1:
         return None, 1
     with run.scope(*group.values()):
         products = term.narrow(run.options, x, [*group.values()])
     for other, h in zip(group, products, strict=True):
         run.narrowed[other] = (h, len(group))
-    return run.narrowed.pop(eqn)
+    return run.narrowed.pop((eqn, side))
 
 
-def _sharing(run: Evaluation, reader: Reader, x: jax.Array, start: Hashable) -> dict[Eqn, LowRank]:
-    """Return the weights of the later products of an input whose terms start the same."""
-    found: dict[Eqn, LowRank] = {}
+def _sharing(
+    run: Evaluation, reader: Reader, x: jax.Array, start: Hashable
+) -> dict[tuple[Eqn, int], LowRank]:
+    """Return the weights of the later products of an input whose terms start the same.
+
+    They are by product and side, for in another of three weights that one may give way.
+    """
+    found: dict[tuple[Eqn, int], LowRank] = {}
     for other in run.plan.readers_after(reader):
         side = 1 - other.operand
         atom = other.eqn.invars[side]
@@ -109,7 +114,7 @@ def _sharing(run: Evaluation, reader: Reader, x: jax.Array, start: Hashable) -> 
         if not isinstance(weight, LowRank) or weight.is_rows():
             continue
         if Term.from_equation(other.eqn, side, weight, x).start(weight) == start:
-            found[other.eqn] = weight
+            found[other.eqn, side] = weight
     return found
 
 
@@ -227,7 +232,8 @@ def _of_each_group(
     name: str, factor: jax.Array, weight: LowRank, label: frozenset, count: int
 ) -> jax.Array:
     """Return a factor ``(groups, size, rank)``, or ``(size, rank)`` where all groups have one."""
-    leading = (count,) if label and label <= CARRIES[name] else ()
+    is_each = count == 1 or (label and label <= CARRIES[name])  # one has an axis of size 1
+    leading = (count,) if is_each else ()
     return factor.reshape(*leading, -1, weight.rank)
 
 

@@ -117,7 +117,7 @@ def _tangents(pairs: Sequence[tuple[Value, Value]]) -> list[Values]:
     has to stay linear.
     """
     first = [
-        dot.replace(b=value.b, keys=None)
+        dot.replace(b=value.b, keys=value.keys)
         if isinstance(value, LowRank) and isinstance(dot, LowRank)
         else dot
         for value, dot in pairs
@@ -125,7 +125,7 @@ def _tangents(pairs: Sequence[tuple[Value, Value]]) -> list[Values]:
     if not any(isinstance(value, LowRank) for value, _ in pairs):
         return [first]
     second = [
-        dot.replace(base=jnp.zeros_like(value.base), a=value.a, keys=None)
+        dot.replace(base=jnp.zeros_like(value.base), a=value.a, keys=value.keys)
         if isinstance(value, LowRank) and isinstance(dot, LowRank)
         else jnp.zeros_like(deferred.now(base_of(dot)))
         for value, dot in pairs

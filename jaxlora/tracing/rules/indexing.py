@@ -95,7 +95,8 @@ def _gather_deferred(eqn: Eqn, x: Deferred, indices: jax.Array) -> Deferred | No
     picked |= {dim for dim, size in enumerate(sizes) if size != shape[dim]}
     in_order = x.order == tuple(range(x.ndim))
     filling = eqn.params["fill_value"]
-    is_filled = filling is not None and filling == filling and filling != 0
+    of_zeros = getattr(x.parts, "offset", None) is None  # else zeros stand for another number
+    is_filled = filling is not None and filling == filling and not (filling == 0 and of_zeros)
     if is_filled or not in_order or not all(map(x.has_whole, picked)):
         return None
 

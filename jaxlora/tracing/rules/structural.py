@@ -13,6 +13,7 @@ from jax import lax
 
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.jaxprs.compat import Var
 from jaxlora.tracing.registry import rule
 from jaxlora.tracing.types import Eqn, Operand, Value, Values
 from jaxlora.tracing.values import axes, deferred
@@ -54,9 +55,11 @@ def select(run: Evaluation, eqn: Eqn, which: jax.Array, *cases: Operand) -> Valu
     One that differs in what it gives a gradient to is another. By one predicate for all of it or
     for each entry of a stack, each factor is selected as the base is.
     """
-    if len({run.values.get(atom, atom) for atom in eqn.invars[1:]}) == 1:
+    predicate, *others = eqn.invars
+    known = {run.values.get(x, x) if isinstance(x, Var) else id(x) for x in others}  # or a literal
+    if len(known) == 1:
         return [cases[0]]
-    along = run.varying.get(eqn.invars[0], ())
+    along = run.varying.get(predicate, ()) if isinstance(predicate, Var) else ()
     weights = [case for case in cases if isinstance(case, Weight)]
     is_one = len(weights) == len(cases) and len({*map(_factors_of, weights)}) == 1
     if not is_one or not weights[0].is_whole(along):

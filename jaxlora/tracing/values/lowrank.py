@@ -63,6 +63,12 @@ class LowRank(Weight):
         """Tell whether entries were picked along an axis that is no stack."""
         return bool(self.indexed - {Role.STACK}) or Role.IN in self.windows
 
+    def is_reduced(self) -> bool:
+        """Tell whether it has lost a side, as a sum over it, and is no matrix any more."""
+        has_both = {Role.IN, Role.OUT} <= self.labels(*range(len(self.dims)))
+        is_as_it_was = self.origin.roles is not None and self.base.shape == self.origin.shape
+        return not has_both and not is_as_it_was  # an axis of size 1 may have no label
+
     def is_rows_to(self, in_: frozenset, out: frozenset) -> bool:
         """Tell whether a product takes rows along an axis along which they were picked."""
         is_picked = bool(self.indexed & (in_ | out))
