@@ -59,6 +59,14 @@ def test_base_is_let_go_of_after_a_call(name):
     assert base() is None
 
 
+@pytest.mark.parametrize("form", ["factored", "weight-side"])
+def test_no_tracer_is_kept(form):
+    params, _ = adapted()
+    with jax.checking_leaks():
+        jax.jit(jaxlora.lora(model, form=form))(params, X)
+        jax.jit(jax.grad(total(jaxlora.lora(model, form=form)), allow_int=True))(params, X)
+
+
 def test_base_is_let_go_of_after_a_call_that_failed():
     params, base = adapted()
     run = jaxlora.lora(lambda p, x: jnp.linalg.svd(p["w"])[1] + x.sum(), strict=True)

@@ -126,19 +126,20 @@ def weight_side(
         term: the low-rank term.
     """
     is_shared = h is not None
+    known = weight.replace(base=None, a=None, b=None)  # what JAX keeps must hold no tracer
 
     def with_arrays(base, a, b):
-        return weight.replace(base=base, a=a, b=b)
+        return known.replace(base=base, a=a, b=b)
 
     def made(moving, x, base, a, b, h):
         everywhere = run.options.form == "weight-side" or _is_exact(term)
         nameless = _nameless(with_arrays(base, a, b))
-        with run.scope(weight):
+        with run.scope(known):
             effective = _in_effect(nameless, everywhere=everywhere)
         y = bind(x, effective)
         if everywhere:
             return y
-        with run.scope(weight):
+        with run.scope(known):
             how = {"term": dataclasses.replace(term, gain=None), "options": run.options}
             return _with_term_elsewhere(y, x, nameless, h, **how, moving=moving)
 
@@ -157,7 +158,7 @@ def weight_side(
         moved = {"a": (da, with_arrays(base, da, b)), "b": (db, with_arrays(base, a, db))}
         if is_shared:
             del moved[term.order[0]]
-        with run.scope(weight):
+        with run.scope(known):
             if is_shared and moves(dh):
                 yield _like(term(run.options, x, with_arrays(base, a, b), dh), y)
             for name, (factor, changed) in moved.items():
