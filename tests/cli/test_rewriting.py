@@ -206,16 +206,11 @@ def test_a_config_of_another_type_keeps_what_all_types_have(name, tmp_path):
     assert not {"module_dropout", "target_r", "tinit", "orth_reg_weight"} & made.keys()
 
 
-def test_combine_does_not_write_over_the_last_of_two_folders(tmp_path):
-    a, b = (saved(tmp_path / x, adapters()) for x in "ab")
-    assert "name another behind it" in refused("combine", a, b)
-    told("combine", a, tmp_path / "new")
-
-
 def test_combine_refuses_folders_for_different_bases(tmp_path):
     a, b = (saying(tmp_path / x, base_model_name_or_path=f"my/{x}") for x in "ab")
     told_ = refused("combine", a, b, tmp_path / "out")
     assert "base_model_name_or_path is 'my/a' in " in told_
+    assert "name another behind it" in refused("combine", a, b)  # and not b written over
     c = saying(tmp_path / "c", base_model_name_or_path="my/a", revision="v1")
     d = saying(tmp_path / "d", base_model_name_or_path="my/a", revision="v2")
     assert "revision is 'v1' in " in refused("combine", c, d, tmp_path / "out")
