@@ -52,9 +52,9 @@ def load(
     leaves, treedef = paths.flatten(like)
     tree_checks.check_leaves(leaves, like, "load(path, names, like)", "like")
     tree_checks.check_plain(leaves, "like of safetensors.load")
-    _check_dtypes(leaves)
     unwanted = arguments.expressions(ignore)
     table = entries.entries(leaves, names, sites)
+    _check_dtypes(leaves)
 
     def read(place: Path) -> list[jax.Array]:
         with shards.opened(place) as found:
