@@ -75,7 +75,7 @@ def adapters(pieces: Iterable[Piece]) -> dict[str, Adapter]:
             arrays = {name: getattr(piece, name) for name in Adapter.fields}
             static = {"roles": piece.roles, "alpha": piece.alpha, "shape": piece.shape}
             found[blocks.name(piece.path, part)] = Adapter(**arrays, **static, block=part)
-    return found
+    return dict(sorted(found.items()))
 
 
 def placed(found: Adapters, where: str) -> Adapters:
@@ -87,7 +87,8 @@ def placed(found: Adapters, where: str) -> Adapters:
         checks.warn(
             f"the adapters of {where} change nothing: all their products are 0", UserWarning
         )
-    return jax.device_put(jax.tree.map(_kept, found))  # at once, faster than one by one
+    put = jax.device_put(jax.tree.map(_kept, found))  # at once, faster than one by one
+    return {name: put[name] for name in found}  # which JAX has sorted
 
 
 def _changes(term: Leaf) -> bool:
