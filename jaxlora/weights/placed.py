@@ -93,6 +93,11 @@ def run(
     )
 
 
+def may_be_sharded(base: Leaf) -> bool:
+    """Tell whether a base is on a mesh, or is traced, so that it may be on one."""
+    return isinstance(stand_in(base), Tracer) or concrete(base) is not None
+
+
 def _is_axes(x: Leaf) -> bool:
     return isinstance(x, tuple) and all(isinstance(axis, int | None) for axis in x)
 
