@@ -32,6 +32,7 @@ class Bars(SphinxTransform):
             for below in siblings[at + 1 :]:
                 if isinstance(below, nodes.raw):  # the comment at the end
                     break
+                assert isinstance(below, nodes.Element)
                 below["classes"].append("figures" if isinstance(below, nodes.table) else "measured")
             if kind == "benchmark" and "bars" in listed:
                 drawn = nodes.raw("", "".join(_of_benchmark(name, listed)), format="html")
