@@ -30,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxlora
 from jaxlora.formats import Names, peft, safetensors
+from jaxlora.targets import Sites
 
 SIZES = {
     **dict.fromkeys(["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"], (4096, 4096)),
@@ -56,7 +57,7 @@ def of_pairs(pairs: list[tuple[float, float]], size: int) -> dict[str, float]:
     }
 
 
-def llama() -> tuple[jaxlora.Sites, Names]:
+def llama() -> tuple[Sites, Names]:
     """Return where the adapters of a Llama go, and what PEFT calls their modules."""
     layer = {name: jax.ShapeDtypeStruct(size, jnp.bfloat16) for name, size in SIZES.items()}
     params = {str(i): layer for i in range(LAYERS)}
