@@ -21,6 +21,7 @@ from .sentences import glosses, sentiment
 from .tasks import Task
 from .training import Run, Trainer
 
+KEPT = 25_000_000  # parameters: what a run has trained is kept if it is no more, to spare the disk
 TASKS = {make.__name__: make for make in (sentiment, glosses, definitions, fashion)}
 
 
@@ -71,7 +72,7 @@ class Lab:
             if path.exists():
                 return Run(**json.loads(path.read_text()))
             found, trainable = self._train(task, arm, rate, seed)
-            if arm.rank:
+            if found.trained <= KEPT:
                 _save(path.with_suffix(""), trainable)
             _write(path, json.dumps(dataclasses.asdict(found), indent=2))
             return found
