@@ -8,9 +8,9 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-import jax
 import numpy as np
 
+from jaxlora.formats import placing
 from jaxlora.messages import checks
 from jaxlora.types import Leaf
 from jaxlora.weights import blocks
@@ -87,7 +87,7 @@ def placed(found: Adapters, where: str) -> Adapters:
         checks.warn(
             f"the adapters of {where} change nothing: all their products are 0", UserWarning
         )
-    put = jax.device_put(jax.tree.map(_kept, found))  # at once, faster than one by one
+    put = placing.put(found)
     return {name: put[name] for name in found}  # which JAX has sorted
 
 
@@ -95,12 +95,6 @@ def _changes(term: Leaf) -> bool:
     """Tell whether something trained changes what it is of."""
     is_product = isinstance(term, Adapter) and term.magnitude is None
     return not is_product or all(factor.astype(bool).any() for factor in (term.a, term.b))
-
-
-def _kept(array: np.ndarray) -> np.ndarray:
-    """Return an array without what is a view of a file and would stay one on JAX's CPU."""
-    is_view = not array.flags.owndata and array.flags.c_contiguous
-    return array.copy() if is_view else array
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:
