@@ -25,7 +25,7 @@ from jaxlora.weights.quantized import QuantizedWeight
 Terms = tuple[Adapter, ...]
 # a weight, its rounding error if that is wanted, what it is computed from and whether it is finite
 Folded = tuple[Leaf, jax.Array | None, Leaves]
-_BLOCK = 2**16  # elements of a block, 256 KiB in float32
+_BLOCK = 2**17  # elements of a block, 512 KiB in float32
 
 
 class How(NamedTuple):
