@@ -20,12 +20,19 @@ def put(tree: PyTree) -> PyTree:
     arrays, treedef = jax.tree.flatten(jax.tree.map(_kept, tree))
     if not _is_for_two(arrays):
         return treedef.unflatten(jax.device_put(arrays))
-    found = [*arrays]
+    first, *others = arrays
+    first = jax.device_put(first)  # an error here, where the user has forbidden it
+    (device,) = first.devices()
+
+    def put_there(part: Sequence[np.ndarray]) -> list[jax.Array]:
+        with jax.default_device(device):  # which a thread does not know
+            return jax.device_put(part)
+
     with ThreadPoolExecutor(1) as thread:
-        others = thread.submit(_put_as, jax.config.jax_default_device, arrays[1::2])
-        found[::2] = jax.device_put(arrays[::2])  # here, where the user may have forbidden it
-        found[1::2] = others.result()
-    return treedef.unflatten(found)
+        half = thread.submit(put_there, others[::2])
+        others[1::2] = jax.device_put(others[1::2])
+        others[::2] = half.result()
+    return treedef.unflatten([first, *others])
 
 
 def _is_for_two(arrays: Sequence[np.ndarray]) -> bool:
@@ -36,12 +43,6 @@ def _is_for_two(arrays: Sequence[np.ndarray]) -> bool:
     is_large = len(arrays) > 1 and sum(array.nbytes for array in arrays) >= _LARGE
     is_narrow = all(array.dtype.itemsize <= 4 for array in arrays)
     return is_large and is_narrow and jax.default_backend() == "cpu"
-
-
-def _put_as(device: jax.Device | str | None, arrays: Sequence[np.ndarray]) -> list[jax.Array]:
-    """Put arrays as the thread does whose default device this is."""
-    with jax.default_device(device):
-        return jax.device_put(arrays)
 
 
 def _kept(array: np.ndarray) -> np.ndarray:
