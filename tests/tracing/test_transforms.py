@@ -208,6 +208,24 @@ def test_policy_keeps_the_rank_sized_products(params, inside):
     assert made(None) == (4 if inside else 6)  # one inside without a policy keeps them
 
 
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("name", ["dots_saveable", "dots_with_no_batch_dims_saveable"])
+def test_policy_that_keeps_products_keeps_those_of_the_base_alone(params, name, inside):
+    """The products with factors have the size of an activation too, and are made again."""
+    base, adapters = jaxlora.split(params)
+    remat = functools.partial(jax.checkpoint, policy=getattr(jax.checkpoint_policies, name))
+    lora = functools.partial(jaxlora.lora, form="factored")
+    fn = lora(remat(mlp)) if inside else remat(lora(mlp))
+
+    def kept(fn, *args):
+        _, backward = jax.vjp(lambda *args: jnp.sum(jnp.sin(fn(*args))), *args)
+        held = [leaf.shape for leaf in jax.tree.leaves(backward) if hasattr(leaf, "shape")]
+        return sorted(shape for shape in held if shape[:1] == X.shape[:1])
+
+    ours = kept(lambda adapters, x: fn(jaxlora.bind(base, adapters), x), adapters, X)
+    assert ours == kept(remat(mlp), jaxlora.merge(params), X)
+
+
 def test_error_of_the_users_function_keeps_its_traceback(params):
     def layer(x, _):
         return x @ jnp.ones((7, 8)), None
