@@ -1,4 +1,4 @@
-"""Arrays that two threads put are as those that `jax.device_put` puts."""
+"""Arrays that two threads put are as those that `jax.device_put` puts; also on eight devices."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ from numpy.testing import assert_array_equal
 
 from jaxlora.formats import placing
 
-ROWS = 2**20  # so that all are large enough for two threads
+ROWS = 2**21  # so that all are large enough for two threads, those of a byte too
 
 
 def arrays(dtype):
@@ -37,9 +37,9 @@ def test_64_bits_stay_where_they_are_enabled():
 
 
 def test_a_device_and_a_mesh_of_the_caller_are_kept():
-    with jax.default_device(jax.devices()[0]):
+    with jax.default_device(jax.devices()[-1]):
         assert_put_alike(arrays(np.float32))
-    mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Explicit,))
+    mesh = jax.make_mesh((jax.device_count(),), ("x",), (jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
         assert_put_alike(arrays(np.float32))
 

@@ -1,4 +1,4 @@
-"""Sharded weights, on eight CPU devices in a process of its own for each file of checks."""
+"""Sharded weights, and arrays that are put, on eight CPU devices, a process for each file."""
 
 import pytest
 from devices import launch
@@ -11,6 +11,7 @@ from devices import launch
         "laws.py",
         pytest.param("quantized.py", marks=pytest.mark.once),
         pytest.param("orders.py", marks=pytest.mark.once),
+        "../formats/test_placing.py",
     ],
 )
 def test_on_eight_devices(checks, tmp_path):
