@@ -75,25 +75,25 @@ class Arrangement:
 
     def weight(self, tensor: Array, shape: Sequence[int]) -> Array:
         """Return a part of a leaf, of this shape, from its tensor."""
-        order = self._order()
+        order = self.order()
         split = tensor.reshape([shape[axis] for axis in order])
         return split.transpose(sorted(range(len(order)), key=order.__getitem__))
 
     def tensor(self, part: Array) -> Array:
         """Return the tensor of a part; the opposite of `weight`."""
-        return part.transpose(self._order()).reshape(self.weight_shape(part.shape))
+        return part.transpose(self.order()).reshape(self.weight_shape(part.shape))
+
+    def order(self) -> Shape:
+        """Return the axes of the leaf in the order in which a tensor has them."""
+        sides = (self.roles.out, self._in())
+        is_out_first = self.layout in ("linear", "conv")
+        return (*self.roles.stack, *(sides[0] + sides[1] if is_out_first else sides[1] + sides[0]))
 
     def _in(self) -> Shape:
         """Return the in axes in the order in which a tensor has them."""
         if self.layout != "conv" or self.channel is None:
             return self.roles.in_
         return (self.channel, *self.window)
-
-    def _order(self) -> Shape:
-        """Return the axes of the leaf in the order in which a tensor has them."""
-        sides = (self.roles.out, self._in())
-        is_out_first = self.layout in ("linear", "conv")
-        return (*self.roles.stack, *(sides[0] + sides[1] if is_out_first else sides[1] + sides[0]))
 
 
 def arrangement(sites: Sites, place: Place, shape: Sequence[int]) -> Arrangement | None:

@@ -5,12 +5,13 @@ length, which tells each tensor's dtype, shape and bytes, and then the bytes
 (https://huggingface.co/docs/safetensors). Tensors lie where that library would put them.
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -23,18 +24,20 @@ from jaxlora.formats.tensors import DTYPES
 from jaxlora.types import Json, Leaf
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct] | Mapping[str, np.ndarray]  # of each tensor by name
+Rows = Callable[[], Leaf]  # returns some rows of a tensor, in any shape
 PYTORCH = MappingProxyType({"format": "pt"})  # metadata of all files that PyTorch is to load
 
 
-def write(path: Path, shapes: Shapes, make: Callable[[str], Leaf]) -> None:
-    """Write a file of tensors that are made one after the other, and wait until the disk has it.
+def write(path: Path, shapes: Shapes, make: Callable[[str], Iterable[Rows]]) -> None:
+    """Write a file of tensors that are made some rows at a time, and wait until the disk has it.
 
-    While a tensor is made, the one before is written, and the disk takes what was.
+    While rows are made, those before are written, and the disk takes what was.
 
     Args:
         path: the file.
         shapes: shape and dtype of each tensor by name, in the order in which they are made.
-        make: returns a tensor, an array of NumPy or of JAX, which need not be ready.
+        make: yields the rows of a tensor, one after the other. What it yields is called where they
+            are written, in another thread.
 
     Raises:
         ValueError: files have no name for a dtype.
@@ -42,14 +45,14 @@ def write(path: Path, shapes: Shapes, make: Callable[[str], Leaf]) -> None:
     """
     with _begun(path, shapes, PYTORCH) as file, _Worker() as disk, _Worker() as writer:
 
-        def put(name: str, tensor: Leaf) -> None:
-            file.put(name, tensor)
+        def put(name: str, rows: Rows) -> None:
+            file.append(name, rows())
             if disk.is_free:
                 disk.start(file.sync)
 
         for name in shapes:
-            tensor = make(name)
-            writer.start(functools.partial(put, name, tensor))
+            for rows in make(name):
+                writer.start(functools.partial(put, name, rows))
         writer.wait()
         disk.wait()
         file.sync()
@@ -69,7 +72,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
     """
     with _begun(path, arrays, metadata) as file:
         for name, array in arrays.items():
-            file.put(name, array)
+            file.append(name, array)
 
 
 class _Worker:
@@ -109,15 +112,24 @@ class _File:
         about = {"__metadata__": dict(metadata)} | self._header
         text = json.dumps(about, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        self._start = 8 + len(text)
+        self._start, self._written = 8 + len(text), collections.Counter[str]()
         file.write(len(text).to_bytes(8, "little") + text)
 
-    def put(self, name: str, tensor: Leaf) -> None:
-        """Write a tensor where it belongs."""
-        told, got = self._header[name], (list(tensor.shape), DTYPES[tensor.dtype.name])
-        assert got == (told["shape"], told["dtype"]), f"{name} is no {told}: got {got}"
-        self._file.seek(self._start + told["data_offsets"][0])
-        self._file.write(_bytes(tensor))
+    def append(self, name: str, rows: Leaf) -> None:
+        """Write the next rows of a tensor where they belong."""
+        dtype, (start, stop) = self._header[name]["dtype"], self._header[name]["data_offsets"]
+        data, start = _bytes(rows), start + self._written[name]
+        is_of_it = DTYPES[rows.dtype.name] == dtype and start + len(data) <= stop
+        assert is_of_it, f"{name} is {self._header[name]}: got {rows.dtype}, {start} + {len(data)}"
+        self._file.seek(self._start + start)
+        self._file.write(data)
+        self._written[name] += len(data)
+
+    def check_whole(self) -> None:
+        """Raise if a tensor has not all of its rows."""
+        for name, told in self._header.items():
+            start, stop = told["data_offsets"]
+            assert self._written[name] == stop - start, f"{name} ends at {self._written[name]}"
 
     def sync(self) -> None:
         """Wait until the disk has what was written."""
@@ -128,7 +140,9 @@ class _File:
 @contextlib.contextmanager
 def _begun(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> Iterator[_File]:
     with open(path, "wb") as file:
-        yield _File(file, shapes, metadata)
+        begun = _File(file, shapes, metadata)
+        yield begun
+        begun.check_whole()
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:

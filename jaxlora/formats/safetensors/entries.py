@@ -19,6 +19,8 @@ from jaxlora.targets.sites import Sites
 from jaxlora.types import Leaf, Leaves
 from jaxlora.weights import blocks
 
+_ROWS = 2**23  # bytes written at once; memory for many more is new each time, and slow on a CPU
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -48,6 +50,11 @@ class Form:
     def tensor(self, part: Leaf) -> Leaf:
         """Return the tensor; the opposite of `part`."""
         return part.reshape(self.plain) if self.how is None else self.how.tensor(part)
+
+    @property
+    def order(self) -> Sequence[int]:
+        """The axes of the part in the order in which the tensor has them."""
+        return range(len(self.shape)) if self.how is None else self.how.order()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,36 @@ class Entry:
     @property
     def index(self) -> tuple[slice, ...]:
         """The part as an index of the leaf."""
-        return blocks.slices(self.place.part)
+        return tuple(slice(*bounds) for bounds in self.box)
+
+    @property
+    def starts(self) -> list[int]:
+        """Where the part begins along every axis of the leaf."""
+        return [start for start, _ in self.box]
+
+    def rows(self, itemsize: int) -> "list[Entry]":
+        """Return entries of some rows of the tensor each, in order; few if that can be.
+
+        Args:
+            itemsize: bytes of an element.
+        """
+        shape = self.form.shape
+        if math.prod(shape) * itemsize <= _ROWS:
+            return [self]
+        axis = next(axis for axis in self.form.order if shape[axis] > 1)
+        most = _ROWS * shape[axis] // (math.prod(shape) * itemsize)
+        size = blocks.largest_divisor(shape[axis], max(1, most))
+        if size < most // 16:  # no divisor of the size is near
+            return [self]
+        starts = range(self.starts[axis], self.starts[axis] + shape[axis], size)
+        return [row for i in starts for row in self._along(axis, i, size).rows(itemsize)]
+
+    def _along(self, axis: int, start: int, size: int) -> "Entry":
+        """Return the entry of a part of this along an axis."""
+        box, shape = list(self.box), list(self.form.shape)
+        box[axis], shape[axis] = (start, start + size), size
+        form = Form(tuple(shape), (math.prod(shape),), self.form.how)
+        return dataclasses.replace(self, box=tuple(box), form=form)
 
     def from_tensor(self, tensor: np.ndarray) -> np.ndarray:
         """Return the part of the leaf."""
@@ -91,13 +127,22 @@ class Entry:
         return np.asarray(_part(self.form, tensor))
 
     def to_tensor(self, leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-        """Return the tensor of a leaf, which need not be ready; the opposite of `from_tensor`."""
+        """Return the tensor of a leaf; the opposite of `from_tensor`."""
+        return self.laid(self.part_of(leaf))
+
+    def part_of(self, leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+        """Return the part of a leaf."""
         if not isinstance(leaf, jax.Array):
-            return self.form.tensor(leaf[self.index])
-        return _tensor(self.form, leaf, [start for start, _ in self.box])
+            return leaf[self.index]
+        return leaf if self.form.shape == leaf.shape else _cut(self.form, leaf, self.starts)
+
+    def laid(self, part: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+        """Return the tensor of the part."""
+        return _tensor(self.form, part) if isinstance(part, jax.Array) else self.form.tensor(part)
 
 
-# under `jax.jit`, which transposes faster than NumPy does
+# under `jax.jit`, which transposes faster than NumPy does; cut apart from it, for XLA would read
+# the numbers one by one
 
 
 @functools.partial(jax.jit, static_argnames="form")
@@ -106,8 +151,13 @@ def _part(form: Form, tensor: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="form")
-def _tensor(form: Form, leaf: jax.Array, starts: Sequence[int]) -> jax.Array:
-    return form.tensor(jax.lax.dynamic_slice(leaf, starts, form.shape))
+def _cut(form: Form, leaf: jax.Array, starts: Sequence[int]) -> jax.Array:
+    return jax.lax.dynamic_slice(leaf, starts, form.shape)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _tensor(form: Form, part: jax.Array) -> jax.Array:
+    return form.tensor(part)
 
 
 def entries(leaves: Leaves, names: Names, sites: Sites) -> dict[str, Entry]:

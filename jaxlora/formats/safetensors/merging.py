@@ -1,7 +1,7 @@
 """Adapters merged into a checkpoint of Hugging Face, one tensor after the other."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -10,13 +10,14 @@ import numpy as np
 
 from jaxlora.formats import arguments
 from jaxlora.formats.names.mapping import Names, missing
-from jaxlora.formats.safetensors import shards, writing
+from jaxlora.formats.safetensors import shards
 from jaxlora.formats.safetensors.entries import Entry
+from jaxlora.formats.safetensors.rows import Weight
 from jaxlora.formats.safetensors.shards import Checkpoint
+from jaxlora.formats.streaming import Rows
 from jaxlora.storage import replacing
 from jaxlora.targets.sites import Sites
 from jaxlora.trees.binding import nodes_over
-from jaxlora.types import Leaf
 from jaxlora.weights.adapters import Adapters
 
 
@@ -32,9 +33,9 @@ def merge_checkpoint(
 ) -> None:
     """Write the weights of a checkpoint with adapters merged into them.
 
-    One tensor is in memory at a time, and the next while it is written. Each that is adapted is
-    summed in float32 and rounded once; the others are copied. The folder is there whole, or what
-    was there before is as it was.
+    One tensor is in memory at a time, beside rows of it that are merged and written. Each that is
+    adapted is summed in float32 and rounded once; the others are copied. The folder is there whole,
+    or what was there before is as it was.
 
     Args:
         base: the checkpoint, as `jaxlora.formats.safetensors.load` takes it.
@@ -60,10 +61,12 @@ def merge_checkpoint(
             for name, shape in found.shapes.items()
         }
 
-        def make(name: str) -> Leaf:
+        def make(name: str) -> Iterable[Rows]:
             at_each(len(shapes))
             tensor = found[name]
-            return _merged(name, tensor, entries[name], adapters) if name in entries else tensor
+            if name not in entries:
+                return [lambda: tensor]
+            return _merged_rows(name, tensor, entries[name], adapters)
 
         def write(folder: Path) -> None:
             folder.mkdir()
@@ -105,8 +108,8 @@ def _entries(found: Checkpoint, adapters: Adapters, names: Names, sites: Sites) 
     return entries
 
 
-def _merged(name: str, tensor: np.ndarray, entry: Entry, adapters: Adapters) -> Leaf:
+def _merged_rows(name: str, tensor: np.ndarray, entry: Entry, adapters: Adapters) -> Iterator[Rows]:
     path = entry.place.path
     leaf = jnp.asarray(entry.from_tensor(tensor))
     nodes = nodes_over({path: leaf}, {path: adapters[path]}, check_base=False)
-    return entry.to_tensor(jnp.asarray(writing.merged(name, nodes[path])))
+    return Weight(name, nodes[path]).rows(entry)

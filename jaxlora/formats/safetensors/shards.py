@@ -3,16 +3,16 @@
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from jaxlora.formats import streaming, tensors
+from jaxlora.formats.streaming import Rows
 from jaxlora.formats.tensors import TensorFile
 from jaxlora.messages import checks
-from jaxlora.types import Leaf
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -90,7 +90,7 @@ def _index(path: Path) -> dict[str, str]:
 def write(
     folder: Path,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
-    make: Callable[[str], Leaf],
+    make: Callable[[str], Iterable[Rows]],
     most: int,
 ) -> None:
     """Write a checkpoint, the tensors of one file after the other.
@@ -98,7 +98,7 @@ def write(
     Args:
         folder: an empty folder.
         shapes: shape and dtype of each tensor by name.
-        make: returns a tensor, see `streaming.write`.
+        make: yields the rows of a tensor, see `streaming.write`.
         most: bytes of one file, if no tensor is larger.
     """
     sizes = {name: x.size * x.dtype.itemsize for name, x in shapes.items()}

@@ -1,30 +1,24 @@
 """Write a tree as a checkpoint of Hugging Face."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.formats import arguments
 from jaxlora.formats.names.mapping import Names, module_and_tensor
 from jaxlora.formats.safetensors import entries, shards
 from jaxlora.formats.safetensors.entries import Entry
-from jaxlora.linalg import meshes
+from jaxlora.formats.safetensors.rows import Weight, merged
+from jaxlora.formats.streaming import Rows
 from jaxlora.messages import checks
-from jaxlora.storage import processes, replacing
+from jaxlora.storage import replacing
 from jaxlora.storage.locations import PathLike
 from jaxlora.storage.processes import together
 from jaxlora.targets.sites import Sites, check_sites
-from jaxlora.trees.merging import merge
 from jaxlora.types import Leaf, Leaves, PyTree
-from jaxlora.weights import paths, quantized, tree_checks
-from jaxlora.weights.nodes import LoRAWeight
-from jaxlora.weights.quantized import QuantizedWeight
-from jaxlora.weights.sharding import explicit
-
-_SWALLOWED = 0.01  # the share of changed entries below which merging has lost the product
-_EVERY = 16  # of so many rows one is compared first
+from jaxlora.weights import paths, tree_checks
 
 
 def save(
@@ -32,8 +26,9 @@ def save(
 ) -> None:
     """Write the weights of a tree as a checkpoint of Hugging Face.
 
-    Adapted weights are merged, one at a time, in float32 and rounded once, as `jaxlora.merge` does;
-    quantized weights are dequantized. The folder is there whole, or what was there before is as it
+    Adapted weights are merged, some rows at a time, in float32 and rounded once, as `jaxlora.merge`
+    does; one that is quantized, has a magnitude or is on several devices is merged at once.
+    Quantized weights are dequantized. The folder is there whole, or what was there before is as it
     was.
 
     Args:
@@ -74,12 +69,9 @@ def save(
     weights = _Weights(leaves)
 
     def write(folder: Path) -> None:
-        def make(name: str) -> Leaf:
-            return found[name].to_tensor(weights[found[name].place.path])
-
         def first() -> None:
             folder.mkdir()
-            shards.write(folder, shapes, make, most)
+            shards.write(folder, shapes, lambda name: weights.rows(found[name]), most)
 
         weights.gather()
         together("safetensors.save", lambda: replacing.with_path(target, first), first_alone=True)
@@ -98,62 +90,23 @@ def _dtype(leaf: Leaf) -> np.dtype:
 
 
 class _Weights:
-    """The weights of a tree by path, each merged when it is asked for."""
+    """The weights of a tree, merged when their tensors are written."""
 
     def __init__(self, leaves: Leaves):
         self._leaves = leaves
-        self._last: tuple[str, jax.Array | np.ndarray] | None = None
+        self._last: Weight | None = None
 
     def gather(self) -> None:
         """Merge and gather all of them, where several processes have to do that together."""
         if jax.process_count() > 1:
             self._leaves = {path: merged(path, leaf) for path, leaf in self._leaves.items()}
 
-    def __getitem__(self, path: str) -> jax.Array | np.ndarray:
-        if self._last is None or self._last[0] != path:
-            self._last = (path, merged(path, self._leaves[path]))
-        return self._last[1]
-
-
-def merged(path: str, leaf: Leaf) -> jax.Array | np.ndarray:
-    """Return all of a leaf, merged; gathered on the host if it is not all in this process."""
-    if isinstance(leaf, QuantizedWeight):
-        leaf = jax.jit(quantized.values)(leaf)
-    elif isinstance(leaf, LoRAWeight):
-        plain = merge({path: leaf})[path]
-        _warn_of_rounding(path, leaf, plain)
-        leaf = plain
-    elif paths.is_node(leaf):
-        leaf = merge({path: leaf})[path]
-    is_here = isinstance(leaf, jax.Array) and jax.process_count() == 1
-    return leaf if is_here and explicit(leaf) is None else processes.whole(leaf)
-
-
-def _warn_of_rounding(path: str, leaf: LoRAWeight, merged: jax.Array) -> None:
-    """Warn if rounding has undone what an adapter changes."""
-    if int(meshes.run(_moved_of_few, (leaf, merged))) >= _SWALLOWED * merged.size:
-        return  # as nearly always, and soon told
-    meant, moved = (int(count) for count in jax.device_get(_counts(leaf, merged)))
-    if moved < _SWALLOWED * meant:
-        checks.warn(
-            f"merging changed {moved / meant:.2%} of the elements of {path!r} that its adapter is "
-            f"for: {leaf.dtype} is too coarse for the product; save it in float32",
-            UserWarning,
-        )
-
-
-@jax.jit
-def _moved_of_few(leaf: LoRAWeight, merged: jax.Array) -> jax.Array:
-    """Return how many elements of some rows are not as in the base."""
-    return jnp.count_nonzero(merged[::_EVERY] != quantized.values(leaf.base)[::_EVERY])
-
-
-@jax.jit
-def _counts(leaf: LoRAWeight, merged: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return how many elements an adapter is to change, and how many of these it has."""
-    is_meant = leaf.delta() != 0
-    is_moved = is_meant & (merged != quantized.values(leaf.base))
-    return jnp.count_nonzero(is_meant), jnp.count_nonzero(is_moved)
+    def rows(self, entry: Entry) -> Iterator[Rows]:
+        """Return the rows of a tensor, see `streaming.write`."""
+        path = entry.place.path
+        if self._last is None or self._last.path != path:
+            self._last = Weight(path, self._leaves[path])
+        return self._last.rows(entry)
 
 
 def _targets(leaves: Leaves, names: Names, sites: Sites) -> dict[str, Entry]:
