@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from jaxlora.types import Leaf, Leaves
@@ -53,7 +52,7 @@ def rounding_error(path: str, node: LoRAWeight, *, requantize: bool) -> jax.Arra
 def _fold(
     path: str, node: LoRAWeight, how: How, donate: bool, requantize: bool
 ) -> tuple[Leaf, jax.Array | None]:
-    base = node.base
+    base, dtype = node.base, node.dtype
     is_quantized = isinstance(base, QuantizedWeight)
     if requantize and is_quantized:
         names = ("sum", *_arrays(base, node.terms))
@@ -69,18 +68,13 @@ def _fold(
         folded, error, finite = run(base, node.terms, how)
     if donate and is_quantized:  # of other shapes than the result, which cannot take their place
         jax.tree.map(lambda x: None if isinstance(x, Tracer) else x.delete(), base)
-    _check_finite(path, node.dtype, how, finite)
-    return folded, error
-
-
-def _check_finite(path: str, dtype: np.dtype, how: How, finite: Leaves) -> None:
-    """Raise if what was folded is not finite, where that is known."""
     is_known = not isinstance(finite["sum"], Tracer)
     if found := [name for name in finite if is_known and not finite[name]]:
         what = "merged" if how.sign > 0 else "unmerged"
         causes = [name for name in found if name != "sum"]
         where = f"{' and '.join(causes)} hold NaN or inf" if causes else f"it overflows {dtype}"
         raise ValueError(f"the {what} weight {path!r} is not finite: {where}")
+    return folded, error
 
 
 def can_be_cut(node: LoRAWeight, axes: Sequence[int]) -> bool:
@@ -93,29 +87,18 @@ def can_be_cut(node: LoRAWeight, axes: Sequence[int]) -> bool:
     return is_plain and all(_can_be_cut(term, axes) for term in node.terms)
 
 
-def fold_part(path: str, node: LoRAWeight, starts: Sequence[int], shape: Sequence[int]) -> Leaf:
-    """Return a part of ``base + delta`` of a weight that can be cut; raise if it is not finite.
+@functools.partial(jax.jit, static_argnums=2)
+def cut(node: LoRAWeight, starts: Sequence[int], shape: Sequence[int]) -> LoRAWeight:
+    """Return a part of a weight that can be cut, which is folded as a weight of its own.
 
     Args:
-        path: path of the weight.
         node: the weight.
         starts: where the part begins along each axis.
-        shape: its shape.
+        shape: its shape, a tuple.
     """
-    how = How(1, with_error=False)
-    part, _, finite = _folded_part(node.base, node.terms, how, starts, tuple(shape))
-    _check_finite(path, node.dtype, how, finite)
-    return part
-
-
-@functools.partial(jax.jit, static_argnums=(2, 4))
-def _folded_part(
-    base: Leaf, terms: Terms, how: How, starts: Sequence[int], shape: Sequence[int]
-) -> Folded:
-    """Return what `_folded_by_blocks` does of a part."""
     index = [*zip(starts, shape, strict=True)]
-    part = jax.lax.dynamic_slice(base, starts, shape)
-    return _folded_by_blocks(part, tuple(_cut(term, index) for term in terms), how)
+    part = jax.lax.dynamic_slice(node.base, starts, shape)
+    return LoRAWeight(part, tuple(_cut(term, index) for term in node.terms))
 
 
 def _is_whole_on_one_device(base: Leaf) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +60,15 @@ class Weight:
 
     def _merged_part(self, leaf: LoRAWeight, row: Entry) -> Leaf:
         """Return some rows, merged; warn after the last if rounding has undone all."""
-        part = folding.fold_part(self.path, leaf, row.starts, row.form.shape)
+        part = folding.cut(leaf, row.starts, row.form.shape)
+        plain = folding.fold(self.path, part, 1)
         enough = _SWALLOWED * self._size
         if self._moved < enough:
-            self._moved += int(_moved_of_part(leaf.base, part, row.starts))
-        self._left -= part.size
+            self._moved += int(_moved_of_few(part, plain))
+        self._left -= plain.size
         if not self._left and self._moved < enough:
             _warn_of_rounding(self.path, leaf, folding.fold(self.path, leaf, 1))
-        return part
+        return plain
 
 
 def merged(path: str, leaf: Leaf) -> jax.Array | np.ndarray:
@@ -75,7 +76,7 @@ def merged(path: str, leaf: Leaf) -> jax.Array | np.ndarray:
     if isinstance(leaf, QuantizedWeight):
         leaf = jax.jit(quantized.values)(leaf)
     elif isinstance(leaf, LoRAWeight):
-        plain = merge({path: leaf})[path]
+        plain = folding.fold(path, leaf, 1)
         _warn_of_rounding(path, leaf, plain)
         leaf = plain
     elif paths.is_node(leaf):
@@ -101,13 +102,6 @@ def _warn_of_rounding(path: str, leaf: LoRAWeight, merged: jax.Array) -> None:
 def _moved_of_few(leaf: LoRAWeight, merged: jax.Array) -> jax.Array:
     """Return how many elements of some rows are not as in the base."""
     return jnp.count_nonzero(merged[::_EVERY] != quantized.values(leaf.base)[::_EVERY])
-
-
-@jax.jit
-def _moved_of_part(base: jax.Array, part: jax.Array, starts: Sequence[int]) -> jax.Array:
-    """Return how many elements of some rows of a part are not as in the base."""
-    before = jax.lax.dynamic_slice(base, starts, part.shape)
-    return jnp.count_nonzero(part[::_EVERY] != before[::_EVERY])
 
 
 @jax.jit
