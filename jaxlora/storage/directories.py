@@ -4,9 +4,10 @@ A file is replaced so too, but by one renaming, for a file can be renamed onto a
 
 What a writer has that is not at its destination yet, or no longer, is in one directory beside
 it: its workspace, ``.{name}.jaxlora-{32 hex digits}``, with a name that is its own. In ``new``
-the directory is written. Then what stands at the destination is moved to ``old``, ``new`` takes
-its place, and the workspace is removed. A directory cannot be renamed onto another that is not
-empty, so a writer notices one that was quicker, and moves its work aside too: the last wins.
+the directory is written. When the disk has all of its files, what stands at the destination is
+moved to ``old``, ``new`` takes its place, and the workspace is removed. A directory cannot be
+renamed onto another that is not empty, so a writer notices one that was quicker, and moves its
+work aside too: the last wins.
 
 A writer that is killed leaves its workspace. Each holds a lock on its own for as long as it
 lives, so later writers remove those, and only those, that they can lock. Between the two
@@ -82,6 +83,7 @@ class Workspace:
         Args:
             check: raises if what it is given must not be replaced.
         """
+        _sync(self.new)
         for count in itertools.count():
             settled(self.target, check)
             try:
@@ -112,6 +114,17 @@ class Workspace:
             remove_abandoned(self.target)
         if lock is not None:
             os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file, or all files of a directory."""
+    for file in (path, *path.rglob("*")):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDWR)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def remove_abandoned(target: Path) -> None:

@@ -2,7 +2,7 @@
 
 The sum is made in float32. Of a weight of 16 bits the product and the sum are four times its bytes,
 and what merging costs on a CPU is their way through memory. There such a weight, if it is whole on
-one device, is folded by blocks that stay in the cache.
+one device, is folded by blocks, whose memory is used again and again.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import QuantizedWeight
 
 Terms = tuple[Adapter, ...]
-# a weight, its rounding error if that is wanted, what it is computed from and whether it is finite
-Folded = tuple[Leaf, jax.Array | None, Leaves]
-_BLOCK = 2**17  # elements of a block, 512 KiB in float32
+# a weight, its rounding error if that is wanted, and whether all of it is finite
+Folded = tuple[Leaf, jax.Array | None, jax.Array]
+_BLOCK = 2**22  # elements of a block, 16 MiB in float32
 
 
 class How(NamedTuple):
@@ -52,12 +52,12 @@ def rounding_error(path: str, node: LoRAWeight, *, requantize: bool) -> jax.Arra
 def _fold(
     path: str, node: LoRAWeight, how: How, donate: bool, requantize: bool
 ) -> tuple[Leaf, jax.Array | None]:
-    base, dtype = node.base, node.dtype
+    base, terms = node.base, node.terms
     is_quantized = isinstance(base, QuantizedWeight)
+    finite = _finite(base, terms) if donate and not is_quantized else None  # the base is lost
     if requantize and is_quantized:
-        names = ("sum", *_arrays(base, node.terms))
-        axes = (sharding.even_axes(base, base), (), dict.fromkeys(names, ()))
-        folded, error, finite = placed.run(_folded_again, how.sign, (base, node.terms), base, axes)
+        axes = (sharding.even_axes(base, base), (), ())
+        folded, error, is_finite = placed.run(_folded_again, how.sign, (base, terms), base, axes)
     else:
         run = jax.jit(
             _folded_by_blocks if _is_whole_on_one_device(base) else _folded,
@@ -65,16 +65,24 @@ def _fold(
             out_shardings=(sharding.concrete(base), None, None),
             donate_argnums=0 if donate and not is_quantized else (),
         )
-        folded, error, finite = run(base, node.terms, how)
+        folded, error, is_finite = run(base, terms, how)
+    _check_finite(path, node, how.sign, is_finite, finite)
     if donate and is_quantized:  # of other shapes than the result, which cannot take their place
         jax.tree.map(lambda x: None if isinstance(x, Tracer) else x.delete(), base)
-    is_known = not isinstance(finite["sum"], Tracer)
-    if found := [name for name in finite if is_known and not finite[name]]:
-        what = "merged" if how.sign > 0 else "unmerged"
-        causes = [name for name in found if name != "sum"]
-        where = f"{' and '.join(causes)} hold NaN or inf" if causes else f"it overflows {dtype}"
-        raise ValueError(f"the {what} weight {path!r} is not finite: {where}")
     return folded, error
+
+
+def _check_finite(
+    path: str, node: LoRAWeight, sign: int, is_finite: jax.Array, finite: Leaves | None = None
+) -> None:
+    """Raise if a folded weight, or a part of it, is not finite, and name what it comes from."""
+    if isinstance(is_finite, Tracer) or is_finite:
+        return
+    finite = finite or _finite(node.base, node.terms)
+    what = "merged" if sign > 0 else "unmerged"
+    causes = [name for name in finite if not finite[name]]
+    where = f"{' and '.join(causes)} hold NaN or inf" if causes else f"it overflows {node.dtype}"
+    raise ValueError(f"the {what} weight {path!r} is not finite: {where}")
 
 
 def can_be_cut(node: LoRAWeight, axes: Sequence[int]) -> bool:
@@ -87,18 +95,28 @@ def can_be_cut(node: LoRAWeight, axes: Sequence[int]) -> bool:
     return is_plain and all(_can_be_cut(term, axes) for term in node.terms)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def cut(node: LoRAWeight, starts: Sequence[int], shape: Sequence[int]) -> LoRAWeight:
-    """Return a part of a weight that can be cut, which is folded as a weight of its own.
+def fold_part(path: str, node: LoRAWeight, starts: Sequence[int], shape: Sequence[int]) -> Leaf:
+    """Return a part of what `fold` returns for a weight that can be cut.
 
     Args:
+        path: path of the weight.
         node: the weight.
         starts: where the part begins along each axis.
         shape: its shape, a tuple.
+
+    Raises:
+        ValueError: it is not finite.
     """
+    folded, _, is_finite = _folded_part(node, starts, shape)
+    _check_finite(path, node, 1, is_finite)
+    return folded
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _folded_part(node: LoRAWeight, starts: Sequence[int], shape: Sequence[int]) -> Folded:
     index = [*zip(starts, shape, strict=True)]
     part = jax.lax.dynamic_slice(node.base, starts, shape)
-    return LoRAWeight(part, tuple(_cut(term, index) for term in node.terms))
+    return _folded(part, tuple(_cut(term, index) for term in node.terms), How(1, with_error=False))
 
 
 def _is_whole_on_one_device(base: Leaf) -> bool:
@@ -142,7 +160,7 @@ def _fold_blocks(base: Leaf, terms: Terms, how: How, sizes: Sequence[int]) -> Fo
 
     folded, errors, finite = jax.lax.map(one, jnp.arange(len(in_blocks)))
     folded = jax.lax.bitcast_convert_type(folded, base.dtype).reshape(base.shape)
-    return folded, None if errors is None else errors.max(), jax.tree.map(jnp.all, finite)
+    return folded, None if errors is None else errors.max(), jnp.all(finite)
 
 
 def _block(shape: Sequence[int]) -> list[int]:
@@ -191,22 +209,29 @@ def _folded(
     rounded = quantized.values(folded)
     lost = jnp.abs(exact - rounded.astype(exact.dtype))
     error = jnp.max(lost, initial=0) if how.with_error else None
-    arrays = {"sum": [rounded], **_arrays(node.base, terms)}
-    return folded, error, {n: _all_finite(found) for n, found in arrays.items()}
+    is_finite = _is_finite(rounded)
+    if round_as is not None:  # codes are finite, whatever they are for
+        is_finite &= _is_finite(exact)
+    return folded, error, is_finite
 
 
-def _arrays(base: Leaf, terms: Terms) -> dict[str, list[Leaf]]:
-    """Return the arrays that a merged weight is computed from, by name."""
+@jax.jit
+def _finite(base: Leaf, terms: Terms) -> Leaves:
+    """Return of the arrays that a merged weight is computed from, by name, which are finite."""
     trained = [term.trained() for term in terms]
     found = {n: [arrays[n] for arrays in trained if n in arrays] for n in Adapter.fields}
-    return {"base": [base]} | {name: arrays for name, arrays in found.items() if arrays}
+    found = {"base": [quantized.values(base)]} | found
+    return {
+        name: jnp.all(jnp.stack([_is_finite(array) for array in arrays]))
+        for name, arrays in found.items()
+        if arrays
+    }
 
 
-def _all_finite(arrays: Sequence[Leaf]) -> jax.Array:
+def _is_finite(array: Leaf) -> jax.Array:
     """Tell whether all elements are finite: each times zero is zero then, and so is their sum.
 
     On a CPU a sum takes less than half of the time of `jnp.isfinite`, and the largest element, of
     many, passes over NaN.
     """
-    zeros = [jnp.sum(array.astype(merge_dtype(array.dtype)) * 0) for array in arrays]
-    return jnp.all(jnp.stack([zero == 0 for zero in zeros]))
+    return jnp.sum(array.astype(merge_dtype(array.dtype)) * 0) == 0

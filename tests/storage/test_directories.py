@@ -67,6 +67,21 @@ def test_save_takes_the_place_of_the_earlier_one(tmp_path):
         assert names(tmp_path) == ["run"]
 
 
+@pytest.mark.parametrize("write", [fill, lambda path, value: path.write_text(str(value))])
+def test_the_disk_has_every_file_before_it_takes_a_place(write, tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "it", secrets.token_hex(16))
+    lock = workspace.enter()
+    write(workspace.new, 1)
+    written = (workspace.new, *workspace.new.rglob("*"))
+    needed = {path.stat().st_ino for path in written if path.is_file()}
+    synced, sync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda n: synced.add(os.fstat(n).st_ino) or sync(n))
+    missing = []
+    workspace.swap(lambda place: missing.append(needed - synced))
+    workspace.leave(lock)
+    assert missing == [set()]
+
+
 def test_quicker_writer_is_replaced_too(tmp_path):
     target = tmp_path / "run"
     save(target, 1)

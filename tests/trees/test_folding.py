@@ -18,6 +18,12 @@ from jaxlora.weights.roles import Roles
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
+@pytest.fixture(autouse=True)
+def smaller_blocks(monkeypatch):
+    """Let blocks be smaller than the weights here."""
+    monkeypatch.setattr(folding, "_BLOCK", 2**17)
+
+
 def contracted(spec):
     return lambda params, x: jnp.einsum(spec, x, params["w"])
 

@@ -60,11 +60,11 @@ class Weight:
 
     def _merged_part(self, leaf: LoRAWeight, row: Entry) -> Leaf:
         """Return some rows, merged; warn after the last if rounding has undone all."""
-        part = folding.cut(leaf, row.starts, row.form.shape)
-        plain = folding.fold(self.path, part, 1)
+        plain = folding.fold_part(self.path, leaf, row.starts, row.form.shape)
         enough = _SWALLOWED * self._size
         if self._moved < enough:
-            self._moved += int(_moved_of_few(part, plain))
+            base = row.part_of(leaf.base)
+            self._moved += int(_moved_of_few(base, plain))
         self._left -= plain.size
         if not self._left and self._moved < enough:
             _warn_of_rounding(self.path, leaf, folding.fold(self.path, leaf, 1))
@@ -87,7 +87,7 @@ def merged(path: str, leaf: Leaf) -> jax.Array | np.ndarray:
 
 def _warn_of_rounding(path: str, leaf: LoRAWeight, merged: jax.Array) -> None:
     """Warn if rounding has undone what an adapter changes."""
-    if int(meshes.run(_moved_of_few, (leaf, merged))) >= _SWALLOWED * merged.size:
+    if int(meshes.run(_moved_of_few, (leaf.base, merged))) >= _SWALLOWED * merged.size:
         return  # as nearly always, and soon told
     meant, moved = (int(count) for count in jax.device_get(_counts(leaf, merged)))
     if moved < _SWALLOWED * meant:
@@ -99,9 +99,9 @@ def _warn_of_rounding(path: str, leaf: LoRAWeight, merged: jax.Array) -> None:
 
 
 @jax.jit
-def _moved_of_few(leaf: LoRAWeight, merged: jax.Array) -> jax.Array:
+def _moved_of_few(base: Leaf, merged: jax.Array) -> jax.Array:
     """Return how many elements of some rows are not as in the base."""
-    return jnp.count_nonzero(merged[::_EVERY] != quantized.values(leaf.base)[::_EVERY])
+    return jnp.count_nonzero(merged[::_EVERY] != quantized.values(base)[::_EVERY])
 
 
 @jax.jit
