@@ -46,9 +46,9 @@ from jax import lax
 
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.options import Form, Options
-from jaxlora.tracing.products.term import Term
+from jaxlora.tracing.products.term import Term, like
 from jaxlora.tracing.types import Base
-from jaxlora.tracing.values import axes, placement
+from jaxlora.tracing.values import axes
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import LowRank
 from jaxlora.tracing.values.tangents import moves, summed
@@ -160,10 +160,10 @@ def weight_side(
             del moved[term.order[0]]
         with run.scope(known):
             if is_shared and moves(dh):
-                yield _like(term(run.options, x, with_arrays(base, a, b), dh), y)
+                yield like(term(run.options, x, with_arrays(base, a, b), dh), y)
             for name, (factor, changed) in moved.items():
                 if moves(factor):
-                    yield _like(term(run.options, x, changed, h, moving=name), y)
+                    yield like(term(run.options, x, changed, h, moving=name), y)
 
     def jvp(primals, tangents):
         y = differentiated(*primals)
@@ -207,7 +207,7 @@ def _with_term_elsewhere(
     """Return the product with what `_in_effect` returned: with the term where that was the base."""
 
     def add(y, x, weight, h):
-        return lax.add(y, _like(term(options, x, weight, h, moving), y))
+        return term(options, x, weight, h, moving, to=y)
 
     return lax.platform_dependent(y, x, weight, h, cpu=lambda y, *_: y, default=add)
 
@@ -216,19 +216,5 @@ def with_term(
     run: Evaluation, y: jax.Array, x: jax.Array, weight: LowRank, h: jax.Array | None, term: Term
 ) -> jax.Array:
     """Return the product with the base plus the low-rank term."""
-    low = low_rank(run, y, x, weight, h, term)
     with run.scope(weight):
-        return lax.add(y, low)
-
-
-def low_rank(
-    run: Evaluation, y: jax.Array, x: jax.Array, weight: LowRank, h: jax.Array | None, term: Term
-) -> jax.Array:
-    """Return the low-rank term as an array like y, the product with the base."""
-    with run.scope(weight):
-        return _like(term(run.options, x, weight, h), y)
-
-
-def _like(product: jax.Array, y: jax.Array) -> jax.Array:
-    product = placement.like(product, y)
-    return product if product.dtype == y.dtype else product.astype(y.dtype)
+        return term(run.options, x, weight, h, to=y)

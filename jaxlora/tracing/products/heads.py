@@ -1,7 +1,8 @@
 """What is done to a product after it is split into heads, see `jaxprs.sums`."""
 
+from collections.abc import Callable
+
 import jax
-from jax import lax
 
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.jaxprs import compat
@@ -16,7 +17,7 @@ def leave(
     run: Evaluation,
     eqn: Eqn,
     y: jax.Array,
-    low: jax.Array,
+    with_term: Callable[[jax.Array], jax.Array],
     weight: LowRank,
     gain: Gain | None,
     columns: jax.Array | None,
@@ -27,7 +28,7 @@ def leave(
         run: the evaluation of the program.
         eqn: the product.
         y: the product with the base.
-        low: the term, an array like it.
+        with_term: adds the term to it, or to what it is split into.
         weight: the weight.
         gain: how the gain of the weight meets the product. If it scales the result, that is left
             too, and cannot be where something else is added before the split.
@@ -43,11 +44,10 @@ def leave(
         shape = compat.shape(split.outvars[0])
         kept = y.ndim - 1
         factor = gain.of_last(columns, (*[1] * kept, *shape[kept:]))
-    (low,) = compat.bind(split, [low])
 
     def change(y: jax.Array) -> jax.Array:
+        y = with_term(y)
         with run.scope(weight):
-            y = lax.add(y, low)
             return y if factor is None else times(y, factor)
 
     run.late.setdefault(split, []).append(change)

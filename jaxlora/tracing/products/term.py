@@ -6,6 +6,7 @@ that the term is two products of arrays with named axes, whatever the program di
 
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar
@@ -185,8 +186,9 @@ class Term:
         weight: LowRank,
         h: jax.Array | None = None,
         moving: str = "",
+        to: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the term.
+        """Return the term, or the sum with it.
 
         Args:
             options: how the program is evaluated.
@@ -194,17 +196,20 @@ class Term:
             weight: the weight.
             h: the product of the input and the first factor, where it is known.
             moving: ``"a"``, ``"b"`` or ``"x"`` where that is a tangent.
+            to: what the term is added to: the product, also where its last dimension is split.
         """
         first, second = (getattr(weight, factor) for factor in self.order)
-        product = chain(
+        return low_rank(
+            to,
             self._input(weight, x) if h is None else h,
             first if h is None else None,
             second,
+            kept=self.out_kept,
+            sizes=self.out_sizes,
             names=self.names,
             scales=self._scales(weight),
             how=self._how(options, weight, x, moving),
         )
-        return placement.repeated(product, self.out_kept, self.out_sizes)
 
     def _input(self, weight: LowRank, x: jax.Array) -> jax.Array:
         x = placement.reshape(weight.input(x), self.x_sizes)
@@ -224,6 +229,38 @@ class Term:
         is_named = is_kept and not is_complex  # JAX 0.10 cannot keep complex arrays by name
         factor_dtype = x.dtype if is_complex else weight.base.dtype
         return How(self.precision, self.dtype, factor_dtype, is_named, tangent)
+
+
+_STATIC = ("kept", "sizes", "names", "scales", "how")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+def low_rank(
+    y: jax.Array | None,
+    x: jax.Array,
+    first: jax.Array | None,
+    second: jax.Array,
+    *,
+    kept: tuple[int, ...],
+    sizes: tuple[int, ...],
+    names: tuple[tuple[Name, ...], ...],
+    scales: tuple[float, float],
+    how: How,
+) -> jax.Array:
+    """Return the term, added to y if that is an array.
+
+    It is traced and differentiated once for all sites of equal shapes. For the arguments see `Term`
+    and `chain`.
+    """
+    product = chain(x, first, second, names=names, scales=scales, how=how)
+    product = placement.repeated(product, kept, sizes)
+    return product if y is None else lax.add(y, like(product, y))
+
+
+def like(product: jax.Array, y: jax.Array) -> jax.Array:
+    """Return a product in the shape and dtype of y, and where y is."""
+    product = placement.like(product, y)
+    return product if product.dtype == y.dtype else product.astype(y.dtype)
 
 
 def _names(sides: Sides, weight: LowRank, x: jax.Array) -> tuple[Names, Names, list[list[int]]]:

@@ -160,12 +160,13 @@ def _product(run: Evaluation, eqn: Eqn, x: jax.Array, weight: LowRank, side: int
     if form == "weight-side":
         return scaled(forms.weight_side(run, x, weight, h, bind, term), Scaled.RESULT)
     y = bind(x, weight.base)
-    low = forms.low_rank(run, y, x, weight, h, term)
-    if heads.leave(run, eqn, y, low, weight, gain, columns):
+
+    def with_term(y):
+        return forms.with_term(run, y, x, weight, h, term)
+
+    if heads.leave(run, eqn, y, with_term, weight, gain, columns):
         return y
-    with run.scope(weight):
-        y = lax.add(y, low)
-    return scaled(y, Scaled.RESULT)
+    return scaled(with_term(y), Scaled.RESULT)
 
 
 def _observed(

@@ -242,7 +242,6 @@ def narrow(
     return lax.split(h, [first.shape[-1] for first in firsts], names[2].index(names[1][-1]))
 
 
-@functools.partial(jax.jit, static_argnames=("names", "scales", "how"), inline=True)
 def chain(
     x: jax.Array,
     first: jax.Array | None,
@@ -253,8 +252,6 @@ def chain(
     how: How,
 ) -> jax.Array:
     """Return x times two factors; no array of the size of ``first @ second`` is made on the way.
-
-    It is traced and differentiated once for all sites of equal shapes.
 
     Args:
         x: the input.
