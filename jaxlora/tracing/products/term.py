@@ -204,11 +204,10 @@ class Term:
             self._input(weight, x) if h is None else h,
             first if h is None else None,
             second,
-            kept=self.out_kept,
-            sizes=self.out_sizes,
             names=self.names,
             scales=self._scales(weight),
             how=self._how(options, weight, x, moving),
+            out=(self.out_kept, self.out_sizes),
         )
 
     def _input(self, weight: LowRank, x: jax.Array) -> jax.Array:
@@ -231,29 +230,25 @@ class Term:
         return How(self.precision, self.dtype, factor_dtype, is_named, tangent)
 
 
-_STATIC = ("kept", "sizes", "names", "scales", "how")
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+@functools.partial(jax.jit, static_argnames=("names", "scales", "how", "out"), inline=True)
 def low_rank(
     y: jax.Array | None,
     x: jax.Array,
     first: jax.Array | None,
     second: jax.Array,
     *,
-    kept: tuple[int, ...],
-    sizes: tuple[int, ...],
     names: tuple[tuple[Name, ...], ...],
     scales: tuple[float, float],
     how: How,
+    out: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> jax.Array:
     """Return the term, added to y if that is an array.
 
-    It is traced and differentiated once for all sites of equal shapes. For the arguments see `Term`
-    and `chain`.
+    It is traced and differentiated once for all sites of equal shapes. Of the result, ``out`` tells
+    the pieces that have names and the sizes of all; for the other arguments see `chain`.
     """
     product = chain(x, first, second, names=names, scales=scales, how=how)
-    product = placement.repeated(product, kept, sizes)
+    product = placement.repeated(product, *out)
     return product if y is None else lax.add(y, like(product, y))
 
 
