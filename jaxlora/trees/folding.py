@@ -26,6 +26,7 @@ Terms = tuple[Adapter, ...]
 # a weight, its rounding error if that is wanted, and whether all of it is finite
 Folded = tuple[Leaf, jax.Array | None, jax.Array]
 _BLOCK = 2**22  # elements of a block, 16 MiB in float32
+_TINY = 2**13  # elements of a block that is too small to be worth its own step
 
 
 class How(NamedTuple):
@@ -135,7 +136,7 @@ def _folded_by_blocks(base: Leaf, terms: Terms, how: How) -> Folded:
         return _folded(base, terms, how)
     sizes = _block(base.shape)
     cut = [axis for axis, size in enumerate(sizes) if size < base.shape[axis]]
-    is_tiny = math.prod(sizes) < _BLOCK // 16  # a size has no divisor near to what fits
+    is_tiny = math.prod(sizes) < _TINY  # a size has no divisor near to what fits
     if is_tiny or not all(_can_be_cut(term, cut) for term in terms):
         return _folded(base, terms, how)
     by_blocks = functools.partial(_fold_blocks, how=how, sizes=sizes)

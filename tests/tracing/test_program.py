@@ -160,7 +160,7 @@ def test_scopes_of_the_model_survive():
     text = jax.jit(jaxlora.lora(case.fn)).lower(case.init(jax.random.key(0)), *case.args)
     names = text.as_text(debug_info=True)
     assert "query/dot_general" in names
-    assert re.search(r"query/lora/(jit\(low_rank\)/)?dot_general", names)
+    assert re.search(r"query/lora/(jit\(chain\)/)?dot_general", names)
 
 
 def test_transforms_compose_outside(key):

@@ -46,9 +46,10 @@ from jax import lax
 
 from jaxlora.tracing.interpreter import Evaluation
 from jaxlora.tracing.options import Form, Options
-from jaxlora.tracing.products.term import Term, like
+from jaxlora.tracing.products.term import Term
 from jaxlora.tracing.types import Base
 from jaxlora.tracing.values import axes
+from jaxlora.tracing.values.chain import cast_like
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import LowRank
 from jaxlora.tracing.values.tangents import moves, summed
@@ -160,10 +161,10 @@ def weight_side(
             del moved[term.order[0]]
         with run.scope(known):
             if is_shared and moves(dh):
-                yield like(term(run.options, x, with_arrays(base, a, b), dh), y)
+                yield cast_like(term(run.options, x, with_arrays(base, a, b), dh), y)
             for name, (factor, changed) in moved.items():
                 if moves(factor):
-                    yield like(term(run.options, x, changed, h, moving=name), y)
+                    yield cast_like(term(run.options, x, changed, h, moving=name), y)
 
     def jvp(primals, tangents):
         y = differentiated(*primals)

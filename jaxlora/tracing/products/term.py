@@ -6,7 +6,6 @@ that the term is two products of arrays with named axes, whatever the program di
 
 import dataclasses
 import enum
-import functools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar
@@ -199,7 +198,7 @@ class Term:
             to: what the term is added to: the product, also where its last dimension is split.
         """
         first, second = (getattr(weight, factor) for factor in self.order)
-        return low_rank(
+        return chain(
             to,
             self._input(weight, x) if h is None else h,
             first if h is None else None,
@@ -228,34 +227,6 @@ class Term:
         is_named = is_kept and not is_complex  # JAX 0.10 cannot keep complex arrays by name
         factor_dtype = x.dtype if is_complex else weight.base.dtype
         return How(self.precision, self.dtype, factor_dtype, is_named, tangent)
-
-
-@functools.partial(jax.jit, static_argnames=("names", "scales", "how", "out"), inline=True)
-def low_rank(
-    y: jax.Array | None,
-    x: jax.Array,
-    first: jax.Array | None,
-    second: jax.Array,
-    *,
-    names: tuple[tuple[Name, ...], ...],
-    scales: tuple[float, float],
-    how: How,
-    out: tuple[tuple[int, ...], tuple[int, ...]],
-) -> jax.Array:
-    """Return the term, added to y if that is an array.
-
-    It is traced and differentiated once for all sites of equal shapes. Of the result, ``out`` tells
-    the pieces that have names and the sizes of all; for the other arguments see `chain`.
-    """
-    product = chain(x, first, second, names=names, scales=scales, how=how)
-    product = placement.repeated(product, *out)
-    return product if y is None else lax.add(y, like(product, y))
-
-
-def like(product: jax.Array, y: jax.Array) -> jax.Array:
-    """Return a product in the shape and dtype of y, and where y is."""
-    product = placement.like(product, y)
-    return product if product.dtype == y.dtype else product.astype(y.dtype)
 
 
 def _names(sides: Sides, weight: LowRank, x: jax.Array) -> tuple[Names, Names, list[list[int]]]:

@@ -242,7 +242,9 @@ def narrow(
     return lax.split(h, [first.shape[-1] for first in firsts], names[2].index(names[1][-1]))
 
 
+@functools.partial(jax.jit, static_argnames=("names", "scales", "how", "out"), inline=True)
 def chain(
+    y: jax.Array | None,
     x: jax.Array,
     first: jax.Array | None,
     second: jax.Array,
@@ -250,10 +252,14 @@ def chain(
     names: tuple[tuple[Name, ...], ...],
     scales: tuple[float, float],
     how: How,
+    out: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> jax.Array:
     """Return x times two factors; no array of the size of ``first @ second`` is made on the way.
 
+    It is traced and differentiated once for all sites of equal shapes.
+
     Args:
+        y: what the result is added to, or None.
         x: the input.
         first: the factor that takes x to the rank, or None where x is that product already.
         second: the other factor.
@@ -261,9 +267,18 @@ def chain(
             result.
         scales: of first and second.
         how: how it is computed.
+        out: which axes of the result have names, and the sizes of all.
     """
     h = x
     if first is not None:
         (h,) = narrow(x, [first], names=names[:3], scales=scales[:1], how=how)
     factor = scaled(second, scales[1], how.factor_dtype)
-    return how.product(1, h.astype(factor.dtype), factor, names[2:])
+    product = how.product(1, h.astype(factor.dtype), factor, names[2:])
+    product = placement.repeated(product, *out)
+    return product if y is None else lax.add(y, cast_like(product, y))
+
+
+def cast_like(product: jax.Array, y: jax.Array) -> jax.Array:
+    """Return a product in the shape and dtype of y, and where y is."""
+    product = placement.like(product, y)
+    return product if product.dtype == y.dtype else product.astype(y.dtype)
