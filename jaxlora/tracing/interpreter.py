@@ -13,14 +13,14 @@ import contextlib
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Unpack
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.tracing import registry
-from jaxlora.tracing.jaxprs import compat, cost, dataflow, sharing, sums
+from jaxlora.tracing.jaxprs import compat, cost, dataflow, repeats, sharing, sums
 from jaxlora.tracing.jaxprs.compat import Var
 from jaxlora.tracing.options import Options
 from jaxlora.tracing.recorder import Facts, Kind, Recorder
@@ -133,8 +133,7 @@ class Evaluator:
         """Warn that a weight is made dense, once for each line, or raise if that is asked for."""
         if self.recorder is not None:
             return
-        path = " + ".join(weight.origin.paths)
-        what = f"the weight {path!r} reaches {where[0]!r} at {where[1]}, and {reason}"
+        what = f"the weight {weight.name!r} reaches {where[0]!r} at {where[1]}, and {reason}"
         if self.options.strict:
             raise ValueError(f"{what}: strict=True needs a low-rank rule at every use")
         warnings.warn_explicit(
@@ -151,6 +150,7 @@ class Evaluation:
     Attributes:
         evaluator: how it is evaluated.
         options: those of the evaluator.
+        repeats: the functions for equations that come again.
         env: values of the variables, as long as they are read.
         plan: the products that read one input, see `sharing.Plan`.
         values: what the variables stand for, see `dataflow.values`.
@@ -167,6 +167,7 @@ class Evaluation:
     ):
         self.evaluator, self.options, self._line = evaluator, evaluator.options, line
         self._program, self.plan = program, sharing.plan(program)
+        self.repeats = repeats.Repeats()
         self.env: dict[Var, Value] = dict(zip(program.constvars, consts, strict=True))
         self.env.update(zip(program.invars, args, strict=True))
         self.values, self.varying = dataflow.values(program), dataflow.varying(program)
@@ -177,19 +178,27 @@ class Evaluation:
 
     def outputs(self) -> list[Value]:
         """Run every equation, and return the outputs; what was computed on the way is let go."""
-        env, outvars = self.env, self._program.outvars
-        last = dataflow.last_uses(self.plan.eqns, outvars)
+        env, eqns, outvars = self.env, self.plan.eqns, self._program.outvars
+        last = dataflow.last_uses(eqns, outvars)
 
         def read(atom):
             return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
+        def is_array(var):
+            return not isinstance(env[var], Weight | Deferred)
+
         try:
-            for i, eqn in enumerate(self.plan.eqns):
-                values = [read(atom) for atom in eqn.invars]
-                with compat.scope(eqn):
-                    outs = self._with_late(eqn, self._step(eqn, values))
+            for run in repeats.runs(eqns, is_array, alone={*self.splits.values()}):
+                gone = {var for eqn in run for var in last.get(eqn, ())}
+                if len(run) > 1:
+                    env.update(self.repeats.run(run, env, gone))
+                else:
+                    (eqn,) = run
+                    values = [read(atom) for atom in eqn.invars]
+                    with compat.scope(eqn):
+                        outs = self._with_late(eqn, self._step(eqn, values))
                     env.update(zip(eqn.outvars, outs, strict=True))
-                for var in last.get(i, ()):
+                for var in gone:
                     env.pop(var, None)
             return [read(atom) for atom in outvars]
         finally:  # functions that rules hand to JAX may outlive the run, and hold this
@@ -218,29 +227,12 @@ class Evaluation:
         if not weights and known.deferred:
             return [deferred.bind(eqn, others)]
         if not weights and not known.passes:
-            return self._read(eqn, others)
+            return deferred.read(eqn, others, self.product)
         if not known.passes:
             values = [deferred.now(v) if isinstance(v, Deferred) else v for v in values]
         if known.rule is None:
             return self.without_rule(eqn, values, "it has no low-rank rule")
         return known.rule(self, eqn, *values)
-
-    def _read(self, eqn: Eqn, values: Sequence[Base]) -> list[jax.Array]:
-        """Run an equation that reads what is deferred, and no adapted weight."""
-        arrays = [value for value in values if not isinstance(value, Deferred)]
-        if registry.primitive(eqn).is_product and len(arrays) == len(values) - 1:
-            for side, value in enumerate(values[:2]):
-                if isinstance(value, Deferred):
-                    return [self._read_by_product(eqn, side, value, *arrays)]
-        return deferred.read(lambda *values: compat.bind(eqn, values), *values)
-
-    def _read_by_product(
-        self, eqn: Eqn, side: int, w: Deferred, x: jax.Array, *others: jax.Array
-    ) -> jax.Array:
-        def function(x, w, *others):
-            return compat.bind(eqn, [w, x, *others] if side == 0 else [x, w, *others])[0]
-
-        return self.product(function, x, w, *others)
 
     def inner(self, eqn: Eqn, jaxpr: Traced, *args: Value) -> list[Value]:
         """Evaluate a program that stands in an equation of this."""

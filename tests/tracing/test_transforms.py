@@ -244,8 +244,8 @@ def test_scopes_hold_the_products_of_their_layer(params):
     grad = jax.grad(lambda params: jnp.sum(jnp.sin(jaxlora.lora(mlp)(params, X))))
 
     def scopes(fn, *args):
-        text = jax.jit(fn).lower(*args).as_text(debug_info=True)
-        names = re.findall(r'"jit\([^)]*\)/([^"]*)/dot_general"', text)
+        text = jax.jit(fn).lower(*args).compile().as_text()
+        names = re.findall(r'op_name="jit\([^)]*\)/([^"]*)/dot_general"', text)
         return {re.sub("/lora/.*", "/lora", name) for name in names}
 
     layers = {"block/up", "block/down"}

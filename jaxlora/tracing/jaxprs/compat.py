@@ -5,6 +5,7 @@ From 0.10 to 0.12 `ClosedJaxpr` was folded into `Jaxpr`, and `scan` carries `ft_
 """
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -65,14 +66,46 @@ def bind(eqn: Eqn, values: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 @contextlib.contextmanager
-def scope(eqn: Eqn) -> Iterator[None]:
-    """Run what stands inside under the name scope, the source line and the settings of eqn."""
-    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+def scope(eqn: Eqn, within: Eqn | None = None) -> Iterator[None]:
+    """Run what stands inside under the name scope, the source line and the settings of eqn.
+
+    Args:
+        eqn: the equation.
+        within: another, of whose name scope what stands inside has only what is within.
+    """
+    inner = scopes_within(within, eqn)
+    assert inner is not None  # it is within
+    stack = source_info_util.current_name_stack() + inner
     with (
         source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
         eqn.ctx.manager,
     ):
         yield
+
+
+def scopes_within(outer: Eqn | None, eqn: Eqn) -> source_info_util.NameStack | None:
+    """Return the name scopes of eqn within those of another, None where it stands outside."""
+    stack = eqn.source_info.name_stack.stack
+    around = () if outer is None else outer.source_info.name_stack.stack
+    if stack[: len(around)] != around:
+        return None
+    return source_info_util.NameStack(stack[len(around) :])
+
+
+def unscoped(program: Jaxpr) -> tuple[Jaxpr, contextlib.AbstractContextManager[None]]:
+    """Return a program without the name scopes that all of it stands in, and a context with them.
+
+    Flax names a layer inside of what is rematerialized, so that layers differ by their names.
+    """
+    stacks = [eqn.source_info.name_stack.stack for eqn in program.eqns]
+    alike = itertools.takewhile(lambda scopes: len({*scopes}) == 1, zip(*stacks, strict=False))
+    common = tuple(scopes[0] for scopes in alike)
+    eqns = []
+    for eqn, stack in zip(program.eqns, stacks, strict=True):
+        inner = source_info_util.NameStack(stack[len(common) :])
+        eqns.append(eqn.replace(source_info=eqn.source_info.replace(name_stack=inner)))
+    outer = source_info_util.current_name_stack() + source_info_util.NameStack(common)
+    return program.replace(eqns=eqns), source_info_util.set_name_stack(outer)
 
 
 def where(eqn: Eqn | None) -> tuple[str, str]:
@@ -101,7 +134,12 @@ def file_and_number(line: str) -> tuple[str, int]:
 def inner_jaxprs(eqn: Eqn) -> list[Traced]:
     """Return the programs among the parameters of an equation."""
     values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else [p])]
-    return [v for v in values if hasattr(opened(v), "eqns")]
+    return [*filter(is_program, values)]
+
+
+def is_program(value: object) -> bool:
+    """Tell whether a parameter of an equation is a program."""
+    return hasattr(opened(value), "eqns")
 
 
 def alive(jaxpr: Traced) -> Jaxpr:

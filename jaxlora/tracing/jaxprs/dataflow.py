@@ -54,15 +54,15 @@ def varying(program: Jaxpr) -> dict[Atom, tuple[int, ...]]:
     return found
 
 
-def last_uses(eqns: Sequence[Eqn], outvars: Sequence[Atom]) -> dict[int, list[Var]]:
-    """Return the variables that no later equation reads, by index of equation."""
+def last_uses(eqns: Sequence[Eqn], outvars: Sequence[Atom]) -> dict[Eqn, list[Var]]:
+    """Return by equation the variables that no later one reads, and that are no outputs."""
     kept = {atom for atom in outvars if not isinstance(atom, Literal)}
-    last: dict[Var, int] = {}
-    for i, eqn in enumerate(eqns):
+    last: dict[Var, Eqn] = {}
+    for eqn in eqns:
         for atom in (*eqn.invars, *eqn.outvars):
             if not isinstance(atom, Literal) and atom not in kept:
-                last[atom] = i
-    by_index: dict[int, list[Var]] = {}
-    for var, i in last.items():
-        by_index.setdefault(i, []).append(var)
-    return by_index
+                last[atom] = eqn
+    by_eqn: dict[Eqn, list[Var]] = {}
+    for var, eqn in last.items():
+        by_eqn.setdefault(eqn, []).append(var)
+    return by_eqn

@@ -134,7 +134,7 @@ def weight_side(
 
     def made(moving, x, base, a, b, h):
         everywhere = run.options.form == "weight-side" or _is_exact(term)
-        nameless = _nameless(with_arrays(base, a, b))
+        nameless = with_arrays(base, a, b).nameless()
         with run.scope(known):
             effective = _in_effect(nameless, everywhere=everywhere)
         y = bind(x, effective)
@@ -177,12 +177,7 @@ def weight_side(
     return product(x, weight.base, weight.a, weight.b, h)
 
 
-def _nameless(weight: LowRank) -> LowRank:
-    """Return a weight without what tells it from others of its shapes, which are traced as one."""
-    return weight.replace(origin=dataclasses.replace(weight.origin, paths=()), picked_at=("", ""))
-
-
-@functools.partial(jax.jit, static_argnames="everywhere", inline=True)
+@functools.partial(jax.jit, static_argnames="everywhere")
 def _in_effect(weight: LowRank, *, everywhere: bool) -> jax.Array:
     """Return the weight in effect, or on other platforms than CPU, if not everywhere, the base."""
 
@@ -194,7 +189,7 @@ def _in_effect(weight: LowRank, *, everywhere: bool) -> jax.Array:
     return lax.platform_dependent(weight, cpu=dense, default=lambda weight: weight.base)
 
 
-@functools.partial(jax.jit, static_argnames=("term", "options", "moving"), inline=True)
+@functools.partial(jax.jit, static_argnames=("term", "options", "moving"))
 def _with_term_elsewhere(
     y: jax.Array,
     x: jax.Array,

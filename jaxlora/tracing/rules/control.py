@@ -13,7 +13,7 @@ import numpy as np
 from jax import dtypes, lax
 
 from jaxlora.tracing.interpreter import Evaluation
-from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.jaxprs import compat, repeats
 from jaxlora.tracing.registry import rule
 from jaxlora.tracing.rules.loops import signature
 from jaxlora.tracing.rules.meshes import constrained
@@ -21,7 +21,7 @@ from jaxlora.tracing.types import Eqn, Value, Values
 from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.chain import CHECKPOINT_NAME
 from jaxlora.tracing.values.lowrank import LowRank
-from jaxlora.tracing.values.weight import Weight, base_of
+from jaxlora.tracing.values.weight import NamelessWeightError, Weight, base_of
 
 
 @rule(*compat.JIT, passes=True)
@@ -46,14 +46,34 @@ def remat(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     Where the program has none, the rank-sized products are kept: to make them again would read
     their inputs again, which are larger by in-size over rank.
     """
-    params = eqn.params
+    program, scopes = compat.unscoped(eqn.params["jaxpr"])
+    params = {**eqn.params, "jaxpr": program}
     policy = params["policy"] or jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
 
-    def inner(*values):
-        return run.inner(eqn, params["jaxpr"], *values)
+    def repeated(*values):
+        return run.inner(eqn, program, *values)
 
-    again = jax.checkpoint(inner, prevent_cse=params["prevent_cse"], policy=policy)
-    return again(*values)
+    again = jax.checkpoint(repeated, prevent_cse=params["prevent_cse"], policy=policy)
+    with scopes:
+        return _shared(run, eqn.replace(params=params), again, *values)
+
+
+def _shared(run: Evaluation, eqn: Eqn, function: Callable[..., Values], *values: Value) -> Values:
+    """Return what a function does that stands for an equation, one for all equal equations.
+
+    In that function weights have no names. So a function is not shared that has to name a weight,
+    or returns one; nor is one that is recorded.
+    """
+    if eqn.effects or run.evaluator.recorder is not None:
+        return function(*values)
+    shared = run.repeats.shared(function, repeats.key_of(eqn), values)
+    if shared is function:  # the first
+        return function(*values)
+    try:
+        outs = shared(*(v.nameless() if isinstance(v, Weight) else v for v in values))
+    except NamelessWeightError:
+        return function(*values)
+    return function(*values) if any(isinstance(out, Weight) for out in outs) else outs
 
 
 @rule("custom_jvp_call")

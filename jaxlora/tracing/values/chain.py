@@ -216,7 +216,7 @@ def scaled(factor: jax.Array, scale: float, dtype: DTypeLike) -> jax.Array:
     return (factor.astype(merge_dtype(dtype)) * scale).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("names", "scales", "how"), inline=True)
+@functools.partial(jax.jit, static_argnames=("names", "scales", "how"))
 def narrow(
     x: jax.Array,
     firsts: Sequence[jax.Array],
@@ -242,7 +242,7 @@ def narrow(
     return lax.split(h, [first.shape[-1] for first in firsts], names[2].index(names[1][-1]))
 
 
-@functools.partial(jax.jit, static_argnames=("names", "scales", "how", "out"), inline=True)
+@functools.partial(jax.jit, static_argnames=("names", "scales", "how", "out"))
 def chain(
     y: jax.Array | None,
     x: jax.Array,

@@ -153,9 +153,26 @@ def lazily(function: Callable[..., jax.Array], *values: Base) -> Base:
     )
 
 
-def read(function: Callable[..., list[jax.Array]], *values: Base) -> list[jax.Array]:
-    """Return ``function(*values)``, with what is deferred made for it and for its derivative."""
-    return jax.checkpoint(lambda *values: function(*map(now, values)))(*values)
+def read(
+    eqn: Eqn, values: Sequence[Base], product: Callable[..., jax.Array]
+) -> Sequence[jax.Array]:
+    """Run an equation, with what is deferred made for it and for its derivative.
+
+    Args:
+        eqn: the equation.
+        values: its inputs.
+        product: runs a function of an input and of what is deferred, as `product` does.
+    """
+    arrays = [value for value in values if not isinstance(value, Deferred)]
+    if registry.primitive(eqn).is_product and len(arrays) == len(values) - 1:
+        for side, value in enumerate(values[:2]):
+            if isinstance(value, Deferred):
+
+                def function(x, w, *others, side=side):
+                    return compat.bind(eqn, [w, x, *others] if side == 0 else [x, w, *others])[0]
+
+                return [product(function, arrays[0], value, *arrays[1:])]
+    return jax.checkpoint(lambda *values: compat.bind(eqn, [*map(now, values)]))(*values)
 
 
 def product(

@@ -28,6 +28,10 @@ T = TypeVar("T")
 Operation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+class NamelessWeightError(Exception):
+    """A weight has to be named that has no name."""
+
+
 class Role(enum.StrEnum):
     """What an axis is to the operation that consumes the weight."""
 
@@ -172,6 +176,21 @@ class Weight(abc.ABC):
     def replace(self, **changes: object) -> Self:
         """Return this with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def name(self) -> str:
+        """Path of the leaf, or of each that was joined.
+
+        Raises:
+            NamelessWeightError: it has none.
+        """
+        if not self.origin.paths:
+            raise NamelessWeightError("the weight has no name in a function that layers share")
+        return " + ".join(self.origin.paths)
+
+    def nameless(self) -> Self:
+        """Return this without what tells it from others of its shapes, which are traced as one."""
+        return self.replace(origin=dataclasses.replace(self.origin, paths=()), picked_at=("", ""))
 
     def reshaped(self, base: Base, dims: axes.Dims) -> Self:
         """Return this with the same pieces in the same order, split and joined as in dims."""
