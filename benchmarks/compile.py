@@ -2,7 +2,8 @@
 
 All in one process and interleaved, every cache of JAX cleared before each measurement; what is
 reported is the median over rounds of the ratio in the same round. The programs, each plain and
-adapted, at several numbers of layers, unrolled or as one scanned block:
+adapted, at several numbers of layers, unrolled, unrolled with each block rematerialized, or as one
+scanned block:
 
 - forward: the function itself.
 - step: the loss and its gradient, of every parameter (plain) or of the factors (adapted).
@@ -24,6 +25,8 @@ import report
 
 import jaxlora
 from jaxlora.messages import table
+
+KINDS = {"unrolled": {}, "remat": {"remat": True}, "scanned": {"scan": True}}
 
 
 def seconds(fn: Callable[..., Any], *args: Any) -> tuple[float, float]:
@@ -100,9 +103,8 @@ def main() -> None:
 
     results = []
     for count in options.layers:
-        for scan in (False, True):
-            model = models.Transformer(count, heads=4, hidden=256, scan=scan)
-            kind = "scanned" if scan else "unrolled"
+        for kind, how in KINDS.items():
+            model = models.Transformer(count, heads=4, hidden=256, **how)
             rows = measure(model, options)
             results += [{"layers": count, "kind": kind, **row} for row in rows]
     cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in r.values()] for r in results]

@@ -29,7 +29,7 @@ Operation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class NamelessWeightError(Exception):
-    """A weight has to be named that has no name."""
+    """A weight has to be named that has no name: no user sees it, see `rules.control`."""
 
 
 class Role(enum.StrEnum):
@@ -185,7 +185,7 @@ class Weight(abc.ABC):
             NamelessWeightError: it has none.
         """
         if not self.origin.paths:
-            raise NamelessWeightError("the weight has no name in a function that layers share")
+            raise NamelessWeightError
         return " + ".join(self.origin.paths)
 
     def nameless(self) -> Self:
