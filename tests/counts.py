@@ -1,5 +1,6 @@
 """What there is in a traced program."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,3 +28,9 @@ def products(fn, *args):
         tuple(compat.shape(atom) for atom in (*eqn.invars, *eqn.outvars))
         for eqn in equations(program, "dot_general")
     ]
+
+
+def op_names(fn, *args) -> set[str]:
+    """Return the names of the operations in a compiled function, within the name scopes of it."""
+    text = jax.jit(fn).lower(*args).compile().as_text() or ""
+    return {*re.findall(r'op_name="jit\([^)]*\)/([^"]*)"', text)}

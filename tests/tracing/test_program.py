@@ -14,6 +14,7 @@ from cases import normal
 from cases.base import adapted
 from cases.layers_linen import linen_attention
 from cases.products import matmul
+from counts import op_names
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -157,10 +158,9 @@ def test_side_effects_happen_once_and_in_order(capsys):
 
 def test_scopes_of_the_model_survive():
     case = linen_attention()
-    lowered = jax.jit(jaxlora.lora(case.fn)).lower(case.init(jax.random.key(0)), *case.args)
-    names = lowered.compile().as_text()
-    assert "query/dot_general" in names
-    assert re.search(r"query/lora/(jit\(\w+\)/)*dot_general", names)
+    names = op_names(jaxlora.lora(case.fn), case.init(jax.random.key(0)), *case.args)
+    assert any(name.endswith("query/dot_general") for name in names)
+    assert any(re.search(r"query/lora/.*dot_general", name) for name in names)
 
 
 def test_transforms_compose_outside(key):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from cases import Case, normal
-from counts import products
+from counts import op_names, products
 from jax import lax
 from jax.experimental import io_callback
 from mlp import WEIGHTS, X, close, gradients, mlp, of_adapters, trained
@@ -244,9 +244,8 @@ def test_scopes_hold_the_products_of_their_layer(params):
     grad = jax.grad(lambda params: jnp.sum(jnp.sin(jaxlora.lora(mlp)(params, X))))
 
     def scopes(fn, *args):
-        text = jax.jit(fn).lower(*args).compile().as_text()
-        names = re.findall(r'op_name="jit\([^)]*\)/([^"]*)/dot_general"', text)
-        return {re.sub("/lora/.*", "/lora", name) for name in names}
+        names = (name for name in op_names(fn, *args) if name.endswith("/dot_general"))
+        return {re.sub("/lora/.*", "/lora", name.removesuffix("/dot_general")) for name in names}
 
     layers = {"block/up", "block/down"}
     assert scopes(jaxlora.lora(mlp), params, X) == layers | {f"{name}/lora" for name in layers}
