@@ -181,9 +181,6 @@ class Evaluation:
         env, eqns, outvars = self.env, self.plan.eqns, self._program.outvars
         last = dataflow.last_uses(eqns, outvars)
 
-        def read(atom):
-            return atom.val if isinstance(atom, compat.Literal) else env[atom]
-
         def is_array(var):
             return not isinstance(env[var], Weight | Deferred)
 
@@ -194,13 +191,13 @@ class Evaluation:
                     env.update(self.repeats.run(run, env, gone))
                 else:
                     (eqn,) = run
-                    values = [read(atom) for atom in eqn.invars]
+                    values = [compat.read(atom, env) for atom in eqn.invars]
                     with compat.scope(eqn):
                         outs = self._with_late(eqn, self._step(eqn, values))
                     env.update(zip(eqn.outvars, outs, strict=True))
                 for var in gone:
                     env.pop(var, None)
-            return [read(atom) for atom in outvars]
+            return [compat.read(atom, env) for atom in outvars]
         finally:  # functions that rules hand to JAX may outlive the run, and hold this
             env.clear()
             self.last = None

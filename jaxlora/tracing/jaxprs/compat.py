@@ -59,6 +59,11 @@ def nbytes(atom: Atom) -> int:
     return 0 if found is None else size(atom) * found.itemsize
 
 
+def read(atom: Atom, env: Mapping[Var, Any]) -> Any:
+    """Return the value of a literal, or what a variable stands for."""
+    return atom.val if isinstance(atom, Literal) else env[atom]
+
+
 def bind(eqn: Eqn, values: Sequence[jax.Array]) -> list[jax.Array]:
     """Run one equation on these values, and return its outputs as a list."""
     outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))

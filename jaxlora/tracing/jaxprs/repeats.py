@@ -119,7 +119,7 @@ def _function(
     def repeated(*values):
         env = dict(zip(inputs, values, strict=True))
         for eqn in eqns:
-            read = [a.val if isinstance(a, Literal) else env[a] for a in eqn.invars]
+            read = [compat.read(atom, env) for atom in eqn.invars]
             with compat.scope(eqn, within=eqns[0]):
                 env.update(zip(eqn.outvars, compat.bind(eqn, read), strict=True))
         return [env[var] for var in outputs]
