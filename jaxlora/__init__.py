@@ -42,7 +42,7 @@ from jaxlora.storage.merged import save_merged
 from jaxlora.targets.config import LoRAConfig
 from jaxlora.targets.sites import find_sites
 from jaxlora.targets.skipped import SkippedWeightWarning
-from jaxlora.tracing.interpreter import MaterializationWarning
+from jaxlora.tracing.evaluator import MaterializationWarning
 from jaxlora.tracing.transform import lora
 from jaxlora.trees.adapting import init
 from jaxlora.trees.binding import bind, split

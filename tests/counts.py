@@ -21,6 +21,12 @@ def equations(program: Any, name: str) -> Iterator[compat.Eqn]:
             yield from equations(inner, name)
 
 
+def repeated(program: Any) -> list[Any]:
+    """Return the functions that layers share in a program, one for each call."""
+    calls = [eqn for name in compat.JIT for eqn in equations(program, name)]
+    return [eqn.params["jaxpr"] for eqn in calls if eqn.params["name"] == "repeated"]
+
+
 def products(fn, *args):
     """Return for each product in a traced function the shapes of its operands and its result."""
     program = jax.make_jaxpr(fn)(*args)

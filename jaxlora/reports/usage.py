@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxlora.messages import checks, table
-from jaxlora.tracing.interpreter import Evaluator
+from jaxlora.tracing.evaluator import Evaluator
 from jaxlora.tracing.jaxprs import cost
 from jaxlora.tracing.jaxprs.cost import Cost
 from jaxlora.tracing.options import Options

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlora.messages import checks, table
-from jaxlora.tracing.interpreter import Evaluator
+from jaxlora.tracing.evaluator import Evaluator
+from jaxlora.tracing.interpreter import evaluate
 from jaxlora.tracing.program import is_array, trace
 from jaxlora.tracing.recorder import Kind, Recorder, Use
 from jaxlora.tracing.values.probe import Probe
@@ -177,7 +178,7 @@ def find_sites(fn: Function, params: PyTree, /, *args: Any, **kwargs: Any) -> Si
         for i, path in enumerate(fit):
             if path not in unfit:
                 values[i] = Probe.enter(path, values[i])
-        outs = [*map(evaluator.leave, evaluator.run(program.jaxpr, *values))]
+        outs = [*map(evaluator.leave, evaluate(evaluator, program.jaxpr, *values))]
         returned.update(*(out.origin.paths for out in outs if isinstance(out, Probe)))
         return outs
 

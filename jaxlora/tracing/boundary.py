@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlora.tracing.interpreter import Evaluator
+from jaxlora.tracing.evaluator import Evaluator
 from jaxlora.tracing.values import axes, deferred
 from jaxlora.tracing.values.deferred import Deferred
 from jaxlora.tracing.values.lowrank import LowRank

@@ -10,197 +10,164 @@ which is handed to the rules and ends with the run. So one function serves many 
 """
 
 import contextlib
-import dataclasses
-import warnings
 import weakref
-from collections.abc import Callable
-from typing import Unpack
+from collections.abc import Callable, Sequence
+from typing import TypeVar, Unpack
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.tracing import registry
-from jaxlora.tracing.jaxprs import compat, cost, dataflow, repeats, sharing, sums
-from jaxlora.tracing.jaxprs.compat import Var
-from jaxlora.tracing.options import Options
-from jaxlora.tracing.recorder import Facts, Kind, Recorder
-from jaxlora.tracing.types import Base, Eqn, Jaxpr, Traced, Value, Values
+from jaxlora.tracing.evaluator import Evaluator
+from jaxlora.tracing.jaxprs import compat, layers, repeats
+from jaxlora.tracing.jaxprs.compat import Atom
+from jaxlora.tracing.jaxprs.keys import Part
+from jaxlora.tracing.jaxprs.known import Known
+from jaxlora.tracing.jaxprs.repeats import Repeats
+from jaxlora.tracing.recorder import Facts, Kind
+from jaxlora.tracing.types import Base, Eqn, Traced, Value, Values
 from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.chain import CHECKPOINT_NAME
 from jaxlora.tracing.values.deferred import Deferred
-from jaxlora.tracing.values.weight import Weight, base_of
-from jaxlora.weights.adapters import merge_dtype
+from jaxlora.tracing.values.weight import NamelessWeightError, Weight, base_of
 
-WarningKey = str | tuple[str, type[Warning], int]  # of `warnings`
-
-
-class MaterializationWarning(UserWarning):
-    """An adapted weight was made dense, because an operation has no low-rank rule."""
+T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Evaluator:
-    """Evaluates programs by some options; of those it has evaluated it holds nothing.
+def _is_weight(value: object) -> bool:
+    return isinstance(value, Weight)
 
-    Attributes:
-        options: how programs are evaluated.
-        recorder: what writes down the uses of weights, or None where they are not wanted.
-        warned: the registry of `warnings`: each line is warned of once.
-        compiled: by inner program the function that evaluates it under `jax.jit`, so that it is
-            compiled once; it goes when the program goes.
+
+def evaluate(evaluator: Evaluator, jaxpr: Traced, *args: Value, line: str = "") -> list[Value]:
+    """Evaluate a jaxpr on arrays and low-rank weights.
+
+    Args:
+        evaluator: how.
+        jaxpr: the program.
+        *args: its inputs.
+        line: the user's line that calls it, for what stands in it at none.
     """
+    return _evaluate(evaluator, jaxpr, compat.consts(jaxpr), *args, line=line)
 
-    options: Options = dataclasses.field(default_factory=Options)
-    recorder: Recorder | None = None
-    warned: dict[WarningKey, int] = dataclasses.field(default_factory=dict)
-    compiled: weakref.WeakKeyDictionary[Traced, Callable[..., Values]] = dataclasses.field(
-        default_factory=weakref.WeakKeyDictionary
-    )
 
-    def run(self, jaxpr: Traced, *args: Value, line: str = "") -> list[Value]:
-        """Evaluate a jaxpr on arrays and low-rank weights.
-
-        Args:
-            jaxpr: the program.
-            *args: its inputs.
-            line: the user's line that calls it, for what stands in it at none.
-        """
-        return self.run_open(jaxpr, compat.consts(jaxpr), *args, line=line)
-
-    def run_open(self, jaxpr: Traced, consts: Values, *args: Value, line: str = "") -> list[Value]:
-        """Evaluate a jaxpr on other constants than its own."""
-        return Evaluation(self, compat.opened(jaxpr), consts, args, line).outputs()
-
-    def jitted(self, jaxpr: Traced, name: str, line: str) -> Callable[..., Values]:
-        """Return a function of the constants and inputs of a jaxpr that is compiled by `jax.jit`.
-
-        The constants are inputs of it, so that no compiled program has a copy of them.
-        """
-        found = self.compiled.get(jaxpr)
-        if found is None:
-            known = weakref.ref(jaxpr)
-
-            def evaluate(consts, *values):
-                program = known()
-                assert program is not None  # whoever calls this has it
-                return self.run_open(program, consts, *values, line=line)
-
-            evaluate.__name__ = evaluate.__qualname__ = name
-            found = self.compiled.setdefault(jaxpr, jax.jit(evaluate))
-        return found
-
-    def derivative(self) -> "Evaluator":
-        """Return an evaluator as this, for programs that have to stay linear."""
-        options = dataclasses.replace(self.options, is_linear=True, observes=False)
-        return dataclasses.replace(self, options=options, compiled=weakref.WeakKeyDictionary())
-
-    def densify(
-        self, eqn: Eqn | None, where: tuple[str, str], value: Value, reason: str
-    ) -> jax.Array:
-        """Return an array for a value that reaches an operation, see `Evaluation.densify`."""
-        if not isinstance(value, Weight):
-            return deferred.now(value)
-        is_rows, dtype = value.is_rows(), value.base.dtype
-        if self.recorder is not None and is_rows:
-            self.recorder.record_lookup(eqn, value)
-        elif self.recorder is not None:
-            self.recorder.record(eqn, where, value, Kind.MATERIALIZED, reason=reason)
-        if not is_rows:
-            self.warn(where, value, reason)
-            dtype = merge_dtype(dtype)
-        with self.scope(value):
-            return value.dense(dtype)
-
-    def leave(self, out: Value, reason: str = "") -> Value:
-        """Return what leaves a program, an array for rows, and for a weight if there is a reason.
-
-        Args:
-            out: an output.
-            reason: why a weight cannot leave as one.
-        """
-        if isinstance(out, Weight) and (reason or out.is_rows()):
-            return self.densify(None, compat.where(None), out, reason)
-        return out
-
-    def scope(self, *weights: Weight) -> contextlib.AbstractContextManager[object]:
-        """Return the name scope of what is added to a program for some weights."""
-        if self.recorder is None:
-            return jax.named_scope(CHECKPOINT_NAME)
-        paths = tuple(path for weight in weights for path in weight.origin.paths)
-        return jax.named_scope(cost.scope(self.recorder.number(paths)))
-
-    def warn(self, where: tuple[str, str], weight: Weight, reason: str) -> None:
-        """Warn that a weight is made dense, once for each line, or raise if that is asked for."""
-        if self.recorder is not None:
-            return
-        what = f"the weight {weight.name!r} reaches {where[0]!r} at {where[1]}, and {reason}"
-        if self.options.strict:
-            raise ValueError(f"{what}: strict=True needs a low-rank rule at every use")
-        warnings.warn_explicit(
-            f"{what}: it is materialized there",
-            MaterializationWarning,
-            *compat.file_and_number(where[1]),
-            registry=self.warned,
-        )
+def _evaluate(
+    evaluator: Evaluator, jaxpr: Traced, consts: Values, *args: Value, line: str
+) -> list[Value]:
+    """Evaluate a jaxpr on other constants than its own."""
+    known = Known(compat.opened(jaxpr))
+    outs, _ = Evaluation(evaluator, known, known.whole, (*consts, *args), line).outputs()
+    return outs
 
 
 class Evaluation:
-    """One run of a program, and what its rules may ask and do.
+    """One run of a program or of a layer of it, and what its rules may ask and do.
 
     Attributes:
         evaluator: how it is evaluated.
         options: those of the evaluator.
+        known: what is known of the program.
         repeats: the functions for equations that come again.
         env: values of the variables, as long as they are read.
-        plan: the products that read one input, see `sharing.Plan`.
-        values: what the variables stand for, see `dataflow.values`.
-        varying: along which dimensions predicates vary, see `dataflow.varying`.
         last: the last product with a weight that was made for it, see `deferred.product`.
         narrowed: by product and side of its weight, that of its input and the first factor, and
             how many products share it, where it was made for several at the first of them.
-        splits: by product the reshape after which its term is added, see `sums.splits`.
         late: by reshape what products before it left to be done to its result.
     """
 
     def __init__(
-        self, evaluator: Evaluator, program: Jaxpr, consts: Values, args: Values, line: str
+        self,
+        evaluator: Evaluator,
+        known: Known,
+        part: Part,
+        values: Values,
+        line: str,
+        last: jax.Array | None = None,
     ):
         self.evaluator, self.options, self._line = evaluator, evaluator.options, line
-        self._program, self.plan = program, sharing.plan(program)
-        self.repeats = repeats.Repeats()
-        self.env: dict[Var, Value] = dict(zip(program.constvars, consts, strict=True))
-        self.env.update(zip(program.invars, args, strict=True))
-        self.values, self.varying = dataflow.values(program), dataflow.varying(program)
-        self.last: jax.Array | None = None
+        self.known, self._part, self.last = known, part, last
+        can_share = evaluator.recorder is None and compat.is_staged()
+        self.repeats = Repeats(known.keys, can_share)
+        self.env: dict[Atom, Value] = dict(zip(part.inputs, values, strict=True))
         self.narrowed: dict[tuple[Eqn, int], tuple[jax.Array, int]] = {}
-        self.splits = sums.splits(program)
         self.late: dict[Eqn, list[Callable[[jax.Array], jax.Array]]] = {}
 
-    def outputs(self) -> list[Value]:
-        """Run every equation, and return the outputs; what was computed on the way is let go."""
-        env, eqns, outvars = self.env, self.plan.eqns, self._program.outvars
-        last = dataflow.last_uses(eqns, outvars)
-
-        def is_array(var):
-            return not isinstance(env[var], Weight | Deferred)
-
+    def outputs(self) -> tuple[list[Value], jax.Array | None]:
+        """Run every equation, and return the outputs and the last product; all else is let go."""
         try:
-            for run in repeats.runs(eqns, is_array, alone={*self.splits.values()}):
-                gone = {var for eqn in run for var in last.get(eqn, ())}
-                if len(run) > 1:
-                    env.update(self.repeats.run(run, env, gone))
-                else:
-                    (eqn,) = run
-                    values = [compat.read(atom, env) for atom in eqn.invars]
-                    with compat.scope(eqn):
-                        outs = self._with_late(eqn, self._step(eqn, values))
-                    env.update(zip(eqn.outvars, outs, strict=True))
-                for var in gone:
-                    env.pop(var, None)
-            return [compat.read(atom, env) for atom in outvars]
+            for eqns, layer in self._pieces():
+                if layer is None or not self._run_as_one(layer):
+                    self._run(eqns)
+            return [compat.read(atom, self.env) for atom in self._part.outputs], self.last
         finally:  # functions that rules hand to JAX may outlive the run, and hold this
-            env.clear()
+            self.env.clear()
             self.last = None
+
+    def _pieces(self) -> list[layers.Piece]:
+        if not self.repeats.can_share:
+            return [(self._part.eqns, None)]
+        return self.known.pieces(self._part, self._is_array)
+
+    def _is_array(self, atom: Atom) -> bool:
+        return not isinstance(self.env.get(atom), Weight | Deferred)
+
+    def _run(self, eqns: Sequence[Eqn]) -> None:
+        """Run equations: one by one, but those together that read no weights."""
+        env, scopes = self.env, self._part.scopes
+        for run in repeats.runs(eqns, self._is_array, alone={*self.known.splits.values()}):
+            if len(run) > 1:
+                env.update(self.repeats.run(self.known.part(run), env, scopes))
+            else:
+                (eqn,) = run
+                values = [compat.read(atom, env) for atom in eqn.invars]
+                with compat.scope(eqn, slice(scopes, None)):
+                    outs = self._with_late(eqn, self._step(eqn, values))
+                env.update(zip(eqn.outvars, outs, strict=True))
+            self._let_go(run)
+
+    def _let_go(self, eqns: Sequence[Eqn]) -> None:
+        for var in self.known.gone(eqns):
+            self.env.pop(var, None)
+
+    def _run_as_one(self, layer: Part) -> bool:
+        """Run a layer by the function for all that are equal, and tell whether there is one."""
+
+        def repeated(last, *values):
+            run = Evaluation(self.evaluator, self.known, layer, values, self._line, last)
+            return run.outputs()
+
+        values = [self.env[var] for var in layer.inputs]
+        with compat.scope(layer.eqns[0], slice(self._part.scopes, layer.scopes)):
+            found = self.shared(layer, repeated, self.last, *values)
+        if found is None:
+            return False
+        outs, self.last = found
+        self.env.update(zip(layer.outputs, outs, strict=True))
+        self._let_go(layer.eqns)
+        return True
+
+    def shared(self, part: Part, function: Callable[..., T], *values: Value | None) -> T | None:
+        """Return what the function does that stands for all equal parts, None if there is none.
+
+        In it weights have no names. So there is none for parts that have to name a weight, or
+        return one; nor where uses of weights are recorded.
+
+        Args:
+            part: the equations.
+            function: does what they do.
+            *values: what they read.
+        """
+        if (shared := self.repeats.shared(part, function)) is None:
+            return None
+        paths = list(dict.fromkeys(v.origin.paths for v in values if isinstance(v, Weight)))
+        nameless = [
+            v.nameless(paths.index(v.origin.paths)) if isinstance(v, Weight) else v for v in values
+        ]
+        with contextlib.suppress(NamelessWeightError):
+            outs = shared(*nameless)
+            if not any(map(_is_weight, jax.tree.leaves(outs, is_leaf=_is_weight))):
+                return outs
+        self.repeats.tell_apart(part)
+        return None
 
     def _with_late(self, eqn: Eqn, outs: Values) -> Values:
         """Return the outputs of an equation after what products before it left to be done."""
@@ -233,12 +200,25 @@ class Evaluation:
 
     def inner(self, eqn: Eqn, jaxpr: Traced, *args: Value) -> list[Value]:
         """Evaluate a program that stands in an equation of this."""
-        return self.evaluator.run(jaxpr, *args, line=self.where(eqn)[1])
+        return evaluate(self.evaluator, jaxpr, *args, line=self.where(eqn)[1])
 
     def jitted(self, eqn: Eqn, jaxpr: Traced, *args: Value) -> Values:
-        """Do as `inner` does, under `jax.jit` and the name of the equation."""
-        evaluate = self.evaluator.jitted(jaxpr, eqn.params["name"], self.where(eqn)[1])
-        return evaluate(compat.consts(jaxpr), *args)
+        """Do as `inner` does, under `jax.jit` and the name of the equation.
+
+        The constants are inputs of it, so that no compiled program has a copy of them.
+        """
+        compiled = self.evaluator.compiled
+        if (function := compiled.get(jaxpr)) is None:
+            known, evaluator, line = weakref.ref(jaxpr), self.evaluator, self.where(eqn)[1]
+
+            def inner(consts, *values):
+                program = known()
+                assert program is not None  # whoever calls this has it
+                return _evaluate(evaluator, program, consts, *values, line=line)
+
+            inner.__name__ = inner.__qualname__ = eqn.params["name"]
+            function = compiled.setdefault(jaxpr, jax.jit(inner))
+        return function(compat.consts(jaxpr), *args)
 
     def where(self, eqn: Eqn) -> tuple[str, str]:
         """Return the operation of an equation, and the user's line that runs it.
@@ -246,7 +226,7 @@ class Evaluation:
         In a function of JAX, whose equations know the line that called it first, that calls it now.
         """
         operation, line = compat.where(eqn)
-        lines = (self._line, line) if compat.is_of_jax(self._program) else (line, self._line)
+        lines = (self._line, line) if self.known.is_of_jax else (line, self._line)
         return operation, next(filter(None, lines), "an unknown line")
 
     def named(self, h: jax.Array) -> jax.Array:

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from jaxlora.tracing import boundary
-from jaxlora.tracing.interpreter import Evaluator
+from jaxlora.tracing.evaluator import Evaluator
+from jaxlora.tracing.interpreter import evaluate
 from jaxlora.tracing.types import Traced, Value
 from jaxlora.types import Function, Leaf, PyTree
 from jaxlora.weights import paths
@@ -46,7 +47,7 @@ class Program:
         """Return the outputs for some inputs, in which adapted weights are low-rank."""
         pairs = zip(self.paths, inputs, strict=True)
         entered = [boundary.enter(evaluator, p, x) if is_weight(x) else x for p, x in pairs]
-        return [*map(evaluator.leave, evaluator.run(self.jaxpr, *entered))]
+        return [*map(evaluator.leave, evaluate(evaluator, self.jaxpr, *entered))]
 
 
 def trace(fn: Function, args: tuple, kwargs: dict[str, PyTree]) -> Program:

@@ -9,7 +9,7 @@ import jax
 from jaxlora.messages import checks
 from jaxlora.tracing import boundary
 from jaxlora.tracing import rules as rules  # which registers them
-from jaxlora.tracing.interpreter import Evaluator
+from jaxlora.tracing.evaluator import Evaluator
 from jaxlora.tracing.options import Form, Options
 from jaxlora.tracing.program import is_weight, trace, with_trained
 from jaxlora.tracing.types import Value

@@ -25,6 +25,7 @@ Eqn = core.JaxprEqn
 Atom = Var | Literal
 Traced = Any  # a Jaxpr, or what was a ClosedJaxpr before 0.12, which exports no such type
 Params = Mapping[str, Any]  # of an equation
+Scope = Any  # one of the name scopes of an equation
 _JAX = os.path.dirname(jax.__file__) + os.sep
 
 
@@ -59,7 +60,7 @@ def nbytes(atom: Atom) -> int:
     return 0 if found is None else size(atom) * found.itemsize
 
 
-def read(atom: Atom, env: Mapping[Var, Any]) -> Any:
+def read(atom: Atom, env: Mapping[Atom, Any]) -> Any:
     """Return the value of a literal, or what a variable stands for."""
     return atom.val if isinstance(atom, Literal) else env[atom]
 
@@ -70,17 +71,33 @@ def bind(eqn: Eqn, values: Sequence[jax.Array]) -> list[jax.Array]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
+def scopes(eqn: Eqn) -> tuple[Scope, ...]:
+    """Return the name scopes that an equation stands in, outermost first."""
+    return eqn.source_info.name_stack.stack
+
+
+def stands_within(eqn: Eqn, outer: Eqn) -> bool:
+    """Tell whether an equation stands in all name scopes that another stands in."""
+    return scopes(eqn)[: len(scopes(outer))] == scopes(outer)
+
+
+def common_scopes(eqns: Sequence[Eqn]) -> tuple[Scope, ...]:
+    """Return the name scopes that all of some equations stand in."""
+    levels = zip(*map(scopes, eqns), strict=False)
+    alike = itertools.takewhile(lambda level: len({*level}) == 1, levels)
+    return tuple(level[0] for level in alike)
+
+
 @contextlib.contextmanager
-def scope(eqn: Eqn, within: Eqn | None = None) -> Iterator[None]:
-    """Run what stands inside under the name scope, the source line and the settings of eqn.
+def scope(eqn: Eqn, which: slice = slice(None)) -> Iterator[None]:
+    """Run what stands inside under the name scopes, the source line and the settings of eqn.
 
     Args:
         eqn: the equation.
-        within: another, of whose name scope what stands inside has only what is within.
+        which: of its name scopes, outermost first.
     """
-    inner = scopes_within(within, eqn)
-    assert inner is not None  # it is within
-    stack = source_info_util.current_name_stack() + inner
+    own = source_info_util.NameStack(scopes(eqn)[which])
+    stack = source_info_util.current_name_stack() + own
     with (
         source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
         eqn.ctx.manager,
@@ -88,26 +105,15 @@ def scope(eqn: Eqn, within: Eqn | None = None) -> Iterator[None]:
         yield
 
 
-def scopes_within(outer: Eqn | None, eqn: Eqn) -> source_info_util.NameStack | None:
-    """Return the name scopes of eqn within those of another, None where it stands outside."""
-    stack = eqn.source_info.name_stack.stack
-    around = () if outer is None else outer.source_info.name_stack.stack
-    if stack[: len(around)] != around:
-        return None
-    return source_info_util.NameStack(stack[len(around) :])
-
-
 def unscoped(program: Jaxpr) -> tuple[Jaxpr, contextlib.AbstractContextManager[None]]:
     """Return a program without the name scopes that all of it stands in, and a context with them.
 
     Flax names a layer inside of what is rematerialized, so that layers differ by their names.
     """
-    stacks = [eqn.source_info.name_stack.stack for eqn in program.eqns]
-    alike = itertools.takewhile(lambda scopes: len({*scopes}) == 1, zip(*stacks, strict=False))
-    common = tuple(scopes[0] for scopes in alike)
+    common = common_scopes(program.eqns)
     eqns = []
-    for eqn, stack in zip(program.eqns, stacks, strict=True):
-        inner = source_info_util.NameStack(stack[len(common) :])
+    for eqn in program.eqns:
+        inner = source_info_util.NameStack(scopes(eqn)[len(common) :])
         eqns.append(eqn.replace(source_info=eqn.source_info.replace(name_stack=inner)))
     outer = source_info_util.current_name_stack() + source_info_util.NameStack(common)
     return program.replace(eqns=eqns), source_info_util.set_name_stack(outer)
@@ -145,6 +151,11 @@ def inner_jaxprs(eqn: Eqn) -> list[Traced]:
 def is_program(value: object) -> bool:
     """Tell whether a parameter of an equation is a program."""
     return hasattr(opened(value), "eqns")
+
+
+def is_staged() -> bool:
+    """Tell whether operations become part of a program now, and do not run at once."""
+    return core.unsafe_am_i_under_a_jit_DO_NOT_USE()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def alive(jaxpr: Traced) -> Jaxpr:

@@ -10,15 +10,14 @@ Two runs are the same if their equations are: what they do, what they read, the 
 source lines they stand under, and their name scopes within that of the first.
 """
 
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.core import Tracer
 
 from jaxlora.tracing.jaxprs import compat
-from jaxlora.tracing.jaxprs.compat import Atom, Eqn, Literal, Var
+from jaxlora.tracing.jaxprs.compat import Atom, Eqn, Var
+from jaxlora.tracing.jaxprs.keys import Keys, Part
 
 Function = Callable[..., Any]
 
@@ -40,7 +39,7 @@ def runs(
     def joins(eqn):
         if eqn in alone or not _can_be_shared(eqn):
             return False
-        if run and compat.scopes_within(run[0], eqn) is None:
+        if run and not compat.stands_within(eqn, run[0]):
             return False
         return all(is_array(a) for a in eqn.invars if isinstance(a, Var) and a not in made)
 
@@ -65,108 +64,65 @@ def _can_be_shared(eqn: Eqn) -> bool:
 
 
 class Repeats:
-    """The runs that there were so far, and the functions for those that come again."""
-
-    def __init__(self):
-        self._functions: dict[Hashable, Function] = {}
-
-    def run(
-        self, eqns: Sequence[Eqn], env: Mapping[Var, Any], gone: Container[Var]
-    ) -> dict[Var, jax.Array]:
-        """Run equations as one function if they came before, and else one by one.
-
-        Args:
-            eqns: the equations, one run.
-            env: what the variables stand for that they read.
-            gone: variables that no equation reads after these.
-
-        Returns:
-            What the variables stand for that they made, without those that are gone.
-        """
-        made = dict.fromkeys(var for eqn in eqns for var in eqn.outvars)
-        read = dict.fromkeys(a for eqn in eqns for a in eqn.invars if isinstance(a, Var))
-        inputs = [var for var in read if var not in made]
-        outputs = [var for var in made if var not in gone]
-        values = [env[var] for var in inputs]
-        function = _function(eqns, inputs, outputs)
-        key = _key(eqns, [*inputs, *made], outputs, within=eqns[0])
-        function = self.shared(function, key, values)
-        with compat.scope(eqns[0]):
-            return dict(zip(outputs, function(*values), strict=True))
-
-    def shared(self, function: Function, key: Hashable, values: Sequence[object]) -> Function:
-        """Return the function for all runs of a key, on these values.
-
-        For the first of them it is the function itself; so it is where nothing is traced.
-        """
-        if not any(isinstance(value, Tracer) for value in jax.tree.leaves(values)):
-            return function
-        try:
-            shared = self._functions.get(key)
-        except TypeError:  # a parameter has no hash
-            return function
-        if shared is None:
-            self._functions[key] = jax.jit(function)
-            return function
-        return shared
-
-
-def _function(
-    eqns: Sequence[Eqn], inputs: Sequence[Var], outputs: Sequence[Var]
-) -> Callable[..., list[jax.Array]]:
-    """Return a run as a function, which stands under the name scope of its first equation."""
-
-    def repeated(*values):
-        env = dict(zip(inputs, values, strict=True))
-        for eqn in eqns:
-            read = [compat.read(atom, env) for atom in eqn.invars]
-            with compat.scope(eqn, within=eqns[0]):
-                env.update(zip(eqn.outvars, compat.bind(eqn, read), strict=True))
-        return [env[var] for var in outputs]
-
-    return repeated
-
-
-def key_of(eqn: Eqn) -> Hashable:
-    """Return what is equal of two equations that do the same to what they read."""
-    return _key([eqn], [atom for atom in eqn.invars if isinstance(atom, Var)], [], within=eqn)
-
-
-def _key(
-    eqns: Sequence[Eqn], variables: Iterable[Var], outputs: Sequence[Atom], within: Eqn | None
-) -> Hashable:
-    """Return what is equal of two runs that are the same.
+    """The functions of what came before, by what is equal of all that comes again.
 
     Args:
-        eqns: the equations.
-        variables: all that they read and make, in their order.
-        outputs: what is returned.
-        within: an equation, whose name scope may differ.
+        keys: what the equations of the program do.
+        can_share: whether there are any. Where JAX runs each operation at once there are none:
+            they would be compiled anew in each run of the program.
     """
-    numbers = {var: i for i, var in enumerate(variables)}
 
-    def read(atom):
-        if isinstance(atom, Literal):
-            return atom.aval, np.asarray(atom.val).tobytes()  # not its value: -0.0 equals 0.0
-        return numbers[atom]
+    def __init__(self, keys: Keys, can_share: bool):
+        self.keys, self.can_share = keys, can_share
+        self._functions: dict[Hashable, Function | None] = {}
 
-    def does(eqn):
-        params = [(name, _comparable(value)) for name, value in eqn.params.items()]
-        stands = compat.scopes_within(within, eqn), eqn.source_info.traceback, eqn.ctx
-        return eqn.primitive, *params, *map(read, eqn.invars), *stands
+    def run(self, part: Part, env: Mapping[Atom, Any], scopes: int) -> dict[Atom, jax.Array]:
+        """Run a part without weights, as one function with those before that do the same.
 
-    return (*map(does, eqns), *map(read, outputs))
+        Args:
+            part: the equations.
+            env: what the variables stand for that they read.
+            scopes: the number of their name scopes that this stands in already.
+
+        Returns:
+            What its outputs stand for.
+        """
+        values = [env[var] for var in part.inputs]
+        function = _function(part)
+        shared = self.shared(part, function)
+        with compat.scope(part.eqns[0], slice(scopes, part.scopes)):
+            outs = (shared or function)(*values)
+        return dict(zip(part.outputs, outs, strict=True))
+
+    def shared(self, part: Part, function: Function) -> Function | None:
+        """Return the function for all parts that do the same, None for the first of them.
+
+        Args:
+            part: one of them.
+            function: does what it does.
+        """
+        if not self.can_share:
+            return None
+        key = self.keys.of(part)
+        if key in self._functions:
+            return self._functions[key]
+        self._functions[key] = jax.jit(function)
+        return None
+
+    def tell_apart(self, part: Part) -> None:
+        """Have no function for the parts that do the same as one, for they do not."""
+        self._functions[self.keys.of(part)] = None
 
 
-def _comparable(value: object) -> Hashable:
-    """Return what is equal of two parameters that mean the same; programs are what they do."""
-    if isinstance(value, tuple | list):
-        return tuple(map(_comparable, value))
-    if not compat.is_program(value):
-        return value
-    program = compat.opened(value)
-    made = (var for eqn in program.eqns for var in eqn.outvars)
-    variables = (*program.constvars, *program.invars, *made)
-    consts = tuple(map(id, compat.consts(value)))
-    avals = tuple(var.aval for var in program.invars)
-    return _key(program.eqns, variables, program.outvars, within=None), avals, consts
+def _function(part: Part) -> Callable[..., list[jax.Array]]:
+    """Return a part as a function, which stands in the name scopes of all of it."""
+
+    def repeated(*values):
+        env: dict[Atom, Any] = dict(zip(part.inputs, values, strict=True))
+        for eqn in part.eqns:
+            read = [compat.read(atom, env) for atom in eqn.invars]
+            with compat.scope(eqn, slice(part.scopes, None)):
+                env.update(zip(eqn.outvars, compat.bind(eqn, read), strict=True))
+        return [compat.read(atom, env) for atom in part.outputs]
+
+    return repeated

@@ -34,7 +34,7 @@ def leave(
             too, and cannot be where something else is added before the split.
         columns: the gain.
     """
-    if (split := run.splits.get(eqn)) is None:
+    if (split := run.known.splits.get(eqn)) is None:
         return False
     factor = None
     if gain is not None and columns is not None and gain.scaled is Scaled.RESULT:

@@ -107,7 +107,7 @@ def _sharing(
     They are by product and side, for in another of three weights that one may give way.
     """
     found: dict[tuple[Eqn, int], LowRank] = {}
-    for other in run.plan.readers_after(reader):
+    for other in run.known.plan.readers_after(reader):
         side = 1 - other.operand
         atom = other.eqn.invars[side]
         weight = run.env.get(atom) if isinstance(atom, Var) else None

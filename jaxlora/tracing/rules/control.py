@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes, lax
 
-from jaxlora.tracing.interpreter import Evaluation
-from jaxlora.tracing.jaxprs import compat, repeats
+from jaxlora.tracing.interpreter import Evaluation, evaluate
+from jaxlora.tracing.jaxprs import compat
+from jaxlora.tracing.jaxprs.keys import Part
 from jaxlora.tracing.registry import rule
 from jaxlora.tracing.rules.loops import signature
 from jaxlora.tracing.rules.meshes import constrained
@@ -21,7 +22,7 @@ from jaxlora.tracing.types import Eqn, Value, Values
 from jaxlora.tracing.values import deferred
 from jaxlora.tracing.values.chain import CHECKPOINT_NAME
 from jaxlora.tracing.values.lowrank import LowRank
-from jaxlora.tracing.values.weight import NamelessWeightError, Weight, base_of
+from jaxlora.tracing.values.weight import Weight, base_of
 
 
 @rule(*compat.JIT, passes=True)
@@ -55,25 +56,8 @@ def remat(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
 
     again = jax.checkpoint(repeated, prevent_cse=params["prevent_cse"], policy=policy)
     with scopes:
-        return _shared(run, eqn.replace(params=params), again, *values)
-
-
-def _shared(run: Evaluation, eqn: Eqn, function: Callable[..., Values], *values: Value) -> Values:
-    """Return what a function does that stands for an equation, one for all equal equations.
-
-    In that function weights have no names. So a function is not shared that has to name a weight,
-    or returns one; nor is one that is recorded.
-    """
-    if eqn.effects or run.evaluator.recorder is not None:
-        return function(*values)
-    shared = run.repeats.shared(function, repeats.key_of(eqn), values)
-    if shared is function:  # the first
-        return function(*values)
-    try:
-        outs = shared(*(v.nameless() if isinstance(v, Weight) else v for v in values))
-    except NamelessWeightError:
-        return function(*values)
-    return function(*values) if any(isinstance(out, Weight) for out in outs) else outs
+        outs = run.shared(Part.of([eqn.replace(params=params)], gone=()), again, *values)
+        return again(*values) if outs is None else outs
 
 
 @rule("custom_jvp_call")
@@ -113,7 +97,7 @@ def custom_jvp_call(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
         arrays = [_base(v) for v in values]
         program = jax.make_jaxpr(derivative)(arrays, [arrays[i] for i in moves])
         outs, *parts = (
-            run.evaluator.derivative().run(program, *values, *moving)
+            evaluate(run.evaluator.derivative(), program, *values, *moving)
             for moving in _tangents([(values[i], dots[i]) for i in moves])
         )
         outs = dense(outs)

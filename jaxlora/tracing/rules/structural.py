@@ -56,10 +56,12 @@ def select(run: Evaluation, eqn: Eqn, which: jax.Array, *cases: Operand) -> Valu
     for each entry of a stack, each factor is selected as the base is.
     """
     predicate, *others = eqn.invars
-    known = {run.values.get(x, x) if isinstance(x, Var) else id(x) for x in others}  # or a literal
+    known = {
+        run.known.values.get(x, x) if isinstance(x, Var) else id(x) for x in others
+    }  # or a literal
     if len(known) == 1:
         return [cases[0]]
-    along = run.varying.get(predicate, ()) if isinstance(predicate, Var) else ()
+    along = run.known.varying.get(predicate, ()) if isinstance(predicate, Var) else ()
     weights = [case for case in cases if isinstance(case, Weight)]
     is_one = len(weights) == len(cases) and len({*map(_factors_of, weights)}) == 1
     if not is_one or not weights[0].is_whole(along):

@@ -29,7 +29,7 @@ Operation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class NamelessWeightError(Exception):
-    """A weight has to be named that has no name: no user sees it, see `rules.control`."""
+    """A weight has to be named that has no name: no user sees it, see `Evaluation.shared`."""
 
 
 class Role(enum.StrEnum):
@@ -45,11 +45,12 @@ class Origin:
     """Where a traced weight came from; nothing here changes on its way.
 
     Attributes:
-        paths: path of the leaf, or of each leaf that was joined to it.
+        paths: path of the leaf, or of each leaf that was joined to it; none if it is nameless.
         roles: roles of its axes, None for a probe and for joined weights.
         shape: its shape.
         alpha: numerator of the scaling.
         dropout_rate: share of the low-rank path's input that is dropped.
+        number: what tells nameless weights apart.
     """
 
     paths: tuple[str, ...]
@@ -57,6 +58,7 @@ class Origin:
     shape: tuple[int, ...] = ()
     alpha: float = 1.0
     dropout_rate: float = 0.0
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +190,14 @@ class Weight(abc.ABC):
             raise NamelessWeightError
         return " + ".join(self.origin.paths)
 
-    def nameless(self) -> Self:
-        """Return this without what tells it from others of its shapes, which are traced as one."""
-        return self.replace(origin=dataclasses.replace(self.origin, paths=()), picked_at=("", ""))
+    def nameless(self, number: int = 0) -> Self:
+        """Return this without what tells it from others of its shapes, which are traced as one.
+
+        Args:
+            number: tells it from other weights that are traced with it.
+        """
+        origin = dataclasses.replace(self.origin, paths=(), number=number)
+        return self.replace(origin=origin, picked_at=("", ""))
 
     def reshaped(self, base: Base, dims: axes.Dims) -> Self:
         """Return this with the same pieces in the same order, split and joined as in dims."""

@@ -1,0 +1,53 @@
+"""What is known of a program before it is run."""
+
+from collections.abc import Callable, Sequence
+
+from jaxlora.tracing.jaxprs import compat, dataflow, layers, sharing, sums
+from jaxlora.tracing.jaxprs.compat import Atom, Eqn, Jaxpr, Var
+from jaxlora.tracing.jaxprs.keys import Keys, Part
+
+
+class Known:
+    """What is known of a program.
+
+    Attributes:
+        is_of_jax: whether it is that of a function of JAX itself.
+        plan: the products that read one input, see `sharing.Plan`.
+        values: what the variables stand for, see `dataflow.values`.
+        varying: along which dimensions predicates vary, see `dataflow.varying`.
+        splits: by product the reshape after which its term is added, see `sums.splits`.
+        keys: what is equal of its parts.
+        whole: all of it.
+    """
+
+    def __init__(self, program: Jaxpr):
+        self.is_of_jax = compat.is_of_jax(program)
+        self.plan = sharing.plan(program)
+        self.values, self.varying = dataflow.values(program), dataflow.varying(program)
+        self.splits = sums.splits(program)
+        self.keys = Keys(self.values, self.varying)
+        inputs = (*program.constvars, *program.invars)
+        self.whole = Part(self.plan.eqns, inputs, program.outvars, scopes=0)
+        self._last_uses = dataflow.last_uses(self.plan.eqns, program.outvars)
+
+    def gone(self, eqns: Sequence[Eqn]) -> set[Var]:
+        """Return the variables that nothing reads after some equations."""
+        return {var for eqn in eqns for var in self._last_uses.get(eqn, ())}
+
+    def part(self, eqns: Sequence[Eqn]) -> Part:
+        """Return equations as a part of it."""
+        return Part.of(eqns, self.gone(eqns))
+
+    def pieces(self, part: Part, is_array: Callable[[Atom], bool]) -> list[layers.Piece]:
+        """Cut a part into layers and what stands around them.
+
+        Args:
+            part: the part.
+            is_array: tells whether what a variable stands for is an array, where that is known.
+        """
+        groups = [
+            [reader.eqn for reader in group]
+            for group in self.plan.groups.values()
+            if is_array(group[0].eqn.invars[group[0].operand])
+        ]
+        return layers.cut(part.eqns, self.keys, self.part, [*groups, *self.splits.items()])
