@@ -114,6 +114,16 @@ def test_layers_are_one_function_and_compute_what_merged_ones_do(block, named):
     assert_like_merged(fn, tree, X)
 
 
+@pytest.mark.parametrize("wrapped", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
+def test_layers_that_are_functions_of_jax_are_one_function(wrapped):
+    fn = of(wrapped(attention), named=False)
+    tree = adapted(fn, X)
+    shared = calls(jaxlora.lora(fn), tree, X)
+    assert len(shared) == LAYERS - 1
+    assert len({*map(id, shared)}) == 1
+    assert_like_merged(fn, tree, X)
+
+
 @pytest.mark.parametrize("kind", [None, "int8", "nf4"])
 @pytest.mark.parametrize("magnitude", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("dropped", [0, 0.3], ids=["all", "dropout"])

@@ -1,13 +1,10 @@
-"""Equations that come again in a program, as those of its layers do.
+"""Parts of a program that come again, as its layers do, and the functions for them.
 
 JAX traces and differentiates a function under `jax.jit` once for all calls of equal shapes. A
-program no longer tells which functions it was written with: its layers are written out, equation by
-equation. So equations that stand together and read no weights are taken as one run, and a run that
-comes a second time becomes such a function, which all that are the same call from then on. So does
-an equation with a program of its own, as a layer that is rematerialized, whatever it reads.
-
-Two runs are the same if their equations are: what they do, what they read, the settings and the
-source lines they stand under, and their name scopes within that of the first.
+program no longer tells which functions it was written with. So a part of it that comes a second
+time becomes such a function, which all that do the same call from then on: a layer, an equation
+with a program of its own, as of a layer that is rematerialized, or a run of equations that read no
+weights, where layers differ elsewhere.
 """
 
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence

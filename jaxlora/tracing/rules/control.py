@@ -30,7 +30,11 @@ def jit(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     """Compile the inner program again, under its name and with its shardings."""
     params = eqn.params
     values = tuple(map(constrained, values, params["in_shardings"]))
-    outs = run.jitted(eqn, params["jaxpr"], *values)
+
+    def repeated(*values):
+        return run.jitted(eqn, params["jaxpr"], *values)
+
+    outs = _once_for_all(run, eqn, repeated, *values)
     return [*map(constrained, outs, params["out_shardings"])]
 
 
@@ -56,8 +60,15 @@ def remat(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
 
     again = jax.checkpoint(repeated, prevent_cse=params["prevent_cse"], policy=policy)
     with scopes:
-        outs = run.shared(Part.of([eqn.replace(params=params)], gone=()), again, *values)
-        return again(*values) if outs is None else outs
+        return _once_for_all(run, eqn.replace(params=params), again, *values)
+
+
+def _once_for_all(
+    run: Evaluation, eqn: Eqn, function: Callable[..., Values], *values: Value
+) -> Values:
+    """Return what a function does that stands for an equation, by one for all that do the same."""
+    outs = run.shared(Part.of([eqn], gone=()), function, *values)
+    return function(*values) if outs is None else outs
 
 
 @rule("custom_jvp_call")
