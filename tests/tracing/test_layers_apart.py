@@ -1,0 +1,130 @@
+"""Laws of layers that differ in what is not seen of one alone: they are not one function."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases.base import normal
+from counts import products
+from layered import (
+    LAYERS,
+    X,
+    adapted,
+    assert_like_merged,
+    attention,
+    calls,
+    gradients,
+    moved,
+    norm,
+    of,
+)
+from numpy.testing import assert_allclose
+
+import jaxlora
+
+
+def test_layers_that_differ_in_one_number_are_not_one_function():
+    def fn(params, x):
+        for i in range(LAYERS):
+            w = params[f"layer{i}"]
+            x = x + jnp.tanh(norm(x) @ w["q"] * (i + 1)) @ w["o"]
+        return x
+
+    tree = adapted(fn, X, names="qo")
+    assert not calls(jaxlora.lora(fn), tree, X)
+    assert_like_merged(fn, tree, X)
+
+
+def test_layers_with_and_without_adapters_are_told_apart():
+    fn = of(attention)
+    tree = adapted(fn, X, layers=[0, 2, 4])
+    assert calls(jaxlora.lora(fn), tree, X)
+    assert_like_merged(fn, tree, X)
+
+
+def test_products_of_one_input_in_all_layers_still_share_it():
+    def fn(params, x, memory):
+        for i in range(LAYERS):
+            w = params[f"layer{i}"]
+            read = jax.nn.softmax(norm(x) @ (memory @ w["k"]).mT) @ (memory @ w["v"])
+            x = x + read @ w["o"]
+        return x
+
+    memory = normal(99, 4, 3, 8)
+    tree = adapted(fn, X, memory, names="kvo")
+    operands = [shape for shapes in products(jaxlora.lora(fn), tree, X, memory) for shape in shapes]
+    assert operands.count((8, 2 * 2 * LAYERS)) == 1  # the first factors of all, side by side
+    assert (8, 2 * 2) not in operands  # those of one layer
+    assert_like_merged(fn, tree, X, memory)
+
+
+def test_one_weight_is_selected_as_one_and_two_are_told_by_their_names():
+    """What is selected between is one weight in some layers, and two in others."""
+
+    def fn(params, x):
+        for i in range(2 * LAYERS):
+            w, other = params[f"layer{i % LAYERS}"], "qk"[i >= LAYERS]
+            chosen = jax.lax.select(x[0, 0, 0] > 0, w["q"], w[other])
+            x = x + jnp.tanh(norm(x) @ chosen) @ w["o"]
+        return x
+
+    tree = adapted(fn, X, names="qko")
+    with pytest.warns(jaxlora.MaterializationWarning) as told:
+        ours = gradients(jaxlora.lora(fn), tree, X)
+    named = re.findall(r"'(\S+)' reaches", " ".join(str(warning.message) for warning in told))
+    assert {*named} == {f"layer{i}/{name}" for i in range(LAYERS) for name in "qk"}
+    theirs = gradients(fn, tree, X, made=jaxlora.merge)
+    jax.tree.map(lambda x, y: assert_allclose(x, y, rtol=2e-3, atol=1e-3), ours, theirs)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_is_known_of_a_predicate_is_not_taken_from_another_layer(first):
+    """By one predicate all of a stack gets its gradient, or by one for each its entry does.
+
+    Which of the two a layer selects by stands before the layers, and is not the same for all.
+    """
+
+    def fn(params, x):
+        for_all = jnp.broadcast_to(x[0, 0, 0] > -9, (2, 8, 8))
+        for_each = jnp.broadcast_to((jnp.array([-9.0, 9.0]) > x[0, 0, 0])[:, None, None], (2, 8, 8))
+        predicates = [for_all, for_each, for_each, for_all, for_each, for_all]
+        for i in range(LAYERS):
+            w = params[f"layer{i}"]
+            chosen = jax.lax.select(predicates[i + first], w, jax.lax.stop_gradient(w))
+            x = x + jnp.tanh(jnp.einsum("bti,sio->bto", norm(x), chosen))
+        return x
+
+    params = {f"layer{i}": normal(i, 2, 8, 8) * 0.3 for i in range(LAYERS)}
+    stack = dict.fromkeys(params, (0,))
+    tree = moved(fn, params, X, config=jaxlora.LoRAConfig(rank=2, stack=stack))
+    assert calls(jaxlora.lora(fn), tree, X)
+    assert_like_merged(fn, tree, X)
+
+
+def made_dense(params, x):
+    for i in range(LAYERS):
+        w = params[f"layer{i}"]
+        x = norm(x @ jnp.sin(w["q"])) @ w["o"]
+    return x
+
+
+def made_dense_after(params, x):
+    turned = []
+    for i in range(LAYERS):
+        w = params[f"layer{i}"]
+        turned.append(w["q"].T)
+        x = norm(x) @ w["o"]
+    return sum(x @ jnp.sin(w) for w in turned)
+
+
+@pytest.mark.parametrize("fn", [made_dense, made_dense_after])
+def test_each_weight_that_is_made_dense_is_told_by_its_name(fn):
+    tree = adapted(fn, X, names="qo")
+    with pytest.warns(jaxlora.MaterializationWarning) as told:
+        y = jax.jit(jaxlora.lora(fn))(tree, X)
+    named = re.findall(r"'(\S+)' reaches", " ".join(str(warning.message) for warning in told))
+    assert {*named} == {f"layer{i}/q" for i in range(LAYERS)}
+    assert_allclose(y, fn(jaxlora.merge(tree), X), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="'layer0/q' reaches 'sin'"):
+        jax.jit(jaxlora.lora(fn, strict=True))(tree, X)
