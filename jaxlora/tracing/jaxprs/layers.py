@@ -37,9 +37,9 @@ def cut(
         part_of: returns equations as a part.
         together: equations that have to stay in one piece.
     """
-    pieces = [*_pieces(eqns, np.array([*map(keys.does, eqns)]))]
-    if len(pieces) == 1:
+    if len(eqns) < _FEWEST * _SHORTEST:
         return [(eqns, None)]
+    pieces = [*_pieces(eqns, np.array([*map(keys.does, eqns)]))]
     number = {eqn: i for i, piece in enumerate(pieces) for eqn in piece}
     spans = ({number.get(eqn) for eqn in group} for group in together)
     torn = {i for span in spans if len(span) > 1 for i in span}
