@@ -55,7 +55,7 @@ def of(block, named=True):
     return fn
 
 
-def adapted(fn, *args, names="qkvo", layers=range(LAYERS), quantization=None, **config):
+def adapted(fn, *args, names="qkvo", layers=tuple(range(LAYERS)), quantization=None, **config):
     params = {
         f"layer{i}": {name: normal(i, 8, 8) * 0.3 for i, name in enumerate(names, 4 * i)}
         for i in range(LAYERS)

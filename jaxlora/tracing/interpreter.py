@@ -113,13 +113,13 @@ class Evaluation:
     def _run(self, eqns: Sequence[Eqn]) -> None:
         """Run equations: one by one, but those together that read no weights."""
         env, scopes = self.env, self._part.scopes
-        for run in repeats.runs(eqns, self._is_array, alone={*self.known.splits.values()}):
+        for run in repeats.runs(eqns, self._is_array, alone=self.known.alone):
             if len(run) > 1:
                 env.update(self.repeats.run(self.known.part(run), env, scopes))
             else:
                 (eqn,) = run
                 values = [compat.read(atom, env) for atom in eqn.invars]
-                with compat.scope(eqn, slice(scopes, None)):
+                with compat.scope(slice(scopes, None), eqn):
                     outs = self._with_late(eqn, self._step(eqn, values))
                 env.update(zip(eqn.outvars, outs, strict=True))
             self._let_go(run)
@@ -136,7 +136,7 @@ class Evaluation:
             return run.outputs()
 
         values = [self.env[var] for var in layer.inputs]
-        with compat.scope(layer.eqns[0], slice(self._part.scopes, layer.scopes)):
+        with compat.scope(slice(self._part.scopes, layer.scopes), *layer.eqns):
             found = self.shared(layer, repeated, self.last, *values)
         if found is None:
             return False
@@ -149,21 +149,25 @@ class Evaluation:
         """Return what the function does that stands for all equal parts, None if there is none.
 
         In it weights have no names. So there is none for parts that have to name a weight, or
-        return one; nor where uses of weights are recorded.
+        return one; nor where uses of weights are recorded, or for parts with effects.
 
         Args:
             part: the equations.
             function: does what they do.
             *values: what they read.
         """
+        if any(eqn.effects for eqn in part.eqns):
+            return None
         if (shared := self.repeats.shared(part, function)) is None:
             return None
-        paths = list(dict.fromkeys(v.origin.paths for v in values if isinstance(v, Weight)))
-        nameless = [
-            v.nameless(paths.index(v.origin.paths)) if isinstance(v, Weight) else v for v in values
-        ]
+        found: dict[object, int] = {}
+
+        def nameless(weight):
+            identity = weight.origin.paths, weight.origin.numbers
+            return weight.nameless(found.setdefault(identity, len(found)))
+
         with contextlib.suppress(NamelessWeightError):
-            outs = shared(*nameless)
+            outs = shared(*(nameless(v) if isinstance(v, Weight) else v for v in values))
             if not any(map(_is_weight, jax.tree.leaves(outs, is_leaf=_is_weight))):
                 return outs
         self.repeats.tell_apart(part)
@@ -183,20 +187,20 @@ class Evaluation:
         arrays = [value for value in others if not isinstance(value, Deferred)]
         if len(arrays) == len(values):
             return compat.bind(eqn, arrays)
-        known = registry.primitive(eqn)
+        does = registry.primitive(eqn)
         sizes = [compat.size(var) for var in eqn.outvars]
         if sizes and not any(sizes):  # nothing of a weight
             bases = [base_of(value) for value in values]
             return compat.bind(eqn, [*map(deferred.now, bases)])
-        if not weights and known.deferred:
+        if not weights and does.deferred:
             return [deferred.bind(eqn, others)]
-        if not weights and not known.passes:
+        if not weights and not does.passes:
             return deferred.read(eqn, others, self.product)
-        if not known.passes:
+        if not does.passes:
             values = [deferred.now(v) if isinstance(v, Deferred) else v for v in values]
-        if known.rule is None:
+        if does.rule is None:
             return self.without_rule(eqn, values, "it has no low-rank rule")
-        return known.rule(self, eqn, *values)
+        return does.rule(self, eqn, *values)
 
     def inner(self, eqn: Eqn, jaxpr: Traced, *args: Value) -> list[Value]:
         """Evaluate a program that stands in an equation of this."""
@@ -209,10 +213,10 @@ class Evaluation:
         """
         compiled = self.evaluator.compiled
         if (function := compiled.get(jaxpr)) is None:
-            known, evaluator, line = weakref.ref(jaxpr), self.evaluator, self.where(eqn)[1]
+            program_of, evaluator, line = weakref.ref(jaxpr), self.evaluator, self.where(eqn)[1]
 
             def inner(consts, *values):
-                program = known()
+                program = program_of()
                 assert program is not None  # whoever calls this has it
                 return _evaluate(evaluator, program, consts, *values, line=line)
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases.base import normal
-from counts import products
+from counts import equations, products
+from jax.experimental.xla_metadata import set_xla_metadata
 from layered import (
     LAYERS,
     X,
@@ -22,6 +23,7 @@ from layered import (
 from numpy.testing import assert_allclose
 
 import jaxlora
+from jaxlora.tracing.jaxprs import compat
 
 
 def test_layers_that_differ_in_one_number_are_not_one_function():
@@ -38,7 +40,7 @@ def test_layers_that_differ_in_one_number_are_not_one_function():
 
 def test_layers_with_and_without_adapters_are_told_apart():
     fn = of(attention)
-    tree = adapted(fn, X, layers=[0, 2, 4])
+    tree = adapted(fn, X, layers=(0, 2, 4))
     assert calls(jaxlora.lora(fn), tree, X)
     assert_like_merged(fn, tree, X)
 
@@ -128,3 +130,93 @@ def test_each_weight_that_is_made_dense_is_told_by_its_name(fn):
     assert_allclose(y, fn(jaxlora.merge(tree), X), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="'layer0/q' reaches 'sin'"):
         jax.jit(jaxlora.lora(fn, strict=True))(tree, X)
+
+
+def widths_that_differ(params, x):
+    for w in params["layers"]:
+        gate, up = w["gate and up"]
+        x = jnp.tanh(x + jnp.tanh(jnp.sin(norm(x) @ gate) * (norm(x) @ up)) @ w["o"])
+    return x
+
+
+def rows_that_differ(params, x):
+    inputs = [x[:0], x, x[:2], x[:1], x[:3]]
+    layers = zip(inputs, params["layers"], strict=True)
+    return jnp.concatenate([jnp.tanh(norm(jnp.sin(x) @ w["o"].T)) for x, w in layers])
+
+
+@pytest.mark.parametrize("fn", [widths_that_differ, rows_that_differ])
+@pytest.mark.parametrize("widths", [[8, 6, 6, 6, 6], [6, 8, 8, 6, 6]], ids=str)
+def test_layers_of_other_shapes_are_other_layers(fn, widths):
+    names = ["gate and up", "o"] if fn is widths_that_differ else ["o"]
+    shapes = [{"gate and up": (2, 8, width), "o": (width, 8)} for width in widths]
+    if fn is rows_that_differ:
+        shapes = [{"o": (8, 8)} for _ in widths]
+    layers = [{name: normal(i, *of[name]) * 0.3 for name in names} for i, of in enumerate(shapes)]
+    exclude = ("layers/0",) if fn is rows_that_differ else ()  # which is not used
+    config = jaxlora.LoRAConfig(rank=2, exclude=exclude)
+    assert_like_merged(fn, moved(fn, {"layers": layers}, X, config=config), X)
+
+
+def test_what_a_layer_does_to_a_ref_is_done_once():
+    def fn(params, x):
+        count = jax.new_ref(jnp.zeros(()))
+        turned = []
+        for i in range(LAYERS):
+            count[...] += 1.0
+            x = attention(x, params[f"layer{i}"])
+            turned.append(params[f"layer{i}"]["q"].T)  # which is a reason not to be one function
+        return sum((x @ w for w in turned), count[...])
+
+    tree = adapted(fn, X)
+    assert_allclose(jax.jit(jaxlora.lora(fn))(tree, X), fn(jaxlora.merge(tree), X), rtol=1e-3)
+
+
+def test_settings_of_the_first_operation_are_not_those_of_its_layer():
+    def fn(params, x):
+        for i in range(LAYERS):
+            with set_xla_metadata(where="before"):
+                x = jnp.sin(x)
+            x = attention(x, params[f"layer{i}"])
+        return x
+
+    program = jax.make_jaxpr(jaxlora.lora(fn))(adapted(fn, X), X)
+    for name, is_set in {"sin": True, "dot_general": False, compat.JIT[0]: False}.items():
+        found = [*equations(program, name)]
+        assert found
+        assert {bool(eqn.ctx.xla_metadata) for eqn in found} == {is_set}
+
+
+def test_weights_stay_two_in_a_function_of_a_layer():
+    @jax.jit
+    def selected(x, w, other):
+        return jnp.tanh(norm(x) @ jax.lax.select(x[0, 0, 0] > 0, w, other))
+
+    def fn(params, x):
+        for i in range(LAYERS):
+            w = params[f"layer{i}"]
+            x = attention(x, w)
+            for other in (w["q"].T.T, w["o"]):
+                x = x + selected(x, w["q"], other)
+        return x
+
+    tree = adapted(fn, X)
+    with pytest.warns(jaxlora.MaterializationWarning) as told:
+        jax.jit(jaxlora.lora(fn))(tree, X)
+    named = re.findall(r"'(\S+)' reaches", " ".join(str(warning.message) for warning in told))
+    assert {*named} == {f"layer{i}/{name}" for i in range(LAYERS) for name in "qo"}
+
+
+def test_functions_that_call_others_twice_are_compared_once():
+    f = jax.jit(lambda x, w: jnp.sin(x @ w))
+    for _ in range(40):  # a trillion calls, written out
+        f = jax.jit(lambda x, w, f=f: f(f(x, w) * 0.5, w))
+
+    def fn(params, x):
+        return f(x, params["w"])
+
+    params = {"w": normal(1, 8, 8) * 0.1}
+    tree = jax.eval_shape(
+        lambda: moved(lambda p, x: x @ p["w"], params, X, config=jaxlora.LoRAConfig(rank=2))
+    )
+    assert jax.eval_shape(jaxlora.lora(fn), tree, X).shape == X.shape

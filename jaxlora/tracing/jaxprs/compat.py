@@ -89,18 +89,20 @@ def common_scopes(eqns: Sequence[Eqn]) -> tuple[Scope, ...]:
 
 
 @contextlib.contextmanager
-def scope(eqn: Eqn, which: slice = slice(None)) -> Iterator[None]:
-    """Run what stands inside under the name scopes, the source line and the settings of eqn.
+def scope(which: slice, *eqns: Eqn) -> Iterator[None]:
+    """Run what stands inside under name scopes, source line and settings of the first equation.
 
     Args:
-        eqn: the equation.
-        which: of its name scopes, outermost first.
+        which: of the name scopes, outermost first.
+        *eqns: the equations; settings are those that all of them have.
     """
-    own = source_info_util.NameStack(scopes(eqn)[which])
+    first = eqns[0]
+    own = source_info_util.NameStack(scopes(first)[which])
     stack = source_info_util.current_name_stack() + own
+    is_common = all(eqn.ctx == first.ctx for eqn in eqns)
     with (
-        source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
-        eqn.ctx.manager,
+        source_info_util.user_context(first.source_info.traceback, name_stack=stack),
+        first.ctx.manager if is_common else contextlib.nullcontext(),
     ):
         yield
 

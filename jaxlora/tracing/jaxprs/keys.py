@@ -5,13 +5,15 @@ equal. Programs among their parameters are compared by what they do.
 """
 
 import dataclasses
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Self
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Self, TypeVar
 
 import numpy as np
 
 from jaxlora.tracing.jaxprs import compat
-from jaxlora.tracing.jaxprs.compat import Atom, Eqn, Literal, Var
+from jaxlora.tracing.jaxprs.compat import Atom, Eqn, Literal, Traced, Var
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,7 +23,7 @@ class Part:
     Attributes:
         eqns: the equations.
         inputs: the variables that they read and do not make.
-        outputs: those that they make and that are read after them.
+        outputs: what is read of them after them.
         scopes: the number of name scopes that all of them stand in, outermost first.
     """
 
@@ -56,25 +58,51 @@ class Keys:
     def __init__(self, values: Mapping[Atom, Atom], varying: Mapping[Atom, Sequence[int]]):
         self._values, self._varying = values, varying
         self._numbers: dict[Hashable, int] = {}
-        self._known: dict[Eqn, int] = {}
+        self._known: dict[Eqn | Part | Traced, int] = {}  # of what was asked for
 
     def does(self, eqn: Eqn) -> int:
         """Return the number of what an equation does, whichever variables it reads."""
-        if eqn not in self._known:
-            try:
-                number = self._numbers.setdefault(_does(eqn), len(self._numbers))
-            except TypeError:  # a parameter has no hash, so the equation is like no other
-                number = self._numbers.setdefault(object(), len(self._numbers))
-            self._known[eqn] = number
-        return self._known[eqn]
+        return self._number(eqn, self._does)
 
-    def of(self, part: Part) -> Hashable:
-        """Return what is equal of parts that do the same; the scopes of all of it may differ."""
+    def of(self, part: Part) -> int:
+        """Return the number of what a part does; the scopes that all of it is in may differ."""
+        return self._number(part, self._part_does)
+
+    def _number(self, of: T, what: Callable[[T], Hashable]) -> int:
+        if (number := self._known.get(of)) is None:
+            try:
+                number = self._numbers.setdefault(what(of), len(self._numbers))
+            except TypeError:  # a parameter has no hash, so this is like nothing else
+                number = self._numbers.setdefault(object(), len(self._numbers))
+            self._known[of] = number
+        return number
+
+    def _does(self, eqn: Eqn) -> Hashable:
+        """Return all that an equation is, without its variables and its name scopes."""
+        params = [(name, self._comparable(value)) for name, value in eqn.params.items()]
+        literals = [_literal(atom) for atom in eqn.invars if isinstance(atom, Literal)]
+        return eqn.primitive, *params, *literals, eqn.source_info.traceback, eqn.ctx
+
+    def _comparable(self, value: object) -> Hashable:
+        """Return what is equal of two parameters that mean the same."""
+        if isinstance(value, tuple | list):
+            return tuple(map(self._comparable, value))
+        return self._number(value, self._program_does) if compat.is_program(value) else value
+
+    def _program_does(self, jaxpr: Traced) -> Hashable:
+        program = compat.opened(jaxpr)
+        inputs = (*program.constvars, *program.invars)
+        does = [(self.does(eqn), compat.scopes(eqn)) for eqn in program.eqns]
+        flow = _flow(program.eqns, inputs, program.outvars)
+        return "program", *does, *flow, *map(id, compat.consts(jaxpr))
+
+    def _part_does(self, part: Part) -> Hashable:
         does = [(self.does(eqn), compat.scopes(eqn)[part.scopes :]) for eqn in part.eqns]
-        return *does, *_flow(part.eqns, part.inputs, part.outputs), *self._facts(part)
+        flow = _flow(part.eqns, part.inputs, part.outputs)
+        return "part", *does, *flow, *self._facts(part)
 
     def _facts(self, part: Part) -> Iterable[Hashable]:
-        """Return what is known of the variables of a part from the equations before it."""
+        """Return what is known of variables that what a part is made of does not tell."""
         if not self._values and not self._varying:
             return ()
         variables = (*part.inputs, *(var for eqn in part.eqns for var in eqn.outvars))
@@ -84,34 +112,15 @@ class Keys:
         return *alike, *(self._varying.get(var) for var in part.inputs)
 
 
-def _does(eqn: Eqn) -> Hashable:
-    """Return all that an equation is, without its variables and its name scopes."""
-    params = [(name, _comparable(value)) for name, value in eqn.params.items()]
-    literals = [_literal(atom) for atom in eqn.invars if isinstance(atom, Literal)]
-    return eqn.primitive, *params, *literals, eqn.source_info.traceback, eqn.ctx
-
-
-def _comparable(value: object) -> Hashable:
-    """Return what is equal of two parameters that mean the same; programs are what they do."""
-    if isinstance(value, tuple | list):
-        return tuple(map(_comparable, value))
-    if not compat.is_program(value):
-        return value
-    program = compat.opened(value)
-    inputs = (*program.constvars, *program.invars)
-    does = [(_does(eqn), compat.scopes(eqn)) for eqn in program.eqns]
-    consts, avals = map(id, compat.consts(value)), (var.aval for var in inputs)
-    return *does, *_flow(program.eqns, inputs, program.outvars), *consts, *avals
-
-
 def _flow(
-    eqns: Sequence[Eqn], inputs: Iterable[Var], outputs: Sequence[Atom]
+    eqns: Sequence[Eqn], inputs: Sequence[Var], outputs: Sequence[Atom]
 ) -> tuple[Hashable, ...]:
-    """Return which variables equations read and return, by number, and which literals."""
+    """Return the types of inputs, and which variables equations read and return, by number."""
     made = (var for eqn in eqns for var in eqn.outvars)
     numbers = {var: i for i, var in enumerate((*inputs, *made))}
     read = (*(atom for eqn in eqns for atom in eqn.invars), *outputs)
-    return tuple(_literal(a) if isinstance(a, Literal) else numbers[a] for a in read)
+    flow = (_literal(a) if isinstance(a, Literal) else numbers[a] for a in read)
+    return *(var.aval for var in inputs), *flow
 
 
 def _literal(atom: Literal) -> Hashable:

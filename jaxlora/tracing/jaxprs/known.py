@@ -1,7 +1,8 @@
 """What is known of a program before it is run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
+from jaxlora.tracing import registry
 from jaxlora.tracing.jaxprs import compat, dataflow, layers, sharing, sums
 from jaxlora.tracing.jaxprs.compat import Atom, Eqn, Jaxpr, Var
 from jaxlora.tracing.jaxprs.keys import Keys, Part
@@ -16,6 +17,7 @@ class Known:
         values: what the variables stand for, see `dataflow.values`.
         varying: along which dimensions predicates vary, see `dataflow.varying`.
         splits: by product the reshape after which its term is added, see `sums.splits`.
+        alone: equations that are not run together with others: those reshapes.
         keys: what is equal of its parts.
         whole: all of it.
     """
@@ -25,6 +27,7 @@ class Known:
         self.plan = sharing.plan(program)
         self.values, self.varying = dataflow.values(program), dataflow.varying(program)
         self.splits = sums.splits(program)
+        self.alone = frozenset(self.splits.values())
         self.keys = Keys(self.values, self.varying)
         inputs = (*program.constvars, *program.invars)
         self.whole = Part(self.plan.eqns, inputs, program.outvars, scopes=0)
@@ -39,15 +42,22 @@ class Known:
         return Part.of(eqns, self.gone(eqns))
 
     def pieces(self, part: Part, is_array: Callable[[Atom], bool]) -> list[layers.Piece]:
-        """Cut a part into layers and what stands around them.
+        """Cut a part into layers and what stands around them, see `layers.cut`.
 
         Args:
             part: the part.
-            is_array: tells whether what a variable stands for is an array, where that is known.
+            is_array: tells whether what an input of it stands for is an array.
         """
-        groups = [
-            [reader.eqn for reader in group]
-            for group in self.plan.groups.values()
-            if is_array(group[0].eqn.invars[group[0].operand])
-        ]
-        return layers.cut(part.eqns, self.keys, self.part, [*groups, *self.splits.items()])
+        return layers.cut(part.eqns, self.keys, self.part, self._together(part, is_array))
+
+    def _together(self, part: Part, is_array: Callable[[Atom], bool]) -> Iterator[Collection[Eqn]]:
+        """Yield products of one input and several weights, and products with what splits them."""
+        yield from self.splits.items()
+        weights = {atom for atom in part.inputs if not is_array(atom)}
+        for eqn in part.eqns:
+            reads = any(atom in weights for atom in eqn.invars if isinstance(atom, Var))
+            if reads and not registry.primitive(eqn).is_product:
+                weights.update(eqn.outvars)
+        for reader, group in self.plan.groups.items():
+            if reader == group[0]:
+                yield {one.eqn for one in group if one.other in weights}

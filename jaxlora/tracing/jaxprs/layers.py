@@ -8,7 +8,7 @@ the next: in a network that is the residual stream.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -37,9 +37,12 @@ def cut(
         part_of: returns equations as a part.
         together: equations that have to stay in one piece.
     """
-    if len(eqns) < _FEWEST * _SHORTEST:
+    bounds = {0, len(eqns)}
+    for layers in _found(eqns, keys):
+        bounds.update(layers)
+    if len(bounds) == 2:
         return [(eqns, None)]
-    pieces = [*_pieces(eqns, np.array([*map(keys.does, eqns)]))]
+    pieces = [eqns[i:j] for i, j in itertools.pairwise(sorted(bounds))]
     number = {eqn: i for i, piece in enumerate(pieces) for eqn in piece}
     spans = ({number.get(eqn) for eqn in group} for group in together)
     torn = {i for span in spans if len(span) > 1 for i in span}
@@ -52,61 +55,64 @@ def cut(
     ]
 
 
-def _pieces(eqns: Sequence[Eqn], does: np.ndarray) -> Iterator[Sequence[Eqn]]:
-    """Cut a program where it repeats itself, and what is before and after that as well."""
-    start, stop, period = _stretch(does)
-    if not period:
-        yield from [eqns] if len(eqns) else ()
+def _found(eqns: Sequence[Eqn], keys: Keys) -> Iterator[range]:
+    """Yield where layers begin, and the last ends, for each stretch that repeats itself."""
+    if len(eqns) < _FEWEST * _SHORTEST:
         return
-    cuts = _cuts(eqns, start, stop, period)
-    yield from _pieces(eqns[: cuts[0]], does[: cuts[0]])
-    yield from (eqns[i:j] for i, j in itertools.pairwise(cuts))
-    yield from _pieces(eqns[cuts[-1] :], does[cuts[-1] :])
+    is_free = np.ones(len(eqns), bool)
+    read = ((atom, i) for i, eqn in enumerate(eqns) for atom in eqn.invars)
+    last_read = {atom: i for atom, i in read if isinstance(atom, Var)}
+    for start, stop, period in _stretches([*map(keys.does, eqns)]):
+        left = start + np.flatnonzero(is_free[start:stop])
+        if left.size < _FEWEST * period or left[-1] - left[0] + 1 > left.size:
+            continue
+        start, stop = int(left[0]), int(left[-1]) + 1
+        cuts = _cuts(eqns, start, stop, period, _crossing(eqns, start, stop, last_read))
+        if cuts is not None:
+            is_free[cuts[0] : cuts[-1]] = False
+            yield cuts
 
 
-def _cuts(eqns: Sequence[Eqn], start: int, stop: int, period: int) -> Sequence[int]:
-    """Return where the layers of a stretch begin and the last ends; its bounds if they differ."""
-    crossing = _crossing(eqns, start)[start + period : start + 2 * period]
-    for i in np.argsort(crossing, kind="stable")[:_TRIED]:
-        cuts = range(start + int(i), stop + 1, period)
-        if len(cuts) > _FEWEST and _are_named_alike(*(eqns[j : j + period] for j in cuts[:2])):
-            return cuts
-    return start, stop
-
-
-def _stretch(does: np.ndarray) -> tuple[int, int, int]:
-    """Return start, end and period of the longest stretch that repeats itself; zeros for none."""
-    last: dict[int, int] = {}
+def _stretches(does: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return start, end and period of each stretch that repeats itself, the longest first."""
     periods: Counter[int] = Counter()
-    for i, what in enumerate(does.tolist()):
-        if what in last:
+    last: dict[int, int] = {}
+    for i, what in enumerate(does):
+        if i - last.get(what, i) >= _SHORTEST:
             periods[i - last[what]] += 1
         last[what] = i
-    found = [(0, 0, 0)]
-    long = Counter({period: n for period, n in periods.items() if period >= _SHORTEST})
-    for period, _ in long.most_common(_TRIED):
-        differ = np.flatnonzero(does[:-period] != does[period:])
-        bounds = [-1, *differ.tolist(), len(does) - period]
-        before, after = max(itertools.pairwise(bounds), key=lambda pair: pair[1] - pair[0])
-        if after - before > (_FEWEST - 1) * period:
-            found.append((before + 1, after + period, period))
-    return max(found, key=lambda bounds: bounds[1] - bounds[0] - bounds[2])
+    found: list[tuple[int, int, int]] = []
+    numbers = np.asarray(does)
+    for period, _ in periods.most_common(_TRIED):
+        differ = np.flatnonzero(numbers[:-period] != numbers[period:])
+        for before, after in itertools.pairwise([-1, *differ.tolist(), len(does) - period]):
+            if after - before > (_FEWEST - 1) * period:
+                found.append((before + 1, after + period, period))
+    return sorted(found, key=lambda stretch: stretch[0] - stretch[1] + stretch[2])
 
 
-def _crossing(eqns: Sequence[Eqn], start: int) -> np.ndarray:
-    """Return by position how many variables are made between the start and it, and read after."""
-    made = {var: i for i, eqn in enumerate(eqns[start:], start) for var in eqn.outvars}
-    read = {
-        atom: i
-        for i, eqn in enumerate(eqns)
-        for atom in eqn.invars
-        if isinstance(atom, Var) and atom in made
-    }
-    change = np.zeros(len(eqns) + 1, int)
-    for var, i in read.items():
-        change[made[var] + 1] += 1
-        change[i + 1] -= 1
+def _crossing(
+    eqns: Sequence[Eqn], start: int, stop: int, last_read: Mapping[Var, int]
+) -> np.ndarray:
+    """Return for positions from start how many variables made since are read after each."""
+    change = np.zeros(stop - start + 1, int)
+    for i, eqn in enumerate(eqns[start:stop]):
+        for var in eqn.outvars:
+            if var in last_read:
+                change[i + 1] += 1
+                change[min(last_read[var], stop - 1) - start + 1] -= 1
     return change.cumsum()
+
+
+def _cuts(
+    eqns: Sequence[Eqn], start: int, stop: int, period: int, crossing: np.ndarray
+) -> range | None:
+    """Return where the layers of a stretch begin, and where the last ends; None if they differ."""
+    for i in np.argsort(crossing[period : 2 * period], kind="stable")[:_TRIED].tolist():
+        cuts = range(start + i, stop + 1, period)
+        if len(cuts) > _FEWEST and _are_named_alike(*(eqns[j : j + period] for j in cuts[:2])):
+            return cuts
+    return None
 
 
 def _are_named_alike(layer: Sequence[Eqn], other: Sequence[Eqn]) -> bool:

@@ -20,7 +20,7 @@ Function = Callable[..., Any]
 
 
 def runs(
-    eqns: Sequence[Eqn], is_array: Callable[[Var], bool], alone: Container[Eqn]
+    eqns: Sequence[Eqn], is_array: Callable[[Atom], bool], alone: Container[Eqn]
 ) -> Iterator[list[Eqn]]:
     """Cut a program into runs: of one equation, or of several that can be a function.
 
@@ -87,7 +87,7 @@ class Repeats:
         values = [env[var] for var in part.inputs]
         function = _function(part)
         shared = self.shared(part, function)
-        with compat.scope(part.eqns[0], slice(scopes, part.scopes)):
+        with compat.scope(slice(scopes, part.scopes), *part.eqns):
             outs = (shared or function)(*values)
         return dict(zip(part.outputs, outs, strict=True))
 
@@ -118,7 +118,7 @@ def _function(part: Part) -> Callable[..., list[jax.Array]]:
         env: dict[Atom, Any] = dict(zip(part.inputs, values, strict=True))
         for eqn in part.eqns:
             read = [compat.read(atom, env) for atom in eqn.invars]
-            with compat.scope(eqn, slice(part.scopes, None)):
+            with compat.scope(slice(part.scopes, None), eqn):
                 env.update(zip(eqn.outvars, compat.bind(eqn, read), strict=True))
         return [compat.read(atom, env) for atom in part.outputs]
 

@@ -26,6 +26,11 @@ class Reader:
     eqn: Eqn
     operand: int
 
+    @property
+    def other(self) -> Atom:
+        """The other operand, which has the weight if one of the two has."""
+        return self.eqn.invars[1 - self.operand]
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -67,8 +72,7 @@ def _hoisted(program: Jaxpr, groups: Iterable[list[Reader]]) -> list[Eqn]:
     """Return the equations, with what the members of a group need before its first."""
     needed: dict[Eqn, list[Atom]] = {}
     for group in groups:
-        weights = (reader.eqn.invars[1 - reader.operand] for reader in group)
-        needed.setdefault(group[0].eqn, []).extend(weights)
+        needed.setdefault(group[0].eqn, []).extend(reader.other for reader in group)
     makers = {var: (i, eqn) for i, eqn in enumerate(program.eqns) for var in eqn.outvars}
     order: dict[Eqn, None] = {}  # a set that keeps the order
     for eqn in program.eqns:

@@ -75,10 +75,11 @@ def _joined(run: Evaluation, eqn: Eqn, values: Values, parts: Values, axis: int 
 def _with_bookkeeping(weights: Sequence[W], base: Base) -> W:
     """Return the first of some weights with another base, and what is known of all."""
     paths = dict.fromkeys(path for weight in weights for path in weight.origin.paths)
+    numbers = tuple(number for weight in weights for number in weight.origin.numbers)
     rate = weights[0].origin.dropout_rate
     return weights[0].replace(
         base=base,
-        origin=Origin(tuple(paths), dropout_rate=rate),
+        origin=Origin(tuple(paths), dropout_rate=rate, numbers=numbers),
         indexed=frozenset().union(*(weight.indexed for weight in weights)),
         windows=frozenset().union(*(weight.windows for weight in weights)),
     )

@@ -56,10 +56,8 @@ def select(run: Evaluation, eqn: Eqn, which: jax.Array, *cases: Operand) -> Valu
     for each entry of a stack, each factor is selected as the base is.
     """
     predicate, *others = eqn.invars
-    known = {
-        run.known.values.get(x, x) if isinstance(x, Var) else id(x) for x in others
-    }  # or a literal
-    if len(known) == 1:
+    values = run.known.values
+    if len({values.get(x, x) if isinstance(x, Var) else id(x) for x in others}) == 1:
         return [cases[0]]
     along = run.known.varying.get(predicate, ()) if isinstance(predicate, Var) else ()
     weights = [case for case in cases if isinstance(case, Weight)]

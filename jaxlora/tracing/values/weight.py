@@ -50,7 +50,7 @@ class Origin:
         shape: its shape.
         alpha: numerator of the scaling.
         dropout_rate: share of the low-rank path's input that is dropped.
-        number: what tells nameless weights apart.
+        numbers: what tells nameless weights apart, of each that was joined.
     """
 
     paths: tuple[str, ...]
@@ -58,7 +58,7 @@ class Origin:
     shape: tuple[int, ...] = ()
     alpha: float = 1.0
     dropout_rate: float = 0.0
-    number: int = 0
+    numbers: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Weight(abc.ABC):
         Args:
             number: tells it from other weights that are traced with it.
         """
-        origin = dataclasses.replace(self.origin, paths=(), number=number)
+        origin = dataclasses.replace(self.origin, paths=(), numbers=(number,))
         return self.replace(origin=origin, picked_at=("", ""))
 
     def reshaped(self, base: Base, dims: axes.Dims) -> Self:
