@@ -47,6 +47,7 @@ def test_layers_that_are_functions_of_jax_are_one_function(wrapped):
     assert_like_merged(fn, tree, X)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", [None, "int8", "nf4"])
 @pytest.mark.parametrize("magnitude", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("dropped", [0, 0.3], ids=["all", "dropout"])
