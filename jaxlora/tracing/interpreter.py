@@ -11,7 +11,7 @@ which is handed to the rules and ends with the run. So one function serves many 
 
 import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, Unpack
 
 import jax
@@ -113,7 +113,10 @@ class Evaluation:
     def _run(self, eqns: Sequence[Eqn]) -> None:
         """Run equations: one by one, but those together that read no weights."""
         env, scopes = self.env, self._part.scopes
-        for run in repeats.runs(eqns, self._is_array, alone=self.known.alone):
+        runs: Iterable[Sequence[Eqn]] = ([eqn] for eqn in eqns)
+        if self.repeats.can_share:
+            runs = repeats.runs(eqns, self._is_array, self.known.alone)
+        for run in runs:
             if len(run) > 1:
                 env.update(self.repeats.run(self.known.part(run), env, scopes))
             else:

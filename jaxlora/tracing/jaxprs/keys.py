@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 import numpy as np
 
 from jaxlora.tracing.jaxprs import compat
-from jaxlora.tracing.jaxprs.compat import Atom, Eqn, Literal, Traced, Var
+from jaxlora.tracing.jaxprs.compat import Atom, Eqn, Jaxpr, Literal, Traced, Var
 
 T = TypeVar("T")
 
@@ -31,6 +31,11 @@ class Part:
     inputs: Sequence[Var]
     outputs: Sequence[Atom]
     scopes: int
+
+    @classmethod
+    def whole(cls, program: Jaxpr, eqns: Sequence[Eqn]) -> Self:
+        """Return all of a program, its equations in this order, with all their name scopes."""
+        return cls(eqns, (*program.constvars, *program.invars), program.outvars, scopes=0)
 
     @classmethod
     def of(cls, eqns: Sequence[Eqn], gone: Collection[Var]) -> Self:
@@ -90,16 +95,16 @@ class Keys:
         return self._number(value, self._program_does) if compat.is_program(value) else value
 
     def _program_does(self, jaxpr: Traced) -> Hashable:
-        program = compat.opened(jaxpr)
-        inputs = (*program.constvars, *program.invars)
-        does = [(self.does(eqn), compat.scopes(eqn)) for eqn in program.eqns]
-        flow = _flow(program.eqns, inputs, program.outvars)
-        return "program", *does, *flow, *map(id, compat.consts(jaxpr))
+        whole = Part.whole(compat.opened(jaxpr), compat.opened(jaxpr).eqns)
+        return "program", *self._structure(whole), *map(id, compat.consts(jaxpr))
 
     def _part_does(self, part: Part) -> Hashable:
+        return "part", *self._structure(part), *self._facts(part)
+
+    def _structure(self, part: Part) -> tuple[Hashable, ...]:
+        """Return what each equation does, and how variables go from one to another."""
         does = [(self.does(eqn), compat.scopes(eqn)[part.scopes :]) for eqn in part.eqns]
-        flow = _flow(part.eqns, part.inputs, part.outputs)
-        return "part", *does, *flow, *self._facts(part)
+        return *does, *_flow(part)
 
     def _facts(self, part: Part) -> Iterable[Hashable]:
         """Return what is known of variables that what a part is made of does not tell."""
@@ -112,15 +117,13 @@ class Keys:
         return *alike, *(self._varying.get(var) for var in part.inputs)
 
 
-def _flow(
-    eqns: Sequence[Eqn], inputs: Sequence[Var], outputs: Sequence[Atom]
-) -> tuple[Hashable, ...]:
-    """Return the types of inputs, and which variables equations read and return, by number."""
-    made = (var for eqn in eqns for var in eqn.outvars)
-    numbers = {var: i for i, var in enumerate((*inputs, *made))}
-    read = (*(atom for eqn in eqns for atom in eqn.invars), *outputs)
+def _flow(part: Part) -> tuple[Hashable, ...]:
+    """Return the types of inputs, and which variables are read and returned, by number."""
+    made = (var for eqn in part.eqns for var in eqn.outvars)
+    numbers = {var: i for i, var in enumerate((*part.inputs, *made))}
+    read = (*(atom for eqn in part.eqns for atom in eqn.invars), *part.outputs)
     flow = (_literal(a) if isinstance(a, Literal) else numbers[a] for a in read)
-    return *(var.aval for var in inputs), *flow
+    return *(var.aval for var in part.inputs), *flow
 
 
 def _literal(atom: Literal) -> Hashable:

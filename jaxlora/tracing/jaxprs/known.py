@@ -29,8 +29,7 @@ class Known:
         self.splits = sums.splits(program)
         self.alone = frozenset(self.splits.values())
         self.keys = Keys(self.values, self.varying)
-        inputs = (*program.constvars, *program.invars)
-        self.whole = Part(self.plan.eqns, inputs, program.outvars, scopes=0)
+        self.whole = Part.whole(program, self.plan.eqns)
         self._last_uses = dataflow.last_uses(self.plan.eqns, program.outvars)
 
     def gone(self, eqns: Sequence[Eqn]) -> set[Var]:

@@ -70,7 +70,7 @@ class Repeats:
     """
 
     def __init__(self, keys: Keys, can_share: bool):
-        self.keys, self.can_share = keys, can_share
+        self._keys, self.can_share = keys, can_share
         self._functions: dict[Hashable, Function | None] = {}
 
     def run(self, part: Part, env: Mapping[Atom, Any], scopes: int) -> dict[Atom, jax.Array]:
@@ -100,7 +100,7 @@ class Repeats:
         """
         if not self.can_share:
             return None
-        key = self.keys.of(part)
+        key = self._keys.of(part)
         if key in self._functions:
             return self._functions[key]
         self._functions[key] = jax.jit(function)
@@ -108,7 +108,7 @@ class Repeats:
 
     def tell_apart(self, part: Part) -> None:
         """Have no function for the parts that do the same as one, for they do not."""
-        self._functions[self.keys.of(part)] = None
+        self._functions[self._keys.of(part)] = None
 
 
 def _function(part: Part) -> Callable[..., list[jax.Array]]:
