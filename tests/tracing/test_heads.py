@@ -34,6 +34,19 @@ def twice(params, x):
     return jnp.sin(heads(x @ params["q"]).reshape(2, 5, 3, 2, 2))
 
 
+def biased_between(params, x):
+    bias = jnp.broadcast_to(params["bias"].reshape(3, 4), (2, 5, 3, 4))
+    return jnp.sin((heads(x @ params["q"]) + bias).reshape(2, 5, 3, 2, 2))
+
+
+def flattened_after(params, x):
+    return jnp.sin(heads(x @ params["q"]).reshape(10, 3, 4))
+
+
+def joined_again(params, x):
+    return jnp.sin(heads(x @ params["q"]).reshape(2, 5, 12))
+
+
 def summed(params, x):
     return jnp.sin(heads(x @ params["q"] + x @ params["k"]))
 
@@ -65,7 +78,23 @@ def between(params, x):
     return jnp.sin(heads(2 * (x @ params["q"])))
 
 
-LATE = {plain: 1, biased: 1, twice: 1, summed: 2, weight_first: 1}
+def read_between(params, x):
+    y = heads(x @ params["q"])
+    return jnp.sin(y.reshape(2, 5, 3, 2, 2)) + jnp.sum(y)
+
+
+ONCE, AGAIN = (2, 5, 3, 4), (2, 5, 3, 2, 2)
+LATE = {  # how many terms are added late, and in which shape
+    plain: (1, ONCE),
+    biased: (1, ONCE),
+    twice: (1, AGAIN),
+    biased_between: (1, AGAIN),
+    flattened_after: (1, ONCE),
+    joined_again: (1, ONCE),
+    read_between: (1, ONCE),
+    summed: (2, ONCE),
+    weight_first: (1, ONCE),
+}
 AT_ONCE = (read_twice, added_to_itself, leaves, flattened, between)
 TRANSFORMS = {
     "as it is": lambda fn: fn,
@@ -110,10 +139,13 @@ def test_results_and_gradients_are_those_of_merged_weights(fn, transform, magnit
 @pytest.mark.parametrize("fn", [*LATE, *AT_ONCE])
 def test_split_of_a_product_with_one_reader_is_found(fn):
     program = compat.opened(jax.make_jaxpr(fn)(PARAMS, X))
-    assert len(sums.splits(program)) == LATE.get(fn, 0)
+    found = [split.reshape.outvars[0] for split in sums.splits(program).values()]
+    count, shape = LATE.get(fn, (0, ()))
+    assert [compat.shape(var) for var in found] == [shape] * count
 
 
-DIRECT = (plain, twice, weight_first)  # a gain scales the term and the product, and nothing else
+# A gain scales the product with its term, and nothing else.
+DIRECT = (plain, twice, flattened_after, weight_first)
 
 
 @pytest.mark.parametrize(
@@ -123,5 +155,10 @@ def test_term_is_added_in_heads(fn, magnitude):
     base, adapters = adapted(fn, magnitude=magnitude)
     run = jaxlora.lora(fn, form="factored")
     program = jax.make_jaxpr(lambda adapters: run(jaxlora.bind(base, adapters), X))(adapters)
-    shapes = [compat.shape(eqn.outvars[0]) for eqn in equations(program, "add")]
-    assert shapes.count((2, 5, 3, 4)) == LATE[fn]
+    count, shape = LATE[fn]
+    of_program = equations(jax.make_jaxpr(fn)(PARAMS, X), "add")
+    shapes, others = (
+        [compat.shape(eqn.outvars[0]) for eqn in eqns]
+        for eqns in (equations(program, "add"), of_program)
+    )
+    assert shapes.count(shape) - others.count(shape) == count

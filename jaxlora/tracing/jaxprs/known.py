@@ -16,7 +16,7 @@ class Known:
         plan: the products that read one input, see `sharing.Plan`.
         values: what the variables stand for, see `dataflow.values`.
         varying: along which dimensions predicates vary, see `dataflow.varying`.
-        splits: by product the reshape after which its term is added, see `sums.splits`.
+        splits: by product what splits its result, after which its term is added, see `sums.splits`.
         alone: equations that are not run together with others: those reshapes.
         keys: what is equal of its parts.
         whole: all of it.
@@ -27,7 +27,7 @@ class Known:
         self.plan = sharing.plan(program)
         self.values, self.varying = dataflow.values(program), dataflow.varying(program)
         self.splits = sums.splits(program)
-        self.alone = frozenset(self.splits.values())
+        self.alone = frozenset(split.reshape for split in self.splits.values())
         self.keys = Keys(self.values, self.varying)
         self.whole = Part.whole(program, self.plan.eqns)
         self._last_uses = dataflow.last_uses(self.plan.eqns, program.outvars)
@@ -51,7 +51,8 @@ class Known:
 
     def _together(self, part: Part, is_array: Callable[[Atom], bool]) -> Iterator[Collection[Eqn]]:
         """Yield products of one input and several weights, and products with what splits them."""
-        yield from self.splits.items()
+        for product, split in self.splits.items():
+            yield product, split.reshape
         weights = {atom for atom in part.inputs if not is_array(atom)}
         for eqn in part.eqns:
             reads = any(atom in weights for atom in eqn.invars if isinstance(atom, Var))

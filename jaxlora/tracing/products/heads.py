@@ -38,10 +38,9 @@ def leave(
         return False
     factor = None
     if gain is not None and columns is not None and gain.scaled is Scaled.RESULT:
-        is_direct = split.invars[0] is eqn.outvars[0]
-        if not is_direct or not gain.is_of_last or placement.explicit(y) is not None:
+        if split.is_of_sum or not gain.is_of_last or placement.explicit(y) is not None:
             return False
-        shape = compat.shape(split.outvars[0])
+        shape = compat.shape(split.reshape.outvars[0])
         kept = y.ndim - 1
         factor = gain.of_last(columns, (*[1] * kept, *shape[kept:]))
 
@@ -50,5 +49,5 @@ def leave(
         with run.scope(weight):
             return y if factor is None else times(y, factor)
 
-    run.late.setdefault(split, []).append(change)
+    run.late.setdefault(split.reshape, []).append(change)
     return True
