@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -45,8 +46,16 @@ class Evaluator:
 
     def derivative(self) -> "Evaluator":
         """Return an evaluator as this, for programs that have to stay linear."""
-        options = dataclasses.replace(self.options, is_linear=True, observes=False)
-        return dataclasses.replace(self, options=options, compiled=weakref.WeakKeyDictionary())
+        return self._with(is_linear=True, observes=False)
+
+    @functools.cached_property
+    def rematerialized(self) -> "Evaluator":
+        """An evaluator as this, for programs that are computed again in the backward pass."""
+        return self if self.options.is_rematerialized else self._with(is_rematerialized=True)
+
+    def _with(self, **options: bool) -> "Evaluator":
+        changed = dataclasses.replace(self.options, **options)
+        return dataclasses.replace(self, options=changed, compiled=weakref.WeakKeyDictionary())
 
     def densify(
         self, eqn: Eqn | None, where: tuple[str, str], value: Value, reason: str

@@ -16,6 +16,7 @@ class Options:
         observes: products tell of their inputs and have no low-rank term, see
             `jaxlora.tracing.transform.observe`.
         platform: the platform that is compiled for, None where that is not known yet.
+        is_rematerialized: the program is computed again in the backward pass.
         is_linear: the program is a derivative, to be transposed, and so nothing in it is named.
     """
 
@@ -23,4 +24,5 @@ class Options:
     form: Form = "auto"
     observes: bool = False
     platform: str | None = None
+    is_rematerialized: bool = False
     is_linear: bool = False

@@ -226,7 +226,8 @@ class Term:
         is_kept = not options.is_linear and moving in ("", self.order[1])
         is_named = is_kept and not is_complex  # JAX 0.10 cannot keep complex arrays by name
         factor_dtype = x.dtype if is_complex else weight.base.dtype
-        return How(self.precision, self.dtype, factor_dtype, is_named, tangent)
+        again = options.is_rematerialized
+        return How(self.precision, self.dtype, factor_dtype, is_named, again, tangent)
 
 
 def _names(sides: Sides, weight: LowRank, x: jax.Array) -> tuple[Names, Names, list[list[int]]]:

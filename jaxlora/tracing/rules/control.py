@@ -56,7 +56,8 @@ def remat(run: Evaluation, eqn: Eqn, *values: Value) -> Values:
     policy = params["policy"] or jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
 
     def repeated(*values):
-        return run.inner(eqn, program, *values)
+        line = run.where(eqn)[1]
+        return evaluate(run.evaluator.rematerialized, program, *values, line=line)
 
     again = jax.checkpoint(repeated, prevent_cse=params["prevent_cse"], policy=policy)
     with scopes:
