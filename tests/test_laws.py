@@ -87,7 +87,16 @@ def test_low_rank_output_equals_merged(make, compile, key):
 
 
 def test_low_rank_gradients_equal_merged(make, key):
-    case = make()
+    check_gradients(make(), key)
+
+
+@pytest.mark.once
+def test_low_rank_gradients_equal_merged_on_other_platforms(make, key, as_on):
+    as_on("tpu")
+    check_gradients(make(), key)
+
+
+def check_gradients(case, key):
     base, adapters = jaxlora.split(case.trained(key))
 
     def low_rank(adapters, args):
