@@ -35,13 +35,13 @@ model's, adapters on the gated layers alone; factored is 1.06 and 1.19):
   to 4096 1.31 and 2.20, factored 1.23 and 1.85. What stands before and after the product is no
   longer part of it.
 
-And with adapters on all products of the same layers, of the seconds at best and the bytes, where
-factored is 1.075 and 1.235:
+And with adapters on all products of the same layers (seconds at best and bytes; factored is 1.076
+and 1.237):
 
-- the input of every product behind a barrier, for the base as well: 1.10 and 1.28, but 1.05 in the
-  place of 1.06 of the estimated cycles.
-- the term of a product of joined heads, with the heads before they are joined: 1.075 and 1.235, and
-  temporaries 1.03 in the place of 1.02.
+- the input of every product behind a barrier, for the base as well: 1.10 and 1.28, though of the
+  estimated cycles 1.05 in the place of 1.08.
+- the term of a product of joined heads, from the heads before they are joined: the same, but more
+  temporaries.
 """
 
 import dataclasses

@@ -175,7 +175,7 @@ class Term:
             [getattr(weight, self.order[0]) for weight in weights],
             names=self.names[:3],
             scales=tuple(self._scales(weight)[0] for weight in weights),
-            how=self._how(options, weights[0], x),
+            how=self._how(options, weights[0], x, is_shared=True),
         )
 
     def __call__(
@@ -205,7 +205,7 @@ class Term:
             second,
             names=self.names,
             scales=self._scales(weight),
-            how=self._how(options, weight, x, moving),
+            how=self._how(options, weight, x, moving, is_shared=h is not None),
             out=(self.out_kept, self.out_sizes),
         )
 
@@ -220,13 +220,15 @@ class Term:
         """
         return (weight.scale, 1.0) if self.order == ("b", "a") else (1.0, weight.scale)
 
-    def _how(self, options: Options, weight: LowRank, x: jax.Array, moving: str = "") -> How:
+    def _how(
+        self, options: Options, weight: LowRank, x: jax.Array, moving: str = "", *, is_shared: bool
+    ) -> How:
         tangent = self.order.index(moving) if moving in self.order else None
         is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
         is_kept = not options.is_linear and moving in ("", self.order[1])
         is_named = is_kept and not is_complex  # JAX 0.10 cannot keep complex arrays by name
         factor_dtype = x.dtype if is_complex else weight.base.dtype
-        again = options.is_rematerialized
+        again = options.is_rematerialized and not is_shared
         return How(self.precision, self.dtype, factor_dtype, is_named, again, tangent)
 
 
