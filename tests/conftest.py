@@ -37,15 +37,21 @@ def compiled():
 
 @pytest.fixture
 def as_on(monkeypatch):
-    """Return a function that makes programs compute here what they do on a platform."""
+    """Return a function that makes programs compute here what they do on a platform.
+
+    JAX keeps what it traces of a function, so what was traced before does not count, nor does what
+    is traced with this for others after.
+    """
 
     def set_platform(platform):
         def choose(*args, default, **branches):
             return branches.get(platform, default)(*args)
 
         monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+        jax.clear_caches()
 
-    return set_platform
+    yield set_platform
+    jax.clear_caches()
 
 
 @pytest.fixture
