@@ -25,7 +25,7 @@ def again(params, x):
 
 
 def loss_of(fn, **config):
-    """Return the adapted loss and its factors, or the loss over merged weights."""
+    """Return the adapted loss, the same over merged weights, and the factors of both."""
     config = jaxlora.LoRAConfig(rank=2, alpha=3.0, **config)
     params = jaxlora.init(jax.random.key(0), fn, PARAMS, X, config=config)
     base, adapters = jaxlora.split(params)

@@ -51,7 +51,7 @@ def splits(program: Jaxpr) -> dict[Eqn, Split]:
             shape = compat.shape(eqn.outvars[0])
             whole = [atom for atom in eqn.invars if compat.shape(atom) == shape]
             found |= dict.fromkeys(read_once(whole), split._replace(is_of_sum=True))
-        elif split is not None and _is_split_by(eqn, split):
+        elif eqn.primitive.name == "dot_general" and split and _splits_last(eqn.outvars[0], split):
             by_product[eqn] = split
     return by_product
 
@@ -62,10 +62,6 @@ def _read(program: Jaxpr) -> Sequence[Atom]:
 
 def _keeps_order(reshape: Eqn) -> bool:
     return len(reshape.invars) == 1 and reshape.params.get("dimensions") is None
-
-
-def _is_split_by(eqn: Eqn, split: Split) -> bool:
-    return eqn.primitive.name == "dot_general" and _splits_last(eqn.outvars[0], split)
 
 
 def _splits_last(atom: Atom, split: Split) -> bool:
