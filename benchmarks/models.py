@@ -1,5 +1,7 @@
-"""The model that is measured: a transformer in Flax Linen as users write it, with 3-D inputs."""
+"""The models that are measured, in Flax Linen as users write them, with 3-D inputs."""
 
+import argparse
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -34,42 +36,127 @@ class Block(nn.Module):
         return x + nn.Dense(width, name="down")(nn.gelu(h))
 
 
-class Transformer(nn.Module):
-    """A stack of blocks.
+class GatedBlock(nn.Module):
+    """Grouped attention and a gated feed-forward network, normalized before.
+
+    Attributes:
+        heads: attention heads.
+        groups: of heads, each with keys and values of its own.
+        hidden: width of the feed-forward network.
+        dtype: of weights and products.
+    """
+
+    heads: int
+    groups: int
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return ``(batch, time, width)`` for the same."""
+
+        def dense(name, size):
+            return nn.Dense(size, use_bias=False, name=name, **like)
+
+        def split(y, heads):
+            return y.reshape(*y.shape[:-1], heads, per_head)
+
+        like = {"dtype": self.dtype, "param_dtype": self.dtype}
+        width = x.shape[-1]
+        per_head = width // self.heads
+        h = nn.RMSNorm(name="attention_norm", **like)(x)
+        sizes = {"q": self.heads, "k": self.groups, "v": self.groups}
+        q, k, v = (split(dense(name, n * per_head)(h), n) for name, n in sizes.items())
+        h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
+        x = x + dense("o", width)(h)
+        h = nn.RMSNorm(name="norm", **like)(x)
+        h = nn.silu(dense("gate", self.hidden)(h)) * dense("up", self.hidden)(h)
+        return x + dense("down", width)(h)
+
+
+class Stack(nn.Module):
+    """Blocks, one after the other.
 
     Attributes:
         layers: number of blocks.
-        heads: attention heads.
-        hidden: width of the feed-forward networks.
         scan: whether the blocks are one that is scanned, its weights stacked.
         remat: whether a block is computed again in the backward pass.
     """
 
     layers: int
+    scan: bool = dataclasses.field(default=False, kw_only=True)
+    remat: bool = dataclasses.field(default=False, kw_only=True)
+
+    def through(self, kind: type[nn.Module], sizes: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        """Return what the blocks of a kind and of these sizes make of x."""
+        block = nn.remat(kind, prevent_cse=not self.scan) if self.remat else kind
+        if not self.scan:
+            for i in range(self.layers):
+                x = block(*sizes, name=f"block_{i}")(x)
+            return x
+        blocks = nn.scan(
+            lambda block, x, _: (block(x), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.layers,
+        )
+        return blocks(block(*sizes, name="blocks"), x, None)[0]
+
+
+class Transformer(Stack):
+    """A transformer whose blocks are as wide as its input.
+
+    Attributes:
+        heads: attention heads.
+        hidden: width of the feed-forward networks.
+    """
+
     heads: int
     hidden: int
-    scan: bool = False
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return ``(batch, time, width)`` for the same."""
-        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
-        if self.scan:
-            blocks = nn.scan(
-                lambda block, x, _: (block(x), None),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=self.layers,
-            )
-            x, _ = blocks(block(self.heads, self.hidden, name="blocks"), x, None)
-        else:
-            for i in range(self.layers):
-                x = block(self.heads, self.hidden, name=f"block_{i}")(x)
-        return nn.LayerNorm(name="norm")(x)
+        return nn.LayerNorm(name="norm")(self.through(Block, (self.heads, self.hidden), x))
 
 
-TARGETS = ("q", "k", "v", "o", "up", "down")
+class Llama(Stack):
+    """The layers of a Llama; where nothing else is said, of Llama 3 8B.
+
+    Grattafiori et al. 2024, arXiv:2407.21783, table 3.
+
+    Attributes:
+        heads: attention heads.
+        groups: of heads, each with keys and values of its own.
+        hidden: width of the feed-forward networks.
+        dtype: of weights and products.
+    """
+
+    heads: int = 32
+    groups: int = 8
+    hidden: int = 14336
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return ``(batch, time, width)`` for the same."""
+        sizes = (self.heads, self.groups, self.hidden, self.dtype)
+        return self.through(GatedBlock, sizes, x)
+
+
+TARGETS = ("q", "k", "v", "o", "up", "down")  # the products of a transformer
+GATED_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # of a Llama
+NAMES = ("transformer", "llama")
+
+
+def of(options: argparse.Namespace) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the model that options name, and its products or those of them that are named."""
+    how = {"scan": options.scan, "remat": options.remat}
+    if options.model == "llama":
+        sizes = (options.layers, options.heads, options.groups, options.hidden, options.dtype)
+        return Llama(*sizes, **how), options.targets or GATED_TARGETS
+    model = Transformer(options.layers, options.heads, options.hidden, **how)
+    return model, options.targets or TARGETS
 
 
 def loss(x: Any, target: jax.Array) -> jax.Array:

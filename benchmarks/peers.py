@@ -57,9 +57,16 @@ def has_qwix() -> bool:
     return importlib.util.find_spec("qwix") is not None
 
 
-def qwix(model: nn.Module, params: Any, x: jax.Array, rank: int, alpha: float) -> Variant:
+def qwix(
+    model: nn.Module,
+    params: Any,
+    x: jax.Array,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+) -> Variant:
     """Return the loss of the model as qwix adapts it; its factors are drawn, b as well."""
-    loss, factors, _ = qwix_shapes(model, x, models.TARGETS, rank, alpha)
+    loss, factors, _ = qwix_shapes(model, x, targets, rank, alpha)
     keys = iter(jax.random.split(jax.random.key(6), len(factors)))
     factors = jax.tree.map(lambda f: 0.01 * jax.random.normal(next(keys), f.shape), factors)
     frozen = flax.traverse_util.flatten_dict(params)

@@ -4,12 +4,13 @@
     python benchmarks/run.py train_step peers_torch
 
 An environment is a folder in ``benchmarks/.environments`` with this project and the peers that can
-live beside it (``jax``: qwix; ``tpu``: with the compiler for TPU too) or a peer alone (``torch``:
-PEFT), made once from PyPI. Results are written to ``benchmarks/results`` as
+live beside it (``jax``: qwix; ``tpu``: with the compiler for TPU; ``gpu``: with JAX for it) or a
+peer alone (``torch``: PEFT), made once from PyPI. Results are written to ``benchmarks/results`` as
 ``<benchmark>_<device>_<version>.json``; `plot.py` draws them.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import venv
@@ -21,15 +22,22 @@ HERE = Path(__file__).parent
 PACKAGES = {
     "jax": ["-e", f"{HERE.parent}[formats]", "qwix==0.1.8", "matplotlib>=3.9"],
     "tpu": ["-e", f"{HERE.parent}[tpu]", "qwix==0.1.8"],
+    "gpu": ["-e", f"{HERE.parent}[formats]", "jax[cuda12]", "qwix==0.1.8"],
     "torch": ["torch==2.13.0", "peft==0.21.2"],
 }
 TELL = {  # prints the device and the version that the results are named by
     "jax": "import jax; print(jax.devices()[0].platform, 'jax' + jax.__version__)",
     "tpu": "import jax; print('tpu', 'jax' + jax.__version__)",
-    "torch": "import torch; print('cuda' if torch.cuda.is_available() else 'cpu', "
-    "'torch' + torch.__version__.partition('+')[0])",
+    "gpu": "import jax; print(jax.devices('gpu')[0].device_kind.split()[-1].lower(), "
+    "'jax' + jax.__version__)",
+    "torch": "import torch; print(torch.cuda.get_device_name().split()[-1].lower() "
+    "if torch.cuda.is_available() else 'cpu', 'torch' + torch.__version__.partition('+')[0])",
 }
 WIDE = "--layers 2 --width 768 --hidden 3072 --heads 12 --batch 4 --time 512"
+LLAMA = (
+    "--model llama --layers 4 --width 4096 --hidden 14336 --heads 32 --groups 8 "
+    "--batch 2 --time 2048 --rank 16 --dtype bfloat16 --remat"
+)
 
 
 class Benchmark(NamedTuple):
@@ -81,7 +89,10 @@ BENCHMARKS = {
     "tpu_mesh": Benchmark("tpu", "tpu_mesh.py", "steps of 8B and 70B compiled for slices of TPUs"),
     "scaling": Benchmark("jax", "scaling.py", "a step against tokens, rank, sites and devices"),
     "compile": Benchmark("jax", "compile.py", "tracing and compiling, against the plain function"),
+    "gpu": Benchmark("gpu", f"train_step.py {LLAMA}", "a step of layers of Llama 3 8B on a GPU"),
+    "gpu_torch": Benchmark("torch", f"peers_torch.py {LLAMA}", "the same with PEFT on PyTorch"),
 }
+NEED_GPU = ("gpu", "gpu_torch")
 UNTIMED = ("decompose.py", "llama.py", "tpu.py", "tpu_mesh.py")  # which have no rounds
 
 
@@ -117,7 +128,9 @@ def parse() -> argparse.Namespace:
         epilog="\n".join(["benchmarks:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="name", help="of a benchmark, default all")
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help="of a benchmark, default all that can run here"
+    )
     parser.add_argument(
         "--rounds", type=int, help="of each that has rounds, default as the benchmark's"
     )
@@ -125,6 +138,10 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in BENCHMARKS]:
         parser.error(f"no such benchmarks: {unknown}; there are {list(BENCHMARKS)}")
+    here = [name for name in BENCHMARKS if name not in NEED_GPU or shutil.which("nvidia-smi")]
+    if cannot := [name for name in options.names if name not in here]:
+        parser.error(f"{cannot} need a GPU of NVIDIA: there is no nvidia-smi on this machine")
+    options.names = options.names or here
     return options
 
 
@@ -132,7 +149,7 @@ def main() -> None:
     """Run the benchmarks."""
     options = parse()
     extra = ["--rounds", str(options.rounds)] if options.rounds else []
-    for name in options.names or BENCHMARKS:
+    for name in options.names:
         run(name, options.results, extra)
     subprocess.run([environment("jax"), HERE / "plot.py", options.results], check=True)
 

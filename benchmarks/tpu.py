@@ -37,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxlora
 
-PRODUCTS = ("q", "k", "v", "o", "gate", "up", "down")
+WIDTH = 4096
 KINDS = ("int8", "nf4")
 
 
@@ -64,7 +64,7 @@ class Case:
     batch: int = 2
     tokens: int = 2048
     rank: int = 16
-    targets: tuple[str, ...] = PRODUCTS
+    targets: tuple[str, ...] = models.GATED_TARGETS
     scan: bool = True
     remat: bool = True
     trains: bool = True
@@ -86,63 +86,10 @@ CASES = {
 }
 
 
-class Block(nn.Module):
-    """One layer: grouped attention and a gated hidden layer, each added to its input."""
-
-    width: int = 4096
-    hidden: int = 14336
-    heads: int = 32
-    groups: int = 8
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the output, ``(batch, time, width)`` as x."""
-
-        def dense(name, size):
-            return nn.Dense(size, use_bias=False, name=name, **like)
-
-        def split(y, heads):
-            return y.reshape(*y.shape[:-1], heads, self.width // self.heads)
-
-        like = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-        h = nn.RMSNorm(name="attention_norm", **like)(x)
-        sizes = {"q": self.heads, "k": self.groups, "v": self.groups}
-        per_head = self.width // self.heads
-        q, k, v = (split(dense(name, n * per_head)(h), n) for name, n in sizes.items())
-        h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
-        x = x + dense("o", self.width)(h)
-        h = nn.RMSNorm(name="norm", **like)(x)
-        h = nn.silu(dense("gate", self.hidden)(h)) * dense("up", self.hidden)(h)
-        return x + dense("down", self.width)(h)
-
-
-class Model(nn.Module):
-    """Layers, scanned or unrolled."""
-
-    case: Case
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the output, ``(batch, time, width)`` as x."""
-        case = self.case
-        block = nn.remat(Block, prevent_cse=not case.scan) if case.remat else Block
-        if not case.scan:
-            for i in range(case.layers):
-                x = block(name=f"block_{i}")(x)
-            return x
-        scan = nn.scan(
-            lambda block, x, _: (block(x), None),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=case.layers,
-        )
-        return scan(block(name="blocks"), x, None)[0]
-
-
 def variants(case: Case, names: list[str]) -> dict[str, Callable[[], peers.Variant]]:
     """Return makers of the loss ``(trained, frozen, x, y)`` and the shapes of what it trains."""
-    model = Model(case)
-    x = jax.ShapeDtypeStruct((case.batch, case.tokens, Block.width), jnp.bfloat16)
+    model = models.Llama(case.layers, scan=case.scan, remat=case.remat)
+    x = jax.ShapeDtypeStruct((case.batch, case.tokens, WIDTH), jnp.bfloat16)
     params = jax.eval_shape(model.init, jax.random.key(0), x)
     config = jaxlora.LoRAConfig(rank=case.rank, alpha=16, targets=case.targets)
 
@@ -171,7 +118,7 @@ def variants(case: Case, names: list[str]) -> dict[str, Callable[[], peers.Varia
         return lora(jaxlora.quantize(model.apply, params, x, config=how))
 
     make: dict[str, Callable[[], peers.Variant]] = {
-        "floor": lambda: (floor, jax.ShapeDtypeStruct((Block.width,), x.dtype), params),
+        "floor": lambda: (floor, jax.ShapeDtypeStruct((WIDTH,), x.dtype), params),
         "full": lambda: (full, params, ()),
         "lora": lora,
         "dora": lambda: lora(magnitude=True),
@@ -198,7 +145,7 @@ def compiled(case: Case, variant: peers.Variant) -> Any:
     def forward(trained, state, frozen, x, y):
         return loss(trained, frozen, x, y)
 
-    x = jax.ShapeDtypeStruct((case.batch, case.tokens, Block.width), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((case.batch, case.tokens, WIDTH), jnp.bfloat16)
     state = jax.eval_shape(tx.init, trained) if case.trains else ()
     topology = topologies.get_topology_desc(f"{case.chip}:1x1x1", "tpu")
     mesh = Mesh(np.array(topology.devices[:1]), ("chip",))

@@ -9,7 +9,7 @@ round. The variants:
 - full: every parameter is trained.
 - per call: ``W + scaling * A@B`` is built on every call.
 - naive: ``(x A) B`` is added to the output of each layer (not with ``--scan``).
-- nnx.LoRA: the model in Flax NNX with its own layer (not with ``--scan`` and ``--remat``).
+- nnx.LoRA: the model in Flax NNX with its own layer (not with ``--scan``).
 - qwix: the model as qwix adapts it, where it is installed.
 - lora: `jaxlora.lora`, in the form it chooses for each product; factored and weight-side, if named:
   in that form; dora, if named: with magnitudes; int8 and nf4, if named: over a quantized base.
@@ -41,13 +41,11 @@ VARIANTS = ("floor", "full", "per call", "naive", "nnx.LoRA", "qwix", "lora", "d
 
 def variants(options: argparse.Namespace) -> dict[str, peers.Variant]:
     """Return for each variant its loss ``(trained, frozen, x, y)``, and what it trains and not."""
-    model = models.Transformer(
-        options.layers, options.heads, options.hidden, options.scan, options.remat
-    )
+    model, targets = models.of(options)
     x, _ = data(options)
     params = model.init(jax.random.key(0), x)
     params = jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
-    config = jaxlora.LoRAConfig(rank=options.rank, alpha=16, targets=options.targets)
+    config = jaxlora.LoRAConfig(rank=options.rank, alpha=16, targets=targets)
     adapted = jaxlora.init(jax.random.key(1), model.apply, params, x, config=config)
     base, adapters = jaxlora.split(adapted)
     # as after some training: with b = 0 half of the backward would be zero
@@ -81,7 +79,7 @@ def variants(options: argparse.Namespace) -> dict[str, peers.Variant]:
         )
 
     def quantized(kind):
-        how = jaxlora.QuantizationConfig(kind, targets=options.targets)
+        how = jaxlora.QuantizationConfig(kind, targets=targets)
         loss, *_ = lora("auto")
         return loss, adapters, jaxlora.quantize(model.apply, base, x, config=how)
 
@@ -91,7 +89,7 @@ def variants(options: argparse.Namespace) -> dict[str, peers.Variant]:
         "per call": lambda: peers.per_call(model, adapters, base),
         "naive": lambda: peers.naive(model, adapters, base),
         "nnx.LoRA": lambda: peers_nnx.nnx_lora(options),
-        "qwix": lambda: peers.qwix(model, params, x, options.rank, config.alpha),
+        "qwix": lambda: peers.qwix(model, params, x, targets, options.rank, config.alpha),
         "lora": lambda: lora("auto"),
         "dora": dora,
         **{kind: functools.partial(quantized, kind) for kind in ("int8", "nf4")},
@@ -105,7 +103,7 @@ def possible(options: argparse.Namespace) -> list[str]:
     """Return the variants there are of this model in this environment; forms have to be named."""
     names = ["floor", "full", "per call"]
     names += ["naive"] * (not options.scan)
-    names += ["nnx.LoRA"] * (not options.scan and not options.remat)
+    names += ["nnx.LoRA"] * (not options.scan)
     names += ["qwix"] * peers.has_qwix()
     return [*names, "lora"]
 
@@ -183,6 +181,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "width": 384,
         "hidden": 1536,
         "heads": 6,
+        "groups": 2,
         "batch": 8,
         "time": 128,
         "rank": 8,
@@ -197,12 +196,18 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     }.items():
         parser.add_argument(f"--{name}", action="store_true", help=help_)
     for name, choices, default, help_ in (
-        ("targets", models.TARGETS, models.TARGETS, "adapted layers, default all"),
+        ("targets", models.GATED_TARGETS, None, "adapted layers, default all of the model"),
         ("variants", (*VARIANTS, *FORMS), None, "beside floor and full, default all that can run"),
     ):
         parser.add_argument(
             f"--{name}", nargs="+", choices=choices, default=default, metavar="NAME", help=help_
         )
+    parser.add_argument(
+        "--model",
+        choices=models.NAMES,
+        default=models.NAMES[0],
+        help="of these sizes, default transformer; groups of heads are a Llama's alone",
+    )
     parser.add_argument("--dtype", default="float32", help="of base and inputs, default float32")
     parser.add_argument("--out", type=Path, help="write JSON here")
     return parser

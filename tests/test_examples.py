@@ -152,8 +152,20 @@ def test_both_ways_to_train_agree():
     assert pages.agree(loss, out.splitlines()[0])
 
 
-def test_benchmark_measures_every_variant(tmp_path):
+def test_benchmarks_on_a_gpu_say_that_they_need_one(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")  # where nvidia-smi would be
+    monkeypatch.setattr(sys, "argv", ["run.py", "train_step", "gpu"])
+    with pytest.raises(SystemExit):
+        benchmark_run.main()
+    assert "['gpu'] need a GPU" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    assert set(benchmark_run.BENCHMARKS) - set(benchmark_run.parse().names) == {"gpu", "gpu_torch"}
+
+
+@pytest.mark.parametrize("model", ["transformer", "llama"])
+def test_benchmark_measures_every_variant(model, tmp_path):
     small = ["--layers=1", "--width=16", "--hidden=32", "--heads=2", "--batch=2", "--time=8"]
+    small += ["--model", model]
     file = tmp_path / "step.json"
     run("benchmarks/train_step.py", *small, "--rank=2", "--rounds=2", "--out", file)
     variants = json.loads(file.read_text())["results"]
