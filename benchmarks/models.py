@@ -176,7 +176,14 @@ def training_step(
 
     def step(trained, state, frozen, *batch):
         value, grads = jax.value_and_grad(loss)(trained, frozen, *batch)
-        updates, state = tx.update(grads, state, trained)
-        return optax.apply_updates(trained, updates), state, value
+        return *update(tx, trained, state, grads), value
 
     return step
+
+
+def update(
+    tx: optax.GradientTransformation, trained: Any, state: Any, grads: Any
+) -> tuple[Any, Any]:
+    """Return what an optimizer makes of what is trained, and its next state."""
+    updates, state = tx.update(grads, state, trained)
+    return optax.apply_updates(trained, updates), state

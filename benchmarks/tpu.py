@@ -3,7 +3,9 @@
 libtpu compiles for a TPU without one. Of a compiled step it tells the operations, the bytes that
 are read and written, the bytes of temporaries, and the seconds that the two could take at best.
 These are counts of a compiler and no measurements: they do not depend on how busy a machine is.
-A step that is scanned counts one of its layers. For some chips the compiler tells no time.
+For some chips it tells no time. Of layers that are scanned the compiler counts one, beside all that
+is outside of them, as the update of the factors of every layer; in full, time and bytes of the
+layer are taken as often as there are layers.
 
 The model has the shapes of Llama 3 8B (Grattafiori et al. 2024, arXiv:2407.21783, table 3) in
 bfloat16, with adapters on all of its products. The variants:
@@ -17,6 +19,7 @@ bfloat16, with adapters on all of its products. The variants:
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -39,6 +42,7 @@ import jaxlora
 
 WIDTH = 4096
 KINDS = ("int8", "nf4")
+COMPARED = ("best_ms", "gflops", "gb", "temp_gb", "best_ms_in_full", "gb_in_full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,27 +141,35 @@ def by_qwix(model: nn.Module, case: Case, x: Any, kind: str | None = None) -> pe
     return variant
 
 
-def compiled(case: Case, variant: peers.Variant) -> Any:
-    """Return a step or a forward pass, compiled for one chip."""
-    loss, trained, frozen = variant
-    tx = optax.adamw(1e-4)
+def compiled(program: Callable[..., Any], case: Case, *args: Any) -> dict[str, float]:
+    """Return what the compiler tells of a program of arrays of these shapes, on one chip.
 
-    def forward(trained, state, frozen, x, y):
-        return loss(trained, frozen, x, y)
-
-    x = jax.ShapeDtypeStruct((case.batch, case.tokens, WIDTH), jnp.bfloat16)
-    state = jax.eval_shape(tx.init, trained) if case.trains else ()
+    Args:
+        program: the program, which writes its first two arguments anew if it trains.
+        case: tells the chip.
+        *args: trees of shapes.
+    """
     topology = topologies.get_topology_desc(f"{case.chip}:1x1x1", "tpu")
     mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
     sharding = NamedSharding(mesh, PartitionSpec())
-    arguments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        (trained, state, frozen, x, x),
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
     )
-    donated = (0, 1) if case.trains else ()
-    program = models.training_step(loss, tx) if case.trains else forward
-    jitted = jax.jit(program, donate_argnums=donated)
-    return jitted.lower(*arguments).compile()
+    jitted = jax.jit(program, donate_argnums=(0, 1) if case.trains else ())
+    return figures(jitted.lower(*placed).compile())
+
+
+def told(case: Case, variant: peers.Variant) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Return the figures of a step or a forward pass, and those of the update in it alone."""
+    loss, trained, frozen = variant
+    tx = optax.adamw(1e-4)
+    x = jax.ShapeDtypeStruct((case.batch, case.tokens, WIDTH), jnp.bfloat16)
+    if not case.trains:
+        return compiled(loss, case, trained, frozen, x, x), []
+    state = jax.eval_shape(tx.init, trained)
+    step = compiled(models.training_step(loss, tx), case, trained, state, frozen, x, x)
+    update = functools.partial(models.update, tx)
+    return step, [compiled(update, case, trained, state, trained)]
 
 
 def need_no_tpu() -> None:
@@ -181,21 +193,41 @@ def figures(program: Any) -> dict[str, float]:
     }
 
 
+def in_full(layers: int, once: dict[str, float], *outside: dict[str, float]) -> dict[str, float]:
+    """Return the figures of a program of scanned layers, of which the compiler counts one.
+
+    What is outside of the layers is taken off, and the rest is taken as often as there are layers:
+    less than it is, where a layer has loops of its own.
+
+    Args:
+        layers: how many there are.
+        once: what the compiler tells of the program.
+        *outside: what it tells of the parts outside of the layers.
+    """
+    rest = {key: sum(part[key] for part in outside) for key in once}
+    return {key: rest[key] + layers * (once[key] - rest[key]) for key in once}
+
+
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Return the figures of each variant of each case, and their ratios to its floor."""
     rows: dict[str, dict[str, float]] = {}
     for name in options.cases:
         case = CASES[name]
+        none = dataclasses.replace(case, layers=0, scan=False)
+        without_layers, _ = told(none, variants(none, ["floor"])["floor"]())
         floor: dict[str, float] = {}
         for variant, make in variants(case, ["floor", *case.variants]).items():
             start = time.perf_counter()
-            row = figures(compiled(case, make()))
+            row, update = told(case, make())
+            whole = in_full(case.layers, row, without_layers, *update) if case.scan else row
+            row |= {f"{key}_in_full": whole[key] for key in ("best_ms", "gb")}
             floor = floor or row
-            ratios = {f"{key}_over_floor": row[key] / floor[key] for key in list(row)[:4]}
+            ratios = {f"{key}_over_floor": row[key] / floor[key] for key in COMPARED}
             rows[f"{name}: {variant}"] = {**ratios, **row}
             seconds = time.perf_counter() - start
             shown = ", ".join(f"{key} {value:.3f}" for key, value in ratios.items())
             print(f"{name}: {variant}: {shown} ({seconds:.0f} s)", flush=True)
+            report.write(options, rows, "compiled for TPU")
     return rows
 
 

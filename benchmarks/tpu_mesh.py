@@ -90,23 +90,10 @@ def traced(case: Case, mesh: Mesh, name: str, layers: int) -> tuple[Any, Any]:
     rows = NamedSharding(mesh, P("fsdp"))
     tokens = jax.ShapeDtypeStruct((case.batch, case.tokens), jnp.int32, sharding=rows)
 
-    def update(trained, state, grads):
-        updates, state = tx.update(grads, state, trained)
-        return optax.apply_updates(trained, updates), state
-
+    update = functools.partial(models.update, tx)
     step = jax.jit(models.training_step(loss, tx), donate_argnums=(0, 1))
     alone = jax.jit(update, donate_argnums=(0, 1)).trace(trained, state, trained)
     return step.trace(trained, state, frozen, tokens, tokens), alone
-
-
-def in_full(case: Case, once: dict[str, float], *outside: dict[str, float]) -> dict[str, float]:
-    """Return the figures of a step of all layers, of which the compiler counts one.
-
-    What is outside of the layers is taken off, and the rest is taken as often as there are layers:
-    less than it is, where a layer has loops of its own.
-    """
-    rest = {key: sum(part[key] for part in outside) for key in once}
-    return {key: rest[key] + case.sizes.layers * (once[key] - rest[key]) for key in once}
 
 
 def told(
@@ -134,7 +121,8 @@ def told(
     rate, traffic, memory = CHIPS[case.chip]
     row = {"argument_gb": once["argument_gb"], "temp_gb": once["temp_gb"]}
     row["of_memory"] = (once["argument_gb"] + once["temp_gb"]) * 1e9 / memory
-    whole = in_full(case, once, without_layers, tpu.figures(update.lower().compile()))
+    outside = without_layers, tpu.figures(update.lower().compile())
+    whole = tpu.in_full(case.sizes.layers, once, *outside)
     row |= {"tflops": flops / 1e12, "gb": whole["gb"], "best_ms": whole["best_ms"]}
     row |= collectives.count(program.as_text())
     bounds = flops / rate, whole["gb"] * 1e9 / traffic, whole["best_ms"] / 1e3
