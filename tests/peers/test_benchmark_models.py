@@ -1,18 +1,20 @@
 """The benchmarks compare the same models in Flax Linen, in Flax NNX and in PyTorch."""
 
 import argparse
+from typing import Any
 
 import flax.traverse_util
 import jax
 import models
 import numpy as np
 import peers_nnx
-import peers_torch
 import pytest
-import torch
 from flax import nnx
 from numpy.testing import assert_allclose
 
+REASON = "install jaxlora[peft] to compare with PyTorch"
+torch: Any = pytest.importorskip("torch", reason=REASON)
+peers_torch: Any = pytest.importorskip("peers_torch", reason=REASON)
 SIZES = {"layers": 2, "width": 32, "hidden": 48, "heads": 4, "groups": 2, "rank": 2}
 
 
