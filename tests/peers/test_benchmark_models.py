@@ -41,13 +41,11 @@ def found(options):
 
 def test_torch_computes_what_linen_does(options, found):
     params, x, out = found
-    renamed = {"kernel": "weight", "scale": "weight"}
-    state = {
-        ".".join([*path[:-1], renamed.get(path[-1], path[-1])]).replace("block_", "blocks."): (
-            torch.tensor(np.array(leaf).T)
-        )
-        for path, leaf in params.items()
-    }
+    state = {}
+    for (*names, name), leaf in params.items():
+        kind = "bias" if name == "bias" else "weight"
+        path = ".".join([*names, kind]).replace("block_", "blocks.")
+        state[path] = torch.tensor(np.array(leaf).T)
     model = peers_torch.Transformer(options)
     model.load_state_dict(state)
     got = model(torch.tensor(np.array(x))).detach()
@@ -59,7 +57,7 @@ def test_nnx_computes_what_linen_does(options, found):
     model = peers_nnx.Transformer(options, nnx.Rngs(0))
     for path, leaf in params.items():
         names = "/".join(path).replace("block_", "blocks/").split("/")
-        held = model
+        held: Any = model
         for name in names[:-1]:
             held = held[int(name)] if name.isdigit() else getattr(held, name)
         held = held.base_module if isinstance(held, nnx.LoRA) else held
