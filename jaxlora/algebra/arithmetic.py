@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks
 from jaxlora.types import PyTree
-from jaxlora.weights import modules, paths, quantized, tree_checks
+from jaxlora.weights import memory, modules, paths, quantized, tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, merge_dtype
 from jaxlora.weights.magnitude import merged
 from jaxlora.weights.nodes import LoRAWeight
@@ -64,7 +64,7 @@ def delta(params: PyTree, path: str) -> jax.Array:
         what = "is not adapted" if path in leaves else "is no leaf of params"
         near = paths.nearest(path, adapted)
         raise ValueError(f"{path!r} {what}: the path of an adapted weight is needed; {near}")
-    node = leaves[path]
+    node = memory.on_device(leaves[path])
     return (
         node.delta()
         if not node.has_magnitude

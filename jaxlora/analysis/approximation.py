@@ -16,7 +16,7 @@ from jaxlora.messages import checks
 from jaxlora.targets.sites import Sites, check_sites
 from jaxlora.trees import changes
 from jaxlora.types import Leaf, PyTree
-from jaxlora.weights import quantized
+from jaxlora.weights import memory, quantized
 from jaxlora.weights.roles import Roles
 
 
@@ -176,7 +176,7 @@ def _leaves(
         return
     check_sites(sites, may_be_none=True)
     for path, leaf in changes.plain_leaves(weight, call, "weight").items():
-        values = quantized.values(leaf)
+        values = quantized.values(memory.on_device(leaf))
         yield path, values, changes.roles_of(path, values, sites)
 
 

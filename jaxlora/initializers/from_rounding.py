@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxlora.linalg import matrices, svd
 from jaxlora.messages import checks
 from jaxlora.types import Leaf, PyTree
-from jaxlora.weights import paths, placed, quantized, sharding, tree_checks
+from jaxlora.weights import memory, paths, placed, quantized, sharding, tree_checks
 from jaxlora.weights.adapters import Adapter, scaling
 from jaxlora.weights.quantized import QuantizedWeight
 from jaxlora.weights.roles import Roles, factor_axes
@@ -105,7 +105,7 @@ def start(
     made, a, b, finite = placed.run(_alternated, how, (weight, base), base, axes)
     if not isinstance(finite, Tracer) and not finite:
         raise ValueError(f"'loftq' needs finite values: {path!r} holds NaN or inf")
-    return made, Adapter(a, b, roles, alpha, base.shape, changed="loftq")
+    return memory.beside(base, made), Adapter(a, b, roles, alpha, base.shape, changed="loftq")
 
 
 def _alternated(weight: jax.Array, base: QuantizedWeight, how: _How) -> tuple[Leaf, ...]:

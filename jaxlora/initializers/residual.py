@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxlora.initializers.from_weight import FromWeight
 from jaxlora.linalg import matrices
 from jaxlora.types import Function, Leaf
-from jaxlora.weights import blocks, paths, placed, quantized
+from jaxlora.weights import blocks, memory, paths, placed, quantized
 from jaxlora.weights.adapters import Adapter, merge_dtype, scaling
 from jaxlora.weights.quantized import QuantizedWeight
 from jaxlora.weights.roles import Roles, factor_axes
@@ -76,7 +76,7 @@ def take_out(
     term = Adapter(a, b, roles, target.alpha, tuple(base.shape), block=target.block)
     if not initializer.changes_base:
         return base, term
-    return left, dataclasses.replace(term, changed=initializer.name)
+    return memory.beside(base, left), dataclasses.replace(term, changed=initializer.name)
 
 
 def _data(name: str, initializer: FromWeight, entries: int) -> tuple[jax.Array, ...]:

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.types import Function, PyTree
-from jaxlora.weights import sharding
+from jaxlora.weights import memory, sharding
 
 
 def run(compute: Function, args: tuple[PyTree, ...], *, stack: int = 0, **static: Any) -> Any:
@@ -24,7 +24,7 @@ def run(compute: Function, args: tuple[PyTree, ...], *, stack: int = 0, **static
             array are; nothing else of it is.
         **static: what else it takes, no arrays.
     """
-    bound = functools.partial(compute, **static)
+    bound, args = functools.partial(compute, **static), memory.on_device(args)
     types = filter(None, map(sharding.explicit, jax.tree.leaves(args)))
     if (typed := next(types, None)) is None:
         return bound(*args)

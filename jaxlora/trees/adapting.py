@@ -17,7 +17,7 @@ from jaxlora.targets.sites import Site, find_sites
 from jaxlora.targets.skipped import warn_of_skipped
 from jaxlora.targets.stacking import with_stacks
 from jaxlora.types import Function, Leaf, PyTree
-from jaxlora.weights import blocks, paths, placed, quantized, tree_checks
+from jaxlora.weights import blocks, memory, paths, placed, quantized, tree_checks
 from jaxlora.weights.adapters import Adapter, Replacement
 from jaxlora.weights.magnitude import norms
 from jaxlora.weights.nodes import TrainedLeaf
@@ -88,7 +88,8 @@ def init(
             term = _with_magnitude(target.name, base, term)
         leaves[path] = paths.with_term(leaves[path], base, term)
     for path, rows in select_whole(config, leaves).items():
-        leaf, now = leaves[path], quantized.values(leaves[path])
+        leaf = leaves[path]
+        now = quantized.values(memory.on_device(leaf))
         value = jnp.array(now)
         if rows is not None:
             value = placed.run(_rows, rows, (now,), now, (None, *range(1, now.ndim)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxlora.messages import checks
 from jaxlora.targets.sites import Sites, check_sites
 from jaxlora.types import Leaf, Leaves, PyTree
-from jaxlora.weights import paths, quantized, tree_checks
+from jaxlora.weights import memory, paths, quantized, tree_checks
 from jaxlora.weights.roles import Roles
 
 
@@ -64,7 +64,7 @@ def changes(
             f"{names[0]} and {names[1]} must have the same leaves: {odd!r} is in one alone"
         )
     for path, leaf in before.items():
-        was, now = quantized.values(leaf), quantized.values(after[path])
+        was, now = map(quantized.values, memory.on_device((leaf, after[path])))
         if largest := _largest(path, was, now):
             yield Change(path, leaf, was, now, roles_of(path, was, sites), largest)
 

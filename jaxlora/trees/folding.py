@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxlora.types import Leaf, Leaves
-from jaxlora.weights import blocks, placed, quantized, sharding
+from jaxlora.weights import blocks, memory, placed, quantized, sharding
 from jaxlora.weights.adapters import Adapter, merge_dtype
 from jaxlora.weights.magnitude import merged
 from jaxlora.weights.nodes import LoRAWeight
@@ -25,6 +25,7 @@ from jaxlora.weights.quantized import QuantizedWeight
 Terms = tuple[Adapter, ...]
 # a weight, its rounding error if that is wanted, and whether all of it is finite
 Folded = tuple[Leaf, jax.Array | None, jax.Array]
+Fold = Callable[[Leaf, Terms, "How"], Folded]
 _BLOCK = 2**22  # elements of a block, 16 MiB in float32
 _TINY = 2**13  # elements of a block that is too small to be worth its own step
 
@@ -59,14 +60,17 @@ def _fold(
     if requantize and is_quantized:
         axes = (sharding.even_axes(base, base), (), ())
         folded, error, is_finite = placed.run(_folded_again, how.sign, (base, terms), base, axes)
+        folded = memory.beside(base, folded)
     else:
         run = jax.jit(
-            _folded_by_blocks if _is_whole_on_one_device(base) else _folded,
-            static_argnums=2,
+            _folded_in_memory,
+            static_argnums=(2, 3),
             out_shardings=(sharding.concrete(base), None, None),
             donate_argnums=0 if donate and not is_quantized else (),
         )
-        folded, error, is_finite = run(base, terms, how)
+        folded, error, is_finite = run(
+            base, terms, how, _folded_by_blocks if _is_whole_on_one_device(base) else _folded
+        )
     _check_finite(path, node, how.sign, is_finite, finite)
     if donate and is_quantized:  # of other shapes than the result, which cannot take their place
         jax.tree.map(lambda x: None if isinstance(x, Tracer) else x.delete(), base)
@@ -89,10 +93,11 @@ def _check_finite(
 def can_be_cut(node: LoRAWeight, axes: Sequence[int]) -> bool:
     """Tell whether a part of a weight, not all of it along some axes, is folded without the rest.
 
-    It is if the base is plain and whole on one device, and no adapter has a magnitude, or is of
-    other parts along these axes.
+    It is if the base is plain and whole in the memory of one device, and no adapter has a
+    magnitude, or is of other parts along these axes.
     """
     is_plain = isinstance(node.base, jax.Array) and _is_whole_on_one_device(node.base)
+    is_plain &= not memory.is_on_host(node.base)
     return is_plain and all(_can_be_cut(term, axes) for term in node.terms)
 
 
@@ -126,6 +131,12 @@ def _is_whole_on_one_device(base: Leaf) -> bool:
         return False  # the compiler decides where it is
     placed = getattr(base, "sharding", None)
     return placed is None or isinstance(placed, jax.sharding.SingleDeviceSharding)
+
+
+def _folded_in_memory(base: Leaf, terms: Terms, how: How, fold: Fold) -> Folded:
+    """Return what a function folds, in the memory that the base is in."""
+    folded, error, is_finite = fold(memory.on_device(base), terms, how)
+    return memory.beside(base, folded), error, is_finite
 
 
 def _folded_by_blocks(base: Leaf, terms: Terms, how: How) -> Folded:
@@ -221,7 +232,7 @@ def _finite(base: Leaf, terms: Terms) -> Leaves:
     """Return of the arrays that a merged weight is computed from, by name, which are finite."""
     trained = [term.trained() for term in terms]
     found = {n: [arrays[n] for arrays in trained if n in arrays] for n in Adapter.fields}
-    found = {"base": [quantized.values(base)]} | found
+    found = {"base": [quantized.values(memory.on_device(base))]} | found
     return {
         name: jnp.all(jnp.stack([_is_finite(array) for array in arrays]))
         for name, arrays in found.items()

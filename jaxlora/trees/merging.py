@@ -8,7 +8,7 @@ from jaxlora.messages import checks
 from jaxlora.trees.binding import nodes_over
 from jaxlora.trees.folding import fold, rounding_error
 from jaxlora.types import Leaf, Leaves, PyTree
-from jaxlora.weights import blocks, modules, paths, quantized, tree_checks
+from jaxlora.weights import blocks, memory, modules, paths, placed, tree_checks
 from jaxlora.weights.adapters import Adapter, Adapters, merge_dtype
 from jaxlora.weights.nodes import LoRAWeight, TrainedLeaf
 from jaxlora.weights.quantized import QuantizedWeight
@@ -52,9 +52,9 @@ def merge(params: PyTree, *, donate: bool = False, requantize: bool = False) -> 
         if isinstance(leaf, LoRAWeight):
             leaves[path] = fold(path, leaf, 1, donate=donate, requantize=requantize)
         elif isinstance(leaf, QuantizedWeight) and not requantize:
-            leaves[path] = jax.jit(quantized.values)(leaf)
+            leaves[path] = placed.plain(leaf)
         elif isinstance(leaf, TrainedLeaf):
-            leaves[path] = _finite(path, leaf.now)
+            leaves[path] = memory.beside(leaf.base, _finite(path, leaf.now))
     return treedef.unflatten(leaves.values())
 
 

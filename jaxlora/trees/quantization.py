@@ -14,7 +14,7 @@ from jaxlora.targets.selection import select
 from jaxlora.targets.sites import Site, find_sites
 from jaxlora.tracing.recorder import Kind as UseKind
 from jaxlora.types import Function, Leaf, PyTree
-from jaxlora.weights import paths, placed, quantized, sharding, tree_checks
+from jaxlora.weights import memory, paths, placed, quantized, sharding, tree_checks
 from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import Code, Kind, QuantizedWeight
 
@@ -127,7 +127,7 @@ def dequantize(params: PyTree) -> PyTree:
         raise ValueError("params has no quantized weight: make some with jaxlora.quantize")
     for path, weight in found.items():
         is_abstract = isinstance(weight.codes, jax.ShapeDtypeStruct)
-        plain = weight.abstract if is_abstract else jax.jit(quantized.values)(weight)
+        plain = weight.abstract if is_abstract else placed.plain(weight)
         leaves[path] = paths.with_base(leaves[path], plain)
     return treedef.unflatten(leaves.values())
 
@@ -155,7 +155,7 @@ def _quantized(path: str, weight: Leaf, code: Code, axis: int) -> QuantizedWeigh
             f"only finite weights can be quantized: {path!r} holds NaN or inf, or numbers next to "
             "the ends of float32"
         )
-    return found
+    return memory.beside(weight, found)
 
 
 def _made(weight: jax.Array, how: tuple[Code, int]) -> tuple[QuantizedWeight, jax.Array]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.types import Leaf
-from jaxlora.weights import blocks, quantized, sharding
+from jaxlora.weights import blocks, memory, quantized, sharding
 from jaxlora.weights.adapters import Adapter, merge_dtype
 from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import QuantizedWeight
@@ -44,9 +44,11 @@ def norms(base: Leaf, term: Adapter) -> jax.Array:
 def _norms(weight: LoRAWeight) -> jax.Array:
     """Return the norms of the columns of a weight whose only term is for all of it."""
     roles, dtype = weight.roles, merge_dtype(weight.dtype)
-    if isinstance(weight.base, QuantizedWeight) and 0 in roles.stack:  # one entry at a time
+    is_made = isinstance(weight.base, QuantizedWeight) or memory.is_on_host(weight.base)
+    if is_made and 0 in roles.stack:  # one entry at a time
         return jax.lax.map(lambda entry: _norms(_entry(entry, roles)), weight)
-    base, a, b = (x.astype(dtype) for x in (quantized.values(weight.base), weight.a, weight.b))
+    base = quantized.values(memory.on_device(weight.base))
+    base, a, b = (x.astype(dtype) for x in (base, weight.a, weight.b))
     ndim = len(weight.shape)
     rank, other = ndim, ndim + 1  # the next free names of axes
     columns = (*roles.stack, *roles.out)

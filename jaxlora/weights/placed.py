@@ -15,7 +15,8 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh
 
 from jaxlora.types import Function, Leaf, PyTree
-from jaxlora.weights.quantized import stand_in
+from jaxlora.weights import memory
+from jaxlora.weights.quantized import stand_in, values
 from jaxlora.weights.sharding import Axes, along, concrete, explicit
 
 
@@ -75,7 +76,7 @@ def run(
         base: the weight, an array.
         axes: for each array of the tree, the base's axis of each of its dimensions.
     """
-    base = stand_in(base)
+    args, base = memory.on_device((tuple(args), stand_in(base)))
     typed, known = explicit(base), concrete(base)
 
     def placed(sharding):
@@ -91,6 +92,12 @@ def run(
     return jax.jit(build, static_argnums=len(args), out_shardings=known and placed(known))(
         *args, static
     )
+
+
+@jax.jit
+def plain(weight: Leaf) -> jax.Array:
+    """Return what a quantized weight stands for, where its codes are."""
+    return memory.beside(weight, values(memory.on_device(weight)))
 
 
 def may_be_sharded(base: Leaf) -> bool:

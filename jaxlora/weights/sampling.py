@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from jaxlora.types import Function, Leaf
-from jaxlora.weights import blocks, sharding
+from jaxlora.weights import blocks, memory, sharding
 from jaxlora.weights.blocks import Part
 from jaxlora.weights.quantized import QuantizedWeight, level, stand_in
 
@@ -65,6 +65,7 @@ def take(weight: Leaf, part: Part | None = None) -> Sample | None:
         return _jitted(fn, tuple(range(1, len(args))), sharding.replicated(array))(*args)
 
     with jax.ensure_compile_time_eval():  # also where a known base meets a traced factor
+        weight, array = memory.on_device((weight, array))
         if not isinstance(weight, QuantizedWeight):
             return Sample(run(_sample, weight, part))
         # the codes, and the level of the scales: their last bits depend on where they were made

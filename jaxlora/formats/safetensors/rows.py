@@ -16,7 +16,7 @@ from jaxlora.storage import processes
 from jaxlora.trees import folding
 from jaxlora.trees.merging import merge
 from jaxlora.types import Leaf
-from jaxlora.weights import paths, quantized
+from jaxlora.weights import memory, paths, placed, quantized
 from jaxlora.weights.nodes import LoRAWeight
 from jaxlora.weights.quantized import QuantizedWeight
 from jaxlora.weights.sharding import explicit
@@ -74,7 +74,7 @@ class Weight:
 def merged(path: str, leaf: Leaf) -> jax.Array | np.ndarray:
     """Return all of a leaf, merged; gathered on the host if it is not all in this process."""
     if isinstance(leaf, QuantizedWeight):
-        leaf = jax.jit(quantized.values)(leaf)
+        leaf = placed.plain(leaf)
     elif isinstance(leaf, LoRAWeight):
         plain = folding.fold(path, leaf, 1)
         _warn_of_rounding(path, leaf, plain)
@@ -89,7 +89,9 @@ def _warn_of_rounding(path: str, leaf: LoRAWeight, merged: jax.Array) -> None:
     """Warn if rounding has undone what an adapter changes."""
     if int(meshes.run(_moved_of_few, (leaf.base, merged))) >= _SWALLOWED * merged.size:
         return  # as nearly always, and soon told
-    meant, moved = (int(count) for count in jax.device_get(_counts(leaf, merged)))
+    meant, moved = (
+        int(count) for count in jax.device_get(_counts(*memory.on_device((leaf, merged))))
+    )
     if moved < _SWALLOWED * meant:
         checks.warn(
             f"merging changed {moved / meant:.2%} of the elements of {path!r} that its adapter is "

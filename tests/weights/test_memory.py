@@ -1,0 +1,199 @@
+"""Weights in host memory: all is computed the same, and each array is where it belongs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import P
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from numpy.testing import assert_allclose
+
+import jaxlora
+from jaxlora import analysis, initializers
+
+LAYERS, WIDTH, ROWS = 3, 16, 32
+KEY, X = jax.random.key(0), jnp.arange(8)
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+PLACES = ("one device", *KINDS)  # of which the meshes are of all devices
+CONFIG = jaxlora.LoRAConfig(rank=2, alpha=4, targets=("table", "layers"))
+NF4 = jaxlora.QuantizationConfig("nf4", targets=("layers",), block_size=4)
+
+
+def fn(params, x):
+    """Look rows up and pass them through layers, each weight moved to the device where it is used.
+
+    A weight that is there already stays.
+    """
+    moved = jax.memory.Space.Device
+
+    def layer(h, w):
+        return jnp.tanh(h @ jax.device_put(w, moved)), None
+
+    rows = jax.device_put(params["table"], moved).at[x].get(out_sharding=_whole(params["table"]))
+    return jax.lax.scan(layer, rows, params["layers"])[0]
+
+
+def _whole(table):
+    mesh = jax.typeof(table).sharding.mesh
+    return NamedSharding(mesh, P()) if mesh.explicit_axes else None
+
+
+def weights(place, memory):
+    """Return the parameters on a place, in a memory."""
+    drawn = {
+        "table": 0.3 * jax.random.normal(KEY, (ROWS, WIDTH)),
+        "layers": 0.3 * jax.random.normal(KEY, (LAYERS, WIDTH, WIDTH)),
+    }
+    if place == "one device":
+        return jax.device_put(drawn, SingleDeviceSharding(jax.devices()[0], memory_kind=memory))
+    mesh = jax.make_mesh((len(jax.devices()),), ("model",), (KINDS[place],))
+    specs = {"table": P("model"), "layers": P(None, "model")}  # the in axes, and rows
+    return {
+        name: jax.device_put(drawn[name], NamedSharding(mesh, specs[name], memory_kind=memory))
+        for name in drawn
+    }
+
+
+def adapted(params, **options):
+    """Return parameters with adapters as after some training."""
+    config = jaxlora.LoRAConfig(rank=2, alpha=4, targets=CONFIG.targets, **options)
+    base, adapters = jaxlora.split(jaxlora.init(KEY, fn, params, X, config=config))
+    return jaxlora.bind(base, jax.tree.map(lambda x: x + 0.1, adapters))
+
+
+def trained_whole(params):
+    config = jaxlora.LoRAConfig(rank=2, targets=("layers",), train=("table",))
+    return jaxlora.init(KEY, fn, params, X, config=config)
+
+
+def quantized(params):
+    return jaxlora.quantize(fn, params, X, config=NF4)
+
+
+def unmerged(params):
+    merged = jaxlora.merge(adapted(params))
+    return jaxlora.unmerge(merged, jaxlora.split(adapted(params))[1])
+
+
+INITIALIZERS = {
+    name: lambda params, name=name: jaxlora.init(
+        KEY,
+        fn,
+        params,
+        X,
+        config=jaxlora.LoRAConfig(rank=2, targets=CONFIG.targets, initializer=name),
+    )
+    for name in ("orthogonal", "zero_a", "pissa", "milora", "olora")
+}
+TREES = {  # of parameters, whose weights stay where they were
+    "init": adapted,
+    "magnitude": lambda params: adapted(params, magnitude=True),
+    "trained whole": trained_whole,
+    **INITIALIZERS,
+    "loftq": lambda params: jaxlora.init(
+        KEY,
+        fn,
+        quantized(params),
+        X,
+        config=jaxlora.LoRAConfig(
+            rank=2, targets=("layers",), initializer=initializers.loftq(params)
+        ),
+    ),
+    "merge": lambda params: jaxlora.merge(adapted(params)),
+    "merge, donated": lambda params: jaxlora.merge(
+        adapted(jax.tree.map(jnp.copy, params)), donate=True
+    ),
+    "merge, magnitude": lambda params: jaxlora.merge(adapted(params, magnitude=True)),
+    "merge, trained whole": lambda params: jaxlora.merge(trained_whole(params)),
+    "merge, quantized": lambda params: jaxlora.merge(adapted(quantized(params))),
+    "merge, quantized again": lambda params: jaxlora.merge(
+        adapted(quantized(params)), requantize=True
+    ),
+    "unmerge": unmerged,
+    "quantize": quantized,
+    "dequantize": lambda params: jaxlora.dequantize(quantized(params)),
+}
+
+
+def loss(adapters, base):
+    return jnp.square(jaxlora.lora(fn)(jaxlora.bind(base, adapters), X)).mean()
+
+
+def gradients(params):
+    base, adapters = jaxlora.split(adapted(params))
+    return jax.jit(jax.grad(loss))(adapters, base)
+
+
+def step(params):
+    base, adapters = jaxlora.split(adapted(params))
+    tx = optax.adamw(1e-2)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(jax.grad(loss)(adapters, base), tx.init(adapters), adapters)
+    return optax.apply_updates(adapters, updates)
+
+
+RESULTS = {  # of what is computed from weights, on devices
+    "forward": lambda params: jax.jit(jaxlora.lora(fn))(adapted(params), X),
+    "forward, quantized": lambda params: jax.jit(jaxlora.lora(fn))(adapted(quantized(params)), X),
+    "forward, magnitude": lambda params: jax.jit(jaxlora.lora(fn))(
+        adapted(params, magnitude=True), X
+    ),
+    "gradients": gradients,
+    "step": step,
+    "merge_error": lambda params: jaxlora.merge_error(adapted(params)),
+    "delta": lambda params: jaxlora.algebra.delta(adapted(params), "layers"),
+    "delta, magnitude": lambda params: jaxlora.algebra.delta(
+        adapted(params, magnitude=True), "layers"
+    ),
+    "extract": lambda params: (
+        jaxlora.algebra.extract(
+            params, jaxlora.merge(adapted(params)), 2, sites=jaxlora.find_sites(fn, params, X)
+        ).energy
+    ),
+    "explained": lambda params: (
+        analysis.explained(params, (2,), sites=jaxlora.find_sites(fn, params, X))["table"].energy
+    ),
+}
+
+
+def memories(tree):
+    return {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+
+
+def check_equal(got, wanted):
+    jax.tree.map(
+        lambda x, y: assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-5, atol=1e-6),
+        got,
+        wanted,
+    )
+
+
+def cases(table, on_meshes):
+    """Return all of a table on one device, and what is named on meshes."""
+    return [(place, name) for place in PLACES for name in (on_meshes if place in KINDS else table)]
+
+
+def both(place):
+    """Return the same parameters in host memory and in that of the devices."""
+    return [weights(place, memory) for memory in ("pinned_host", "device")]
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), cases(TREES, ("magnitude", "pissa", "merge", "merge, quantized again"))
+)
+def test_weights_stay_in_host_memory_and_factors_do_not(place, name):
+    on_host, on_device = map(TREES[name], both(place))
+    for path, leaf in on_host.items():
+        base = getattr(leaf, "base", leaf)
+        assert (path, memories(base)) == (path, {"pinned_host"})
+        if base is not leaf:
+            assert memories(jaxlora.split(on_host)[1]) == {"device"}
+    check_equal(jax.device_get(on_host), jax.device_get(on_device))
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), cases(RESULTS, ("forward, quantized", "forward, magnitude", "gradients"))
+)
+def test_results_are_those_of_weights_on_devices(place, name):
+    check_equal(*map(RESULTS[name], both(place)))
