@@ -1,5 +1,7 @@
 """Weights in host memory: all is computed the same, and each array is where it belongs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.testing import assert_allclose
 
 import jaxlora
 from jaxlora import analysis, initializers
+from jaxlora.initializers.registry import InitializerName
 
 LAYERS, WIDTH, ROWS = 3, 16, 32
 KEY, X = jax.random.key(0), jnp.arange(8)
@@ -76,21 +79,12 @@ def unmerged(params):
     return jaxlora.unmerge(merged, jaxlora.split(adapted(params))[1])
 
 
-INITIALIZERS = {
-    name: lambda params, name=name: jaxlora.init(
-        KEY,
-        fn,
-        params,
-        X,
-        config=jaxlora.LoRAConfig(rank=2, targets=CONFIG.targets, initializer=name),
-    )
-    for name in ("orthogonal", "zero_a", "pissa", "milora", "olora")
-}
+NAMES: tuple[InitializerName, ...] = ("orthogonal", "zero_a", "pissa", "milora", "olora")
 TREES = {  # of parameters, whose weights stay where they were
     "init": adapted,
     "magnitude": lambda params: adapted(params, magnitude=True),
     "trained whole": trained_whole,
-    **INITIALIZERS,
+    **{name: functools.partial(adapted, initializer=name) for name in NAMES},
     "loftq": lambda params: jaxlora.init(
         KEY,
         fn,
