@@ -16,7 +16,7 @@ from jaxlora.trees.binding import split
 from jaxlora.trees.parting import parted
 from jaxlora.trees.quantization import QuantizationConfig, quantize
 from jaxlora.types import Function, Leaves, PyTree
-from jaxlora.weights import tree_checks
+from jaxlora.weights import memory, tree_checks
 from jaxlora.weights.adapters import Adapters
 from jaxlora.weights.quantized import QuantizedWeight
 
@@ -69,8 +69,8 @@ def plan(
 
     Raises:
         ValueError: the config does not fit the program; the state of the optimizer cannot be known
-            from shapes; shardings do not fit params or have no mesh; there are two meshes; fn
-            returns nothing floating.
+            from shapes; shardings do not fit params or have no mesh; there are two meshes; a
+            weight is in host memory; fn returns nothing floating.
         TypeError: fn is no function or cannot be traced from shapes, params no tree of arrays,
             config no `LoRAConfig`, the optimizer has no ``init`` and ``update``, mesh is no mesh.
 
@@ -92,6 +92,11 @@ def plan(
         raise TypeError(f"mesh must be a jax.sharding.Mesh: got {checks.shown(mesh)}")
     leaves = tree_checks.check_tree(params, _ORDER)
     tree_checks.check_plain(leaves, "plan")
+    if on_host := [path for path, leaf in leaves.items() if memory.is_on_host(leaf)]:
+        raise ValueError(
+            f"only weights on devices can be planned: {on_host[0]!r} is in host memory; give "
+            "shapes without a place, and count the weights off yourself"
+        )
     params, args = layout.abstract(params), layout.abstract(args)
     mesh = layout.mesh_of(mesh, shardings=shardings, params=params, args=args)
     params = layout.placed(params, mesh, shardings)

@@ -11,7 +11,7 @@ from jaxlora.types import Leaf, PyTree
 
 
 def is_on_host(weight: Leaf) -> bool:
-    """Tell whether a weight is in host memory, a quantized one with its codes."""
+    """Tell whether a weight or the shape of one is in host memory, a quantized one by its codes."""
     return any(map(_is_on_host, jax.tree.leaves(weight)))
 
 
@@ -28,4 +28,6 @@ def beside(weight: Leaf, tree: PyTree) -> PyTree:
 
 
 def _is_on_host(array: Leaf) -> bool:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return array.sharding is not None and array.sharding.memory_kind == "pinned_host"
     return isinstance(array, jax.Array) and jax.typeof(array).memory_space == jax.memory.Space.Host

@@ -191,3 +191,14 @@ def test_weights_stay_in_host_memory_and_factors_do_not(place, name):
 )
 def test_results_are_those_of_weights_on_devices(place, name):
     check_equal(*map(RESULTS[name], both(place)))
+
+
+@pytest.mark.parametrize("is_abstract", [False, True])
+def test_weights_in_host_memory_are_not_planned_as_if_on_devices(is_abstract):
+    params = weights("one device", "pinned_host")
+    if is_abstract:
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+        )
+    with pytest.raises(ValueError, match="'layers' is in host memory"):
+        jaxlora.planning.plan(fn, params, X, config=CONFIG, optimizer=optax.sgd(1.0))
