@@ -20,6 +20,7 @@ KEY, X = jax.random.key(0), jnp.arange(8)
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 PLACES = ("one device", *KINDS)  # of which the meshes are of all devices
 CONFIG = jaxlora.LoRAConfig(rank=2, alpha=4, targets=("table", "layers"))
+LAYERS_ALONE = jaxlora.LoRAConfig(rank=2, targets=("layers",))
 NF4 = jaxlora.QuantizationConfig("nf4", targets=("layers",), block_size=4)
 
 
@@ -191,6 +192,27 @@ def test_weights_stay_in_host_memory_and_factors_do_not(place, name):
 )
 def test_results_are_those_of_weights_on_devices(place, name):
     check_equal(*map(RESULTS[name], both(place)))
+
+
+def test_no_stack_is_on_a_device_where_layers_are_rematerialized():
+    params = weights("one device", "pinned_host")
+
+    def rematerialized(params, x):
+        @jax.checkpoint
+        def layer(h, w):
+            return jnp.tanh(h @ jax.device_put(w, jax.memory.Space.Device)), None
+
+        return jax.lax.scan(layer, x, params["layers"])[0].sum()
+
+    x = jnp.ones((4, WIDTH))
+    adapters = jaxlora.split(jaxlora.init(KEY, rematerialized, params, x, config=LAYERS_ALONE))[1]
+    apply = jaxlora.lora(rematerialized)
+    program = jax.make_jaxpr(jax.grad(lambda adapters: apply(jaxlora.bind(params, adapters), x)))
+    loops = [eqn for eqn in program(adapters).eqns if eqn.primitive.name == "scan"]
+    shape = params["layers"].shape
+    stacks = [v.aval for eqn in loops for v in (*eqn.invars, *eqn.outvars) if v.aval.shape == shape]
+    assert len(loops) == len(stacks) == 2  # forward and backward
+    assert {aval.memory_space for aval in stacks} == {jax.memory.Space.Host}
 
 
 @pytest.mark.parametrize("is_abstract", [False, True])
