@@ -18,7 +18,7 @@ from jaxlora.tracing.transform import lora, observe
 from jaxlora.trees import parting
 from jaxlora.trees.binding import bind, split
 from jaxlora.types import Function, Leaf, PyTree
-from jaxlora.weights import blocks, paths, tree_checks
+from jaxlora.weights import blocks, memory, paths, tree_checks
 from jaxlora.weights.adapters import Adapter
 from jaxlora.weights.quantized import QuantizedWeight
 
@@ -116,7 +116,7 @@ def gradients(
         def lost(weights):
             return run(treedef.unflatten((leaves | weights).values()), *args)
 
-        found = jax.grad(lost)(weights)
+        found = memory.on_device(jax.grad(lost)(weights))
         return {
             target.name: matrices.of_weight(
                 found[target.path][blocks.slices(target.block)], sites[target.path].roles

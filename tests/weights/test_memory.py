@@ -1,5 +1,6 @@
 """Weights in host memory: all is computed the same, and each array is where it belongs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from numpy.testing import assert_allclose
 
 import jaxlora
-from jaxlora import analysis, initializers
+from jaxlora import analysis, calibration, initializers
 from jaxlora.initializers.registry import InitializerName
 
 LAYERS, WIDTH, ROWS = 3, 16, 32
@@ -61,7 +62,7 @@ def weights(place, memory):
 
 def adapted(params, **options):
     """Return parameters with adapters as after some training."""
-    config = jaxlora.LoRAConfig(rank=2, alpha=4, targets=CONFIG.targets, **options)
+    config = dataclasses.replace(CONFIG, **options)
     base, adapters = jaxlora.split(jaxlora.init(KEY, fn, params, X, config=config))
     return jaxlora.bind(base, jax.tree.map(lambda x: x + 0.1, adapters))
 
@@ -136,6 +137,13 @@ RESULTS = {  # of what is computed from weights, on devices
     ),
     "gradients": gradients,
     "step": step,
+    "forward, part with magnitude": lambda params: jax.jit(jaxlora.lora(fn))(
+        adapted(params, magnitude=True, targets=("layers[1:3, :, 4:]",)), X
+    ),
+    "moments": lambda params: calibration.moments(fn, params, [(X,)], config=LAYERS_ALONE),
+    "mean gradients": lambda params: calibration.gradients(
+        lambda params, x: jnp.square(fn(params, x)).mean(), params, [(X,)], config=LAYERS_ALONE
+    ),
     "merge_error": lambda params: jaxlora.merge_error(adapted(params)),
     "delta": lambda params: jaxlora.algebra.delta(adapted(params), "layers"),
     "delta, magnitude": lambda params: jaxlora.algebra.delta(
@@ -191,7 +199,9 @@ def test_weights_stay_in_host_memory_and_factors_do_not(place, name):
     ("place", "name"), cases(RESULTS, ("forward, quantized", "forward, magnitude", "gradients"))
 )
 def test_results_are_those_of_weights_on_devices(place, name):
-    check_equal(*map(RESULTS[name], both(place)))
+    on_host, on_device = map(RESULTS[name], both(place))
+    assert memories([x for x in jax.tree.leaves(on_host) if isinstance(x, jax.Array)]) <= {"device"}
+    check_equal(on_host, on_device)
 
 
 def test_no_stack_is_on_a_device_where_layers_are_rematerialized():
