@@ -60,6 +60,8 @@ class Case:
         scan: whether the layers are scanned.
         remat: whether each layer is computed again in the backward pass.
         trains: whether it is a training step, or else a forward pass.
+        on_host: whether frozen matrices are in host memory, and those of a layer are moved to the
+            chip when it is reached.
     """
 
     variants: tuple[str, ...] = ("lora",)
@@ -72,6 +74,7 @@ class Case:
     scan: bool = True
     remat: bool = True
     trains: bool = True
+    on_host: bool = False
 
 
 CASES = {
@@ -87,12 +90,28 @@ CASES = {
     "magnitudes without remat": Case(("lora", "dora"), remat=False),
     "quantized": Case(("lora", "int8", "qwix int8", "nf4", "qwix nf4")),
     "decoding": Case(batch=8, tokens=1, trains=False),
+    "host memory": Case(("lora", "nf4"), on_host=True),
 }
+
+
+class Moved(models.Llama):
+    """The same layers, each of which moves its weights to the chip."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return ``(batch, time, width)`` for the same."""
+
+        def to_chip(weights):
+            return jax.device_put(weights, jax.memory.Space.Device)
+
+        kind = nn.map_variables(models.GatedBlock, "params", to_chip, init=self.is_initializing())
+        return self.through(kind, (self.heads, self.groups, self.hidden, self.dtype), x)
 
 
 def variants(case: Case, names: list[str]) -> dict[str, Callable[[], peers.Variant]]:
     """Return makers of the loss ``(trained, frozen, x, y)`` and the shapes of what it trains."""
-    model = models.Llama(case.layers, scan=case.scan, remat=case.remat)
+    kind = Moved if case.on_host else models.Llama
+    model = kind(case.layers, scan=case.scan, remat=case.remat)
     x = jax.ShapeDtypeStruct((case.batch, case.tokens, WIDTH), jnp.bfloat16)
     params = jax.eval_shape(model.init, jax.random.key(0), x)
     config = jaxlora.LoRAConfig(rank=case.rank, alpha=16, targets=case.targets)
@@ -141,35 +160,41 @@ def by_qwix(model: nn.Module, case: Case, x: Any, kind: str | None = None) -> pe
     return variant
 
 
-def compiled(program: Callable[..., Any], case: Case, *args: Any) -> dict[str, float]:
-    """Return what the compiler tells of a program of arrays of these shapes, on one chip.
+@functools.cache
+def mesh_of(chip: str) -> Mesh:
+    """Return the mesh of one chip of a generation."""
+    topology = topologies.get_topology_desc(f"{chip}:1x1x1", "tpu")
+    return Mesh(np.array(topology.devices[:1]), ("chip",))
 
-    Args:
-        program: the program, which writes its first two arguments anew if it trains.
-        case: tells the chip.
-        *args: trees of shapes.
-    """
-    topology = topologies.get_topology_desc(f"{case.chip}:1x1x1", "tpu")
-    mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    placed = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
-    )
-    jitted = jax.jit(program, donate_argnums=(0, 1) if case.trains else ())
-    return figures(jitted.lower(*placed).compile())
+
+def placed(case: Case, tree: Any, *, on_host: bool = False) -> Any:
+    """Return the shapes of a tree on one chip, or those of matrices in the memory of its host."""
+
+    def place(leaf):
+        memory = "pinned_host" if on_host and leaf.ndim > 2 else "device"  # matrices are stacked
+        sharding = NamedSharding(mesh_of(case.chip), PartitionSpec(), memory_kind=memory)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree)
 
 
 def told(case: Case, variant: peers.Variant) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Return the figures of a step or a forward pass, and those of the update in it alone."""
     loss, trained, frozen = variant
     tx = optax.adamw(1e-4)
-    x = jax.ShapeDtypeStruct((case.batch, case.tokens, WIDTH), jnp.bfloat16)
+    x = placed(case, jax.ShapeDtypeStruct((case.batch, case.tokens, WIDTH), jnp.bfloat16))
+    trained = placed(case, trained)
+    frozen = placed(case, frozen, on_host=case.on_host)
     if not case.trains:
-        return compiled(loss, case, trained, frozen, x, x), []
-    state = jax.eval_shape(tx.init, trained)
-    step = compiled(models.training_step(loss, tx), case, trained, state, frozen, x, x)
-    update = functools.partial(models.update, tx)
-    return step, [compiled(update, case, trained, state, trained)]
+        return compiled(loss, (), trained, frozen, x, x), []
+    state = placed(case, jax.eval_shape(tx.init, trained))
+    step = compiled(models.training_step(loss, tx), (0, 1), trained, state, frozen, x, x)
+    return step, [compiled(functools.partial(models.update, tx), (0, 1), trained, state, trained)]
+
+
+def compiled(program: Callable[..., Any], donated: tuple[int, ...], *args: Any) -> dict[str, float]:
+    """Return what the compiler tells of a program of shapes, some of which it writes anew."""
+    return figures(jax.jit(program, donate_argnums=donated).lower(*args).compile())
 
 
 def need_no_tpu() -> None:
