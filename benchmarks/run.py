@@ -1,6 +1,6 @@
 """Run every benchmark, or those named, each in an environment that is made for it.
 
-    python benchmarks/run.py                       # all, about half an hour
+    python benchmarks/run.py                       # all that can run here, about three hours
     python benchmarks/run.py train_step peers_torch
 
 An environment is a folder in ``benchmarks/.environments`` with this project and the peers that can
