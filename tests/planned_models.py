@@ -34,7 +34,7 @@ def shape(*sizes, dtype=jnp.float32):
 
 def benchmark(*, layers=6, scan=False):
     """Return the model of benchmarks/train_step.py in its sizes."""
-    model = models.Transformer(layers, 6, 1536, scan=scan)
+    model = models.Transformer(layers, heads=6, hidden=1536, scan=scan)
     x = shape(8, 128, 384)
 
     def loss(params, x, y):
