@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlora.types import Leaf, Leaves
+from jaxlora.types import Function, Leaf, Leaves
 from jaxlora.weights import blocks, memory, placed, quantized, sharding
 from jaxlora.weights.adapters import Adapter, merge_dtype
 from jaxlora.weights.magnitude import merged
@@ -25,7 +25,6 @@ from jaxlora.weights.quantized import QuantizedWeight
 Terms = tuple[Adapter, ...]
 # a weight, its rounding error if that is wanted, and whether all of it is finite
 Folded = tuple[Leaf, jax.Array | None, jax.Array]
-Fold = Callable[[Leaf, Terms, "How"], Folded]
 _BLOCK = 2**22  # elements of a block, 16 MiB in float32
 _TINY = 2**13  # elements of a block that is too small to be worth its own step
 
@@ -133,7 +132,7 @@ def _is_whole_on_one_device(base: Leaf) -> bool:
     return placed is None or isinstance(placed, jax.sharding.SingleDeviceSharding)
 
 
-def _folded_in_memory(base: Leaf, terms: Terms, how: How, fold: Fold) -> Folded:
+def _folded_in_memory(base: Leaf, terms: Terms, how: How, fold: Function) -> Folded:
     """Return what a function folds, in the memory that the base is in."""
     folded, error, is_finite = fold(memory.on_device(base), terms, how)
     return memory.beside(base, folded), error, is_finite

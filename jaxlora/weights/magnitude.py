@@ -37,8 +37,7 @@ def norms(base: Leaf, term: Adapter) -> jax.Array:
     Returns:
         Array ``(*stack, *out)`` of what the factors are for, float32 or wider.
     """
-    if term.block is not None:
-        base = quantized.part_of(memory.on_device(base), term.block)
+    base = quantized.part_of(base, term.block)
     return _norms(LoRAWeight(base, (dataclasses.replace(term, block=None),)))
 
 

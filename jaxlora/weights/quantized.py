@@ -28,7 +28,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxlora.types import Leaf
-from jaxlora.weights import blocks
+from jaxlora.weights import blocks, memory
 from jaxlora.weights.opaque import Opaque
 
 Kind = Literal["int8", "int4", "nf4"]
@@ -128,9 +128,13 @@ def values(weight: Leaf) -> Leaf:
 
 
 def part_of(weight: Leaf, part: blocks.Part | None) -> Leaf:
-    """Return a part of a weight; that of a quantized one as values where it cuts the blocks."""
+    """Return a weight as it is, or a part of it on the device.
+
+    A part of a quantized weight is one of values where it cuts the blocks.
+    """
     if part is None:
         return weight
+    weight = memory.on_device(weight)
     if _is_quantized(weight) and part[weight.axis] is not None:
         weight = values(weight)
     return jax.tree.map(lambda x: x[blocks.slices(part)], weight)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from devices.meshes import KINDS
 from jax import P
-from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from numpy.testing import assert_allclose
 
 import jaxlora
@@ -18,7 +19,6 @@ from jaxlora.initializers.registry import InitializerName
 
 LAYERS, WIDTH, ROWS = 3, 16, 32
 KEY, X = jax.random.key(0), jnp.arange(8)
-KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 PLACES = ("one device", *KINDS)  # of which the meshes are of all devices
 CONFIG = jaxlora.LoRAConfig(rank=2, alpha=4, targets=("table", "layers"))
 LAYERS_ALONE = jaxlora.LoRAConfig(rank=2, targets=("layers",))
@@ -145,6 +145,9 @@ RESULTS = {  # of what is computed from weights, on devices
         lambda params, x: jnp.square(fn(params, x)).mean(), params, [(X,)], config=LAYERS_ALONE
     ),
     "merge_error": lambda params: jaxlora.merge_error(adapted(params)),
+    "part of a weight": lambda params: analysis.amplification(
+        params, jaxlora.split(adapted(params, targets=("layers[1:3, :, 4:]",)))[1]
+    ),
     "delta": lambda params: jaxlora.algebra.delta(adapted(params), "layers"),
     "delta, magnitude": lambda params: jaxlora.algebra.delta(
         adapted(params, magnitude=True), "layers"
